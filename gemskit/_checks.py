@@ -1,0 +1,220 @@
+"""What operators refuse, and how they say it; the rules of ``out=`` and in-place targets, which are torch's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gemskit import _launch, backends
+from gemskit._dtypes import TRITON
+from gemskit.errors import (
+    ArgumentError,
+    DeviceError,
+    DimError,
+    DtypeError,
+    GemskitError,
+    GradientError,
+    NoKernel,
+    ShapeError,
+)
+
+if TYPE_CHECKING:
+    from gemskit._op import Op
+
+SERVED = frozenset(TRITON)
+NAMES = ", ".join(str(d).removeprefix("torch.") for d in TRITON)
+_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def describe(v: Any) -> str:
+    """``float32[3, 4] on cuda:0`` for a tensor, the arguments by name for a mapping, else its repr."""
+    if isinstance(v, Tensor):
+        return f"{str(v.dtype).removeprefix('torch.')}{list(v.shape)} on {v.device}"
+    if isinstance(v, Mapping):
+        return ", ".join(f"{n}: {describe(x)}" for n, x in v.items())
+    return repr(v)
+
+
+def translate(op: Op[..., Any], values: Sequence[Any], e: Exception) -> Exception:
+    """torch's error as one of ours, with the operator, what was given and what is accepted."""
+    if isinstance(e, (GemskitError, torch.OutOfMemoryError)):
+        return e
+    text = str(e).split("\nException raised")[0].strip()
+    kind: type[GemskitError] = ArgumentError
+    low = text.lower()
+    if isinstance(e, IndexError) or "dim" in low and ("range" in low or "repeated" in low or "appears multiple" in low):
+        kind = DimError
+    elif isinstance(e, NotImplementedError):
+        kind = NoKernel
+    elif any(w in low for w in ("shape", "size", "broadcast", "dimension", "non-singleton", "matri")):
+        kind = ShapeError
+    elif isinstance(e, TypeError) or any(w in low for w in ("dtype", "type", "floating", "integral", "boolean")):
+        kind = DtypeError
+    given = describe(dict(zip(op.params, values)))
+    return kind(f"{op.name}: {text.rstrip('.')}. Given {given}; accepted: {op.name}{op.signature}")
+
+
+def inspect_tensors(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[bool, bool, tuple[Any, ...]]:
+    """Whether kernels run, whether a gradient is needed, and the values with 0-dim CPU tensors brought along."""
+    device: torch.device | None = None
+    needs_grad = mixed = fake = False
+    for n, v in zip(op.params, values):
+        if isinstance(v, Tensor):
+            if type(v) not in _PLAIN:
+                if not type(v).__module__.startswith("torch._subclasses"):
+                    raise ArgumentError(
+                        f"{op.name}: {n} is a {type(v).__name__}; plain tensors are accepted, not tensor subclasses"
+                    )
+                fake = True
+            needs_grad = needs_grad or v.requires_grad
+            if device is None:
+                device = v.device
+            elif v.device != device:
+                mixed = True
+        elif n in op.tensors and not _stands_in(op, n, v):
+            raise DtypeError(
+                f"{op.name}: {n} must be a Tensor, given {type(v).__name__} {v!r}; accepted: {op.name}{op.signature}"
+            )
+    if device is None:
+        raise ArgumentError(f"{op.name}: at least one argument must be a Tensor; given {describe(dict(zip(op.params, values)))}")
+    if mixed:
+        device, values = _one_device(op, values)
+    kernels = not fake and _launch.has_kernels(device)
+    if not kernels and not fake and device.type not in ("cpu", "meta"):
+        raise DeviceError(
+            f"{op.name}: tensors are on {device}, but the resolved vendor is {backends.vendor.name!r}, which serves "
+            f"{backends.vendor.device_type!r}; set GEMSKIT_VENDOR to the vendor of that device"
+        )
+    return kernels, needs_grad and torch.is_grad_enabled(), values
+
+
+def _stands_in(op: Op[..., Any], name: str, v: Any) -> bool:
+    kind = str(op.signature.parameters[name].annotation)
+    if v is None:
+        return "None" in kind
+    return isinstance(v, (int, float, complex)) and ("Number" in kind or "float" in kind or "Scalar" in kind)
+
+
+def _one_device(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[torch.device, tuple[Any, ...]]:
+    """torch lets a 0-dim CPU tensor take part in elementwise operators anywhere; nothing else may be mixed."""
+    found = {v.device for v in values if isinstance(v, Tensor) and not (op.elementwise and v.ndim == 0 and v.device.type == "cpu")}
+    if len(found) != 1:
+        raise DeviceError(f"{op.name}: all tensors must be on one device; given {describe(dict(zip(op.params, values)))}")
+    (device,) = found
+    return device, tuple(v.to(device) if isinstance(v, Tensor) else v for v in values)
+
+
+def _cast(op: Op[..., Any], what: str, have: torch.dtype, want: torch.dtype) -> None:
+    if not torch.can_cast(want, have):
+        raise DtypeError(f"{op.name}: result type {want} can't be cast to {what}'s type {have}")
+
+
+def _resized(op: Op[..., Any], out: Tensor, shape: Sequence[int]) -> None:
+    if tuple(out.shape) != tuple(shape):
+        if out.numel():
+            warnings.warn(
+                f"{op.name}: out has shape {list(out.shape)} and is resized to {list(shape)}; resize it to 0 first if that is meant",
+                stacklevel=5,
+            )
+        out.resize_(tuple(shape))
+
+
+def as_outs(op: Op[..., Any], out: Any, count: int) -> tuple[Tensor, ...]:
+    """``out=`` as a tuple of the right length."""
+    outs = tuple(out) if isinstance(out, (tuple, list)) else (out,)
+    if len(outs) != count or not all(isinstance(o, Tensor) for o in outs):
+        raise ArgumentError(f"{op.name}: out must be {'a Tensor' if count == 1 else f'a tuple of {count} Tensors'}, given {describe(out)}")
+    if any(o.requires_grad for o in outs) and torch.is_grad_enabled():
+        raise GradientError(f"{op.name}: out= takes no part in autograd, but out requires a gradient")
+    return outs
+
+
+def write_out(op: Op[..., Any], out: Any, found: Any) -> Any:
+    """The meaning's result in ``out``, resized as torch does."""
+    flat = found if isinstance(found, tuple) else (found,)
+    for o, f in zip(as_outs(op, out, len(flat)), flat):
+        if o.device != f.device:
+            raise DeviceError(f"{op.name}: out is on {o.device}, the arguments are on {f.device}")
+        _cast(op, "out", o.dtype, f.dtype)
+        _resized(op, o, f.shape)
+        o.copy_(f)
+    return out
+
+
+def into_out(op: Op[..., Any], out: Any, values: tuple[Any, ...]) -> Any:
+    """The kernel's result in ``out``."""
+    specs = op._planned(values, None).outs
+    outs = as_outs(op, out, len(specs))
+    inputs = [v for v in values if isinstance(v, Tensor)]
+    for o, (shape, _, dtype) in zip(outs, specs):
+        if o.device != inputs[0].device:
+            raise DeviceError(f"{op.name}: out is on {o.device}, the arguments are on {inputs[0].device}")
+        _cast(op, "out", o.dtype, dtype)
+        _resized(op, o, shape)
+        _internal_overlap(op, "out", o)
+    clash = any(_overlap(o, v) == "partial" or (not op.elementwise and _overlap(o, v) != "none") for o in outs for v in inputs)
+    if clash and op.elementwise:
+        raise ArgumentError(f"{op.name}: out overlaps an input in memory without being the same tensor; clone one of them")
+    if clash:
+        # Anything but an elementwise kernel may read an input element after writing there.
+        for o, f in zip(outs, op.forward(values)):
+            o.copy_(f)
+    else:
+        op.forward(values, outs)
+    return out
+
+
+def _overlap(a: Tensor, b: Tensor) -> str:
+    """``none``, ``full`` (the same elements in the same order) or ``partial``."""
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() or not a.numel() or not b.numel():
+        return "none"
+    if a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype:
+        return "full"
+    spans = []
+    for t in (a, b):
+        reach = sum((n - 1) * s for n, s in zip(t.shape, t.stride()))
+        spans.append((t.data_ptr(), t.data_ptr() + (reach + 1) * t.element_size()))
+    if spans[0][0] >= spans[1][1] or spans[1][0] >= spans[0][1]:
+        return "none"
+    # Interleaved views (x[::2], x[1::2]) span each other without sharing an element; torch lets those pass too.
+    dense = all(_is_dense(t) for t in (a, b))
+    return "partial" if dense else "none"
+
+
+def _is_dense(t: Tensor) -> bool:
+    expected = 1
+    for n, s in sorted(zip(t.shape, t.stride()), key=lambda p: (p[1], p[0])):
+        if n != 1:
+            if s != expected:
+                return False
+            expected *= n
+    return True
+
+
+def _internal_overlap(op: Op[..., Any], what: str, t: Tensor) -> None:
+    if t.numel() and any(s == 0 and n > 1 for n, s in zip(t.shape, t.stride())):
+        raise ArgumentError(f"{op.name}: {what} is expanded, several elements share one memory location; clone it first")
+
+
+def inplace_targets(op: Op[..., Any], targets: Sequence[Any], needs_grad: bool) -> None:
+    """Refuse what torch refuses to overwrite."""
+    for name, t in zip(op.writes, targets):
+        if not isinstance(t, Tensor):
+            raise DtypeError(f"{op.name}_: {name} must be a Tensor to be overwritten, given {describe(t)}")
+        _internal_overlap(op, name, t)
+        if t.requires_grad and t.is_leaf and torch.is_grad_enabled():
+            raise GradientError(f"{op.name}_: {name} is a leaf that requires a gradient; it cannot be overwritten in place")
+
+
+def inplace_results(
+    op: Op[..., Any], targets: Sequence[Tensor], specs: Sequence[tuple[Sequence[int], torch.dtype]]
+) -> None:
+    """The result must fit its target."""
+    for t, (shape, dtype) in zip(targets, specs):
+        if tuple(t.shape) != tuple(shape):
+            raise ShapeError(f"{op.name}_: the result has shape {list(shape)}, which does not fit into {describe(t)}")
+        _cast(op, "the target", t.dtype, dtype)

@@ -1,0 +1,71 @@
+"""Dtypes: torch to Triton, the type a kernel computes in, and torch's promotion over many operands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+#: A Python scalar as torch takes one. Complex numbers have no kernels yet.
+Number = int | float | bool
+
+TRITON: dict[torch.dtype, Any] = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.int8: tl.int8,
+    torch.uint8: tl.uint8,
+    torch.int16: tl.int16,
+    torch.int32: tl.int32,
+    torch.int64: tl.int64,
+    torch.bool: tl.int1,
+}
+
+
+def compute_type(dtype: torch.dtype) -> torch.dtype:
+    """The type that formulas see: half types compute in float32, bool in uint8 (0 and 1), everything else in itself."""
+    if dtype == torch.bool:
+        return torch.uint8
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def accumulate_type(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums are kept in: float32 for halves, int64 for ints, else itself."""
+    return compute_type(dtype) if dtype.is_floating_point else torch.int64
+
+
+def scalar_annotation(dtype: torch.dtype) -> str:
+    """The Triton type of a run-time scalar for a kernel that computes in ``dtype``."""
+    if dtype.is_floating_point:
+        return "fp64" if dtype == torch.float64 else "fp32"
+    return "i64"
+
+
+def common_dtype(values: Iterable[Tensor | Number]) -> torch.dtype:
+    """torch's promotion: tensors with dimensions, then 0-dim tensors, then Python scalars, by category."""
+    found: list[torch.dtype | None] = [None, None, None]
+    for v in values:
+        if isinstance(v, Tensor):
+            rank, dtype = (0 if v.ndim else 1), v.dtype
+        else:
+            rank = 2
+            dtype = torch.bool if isinstance(v, bool) else torch.int64 if isinstance(v, int) else torch.get_default_dtype()
+        seen = found[rank]
+        found[rank] = dtype if seen is None else torch.promote_types(seen, dtype)
+    result: torch.dtype | None = None
+    for dtype_ in found:
+        if dtype_ is not None and (result is None or _category(dtype_) > _category(result)):
+            # A scalar of a higher category takes part only through its category.
+            result = dtype_ if result is None else torch.promote_types(result, dtype_)
+    assert result is not None
+    return result
+
+
+def _category(dtype: torch.dtype) -> int:
+    if dtype.is_complex:
+        return 3
+    return 2 if dtype.is_floating_point else 0 if dtype == torch.bool else 1

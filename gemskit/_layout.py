@@ -1,0 +1,78 @@
+"""Iteration spaces: which elements a kernel visits, in which order, with which strides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+Strides: TypeAlias = tuple[int, ...]
+
+
+def broadcast_strides(t: Tensor, shape: Sequence[int]) -> Strides:
+    """The strides of ``t`` seen in ``shape``; 0 where it is broadcast."""
+    lead = len(shape) - t.ndim
+    return (0,) * lead + tuple(0 if n == 1 and shape[lead + d] != 1 else s for d, (n, s) in enumerate(zip(t.shape, t.stride())))
+
+
+def contiguous(sizes: Sequence[int]) -> Strides:
+    """Row-major strides."""
+    step, out = 1, []
+    for n in reversed(sizes):
+        out.append(step)
+        step *= n
+    return tuple(reversed(out))
+
+
+def collapse(sizes: Sequence[int], strides: Sequence[Strides]) -> tuple[Strides, list[Strides]]:
+    """Drop dimensions of size 1 and merge neighbours that are adjacent for every operand. Never returns rank 0."""
+    kept: list[int] = []
+    out: list[list[int]] = [[] for _ in strides]
+    for d, n in enumerate(sizes):
+        if n == 1:
+            continue
+        if kept and all(o[-1] == s[d] * n for o, s in zip(out, strides)):
+            kept[-1] *= n
+            for o, s in zip(out, strides):
+                o[-1] = s[d]
+        else:
+            kept.append(n)
+            for o, s in zip(out, strides):
+                o.append(s[d])
+    if not kept:
+        return (1,), [(0,) for _ in strides]
+    return tuple(kept), [tuple(o) for o in out]
+
+
+def order(sizes: Sequence[int], strides: Sequence[Strides]) -> list[int]:
+    """Dimensions from slowest to fastest by the strides of the first operand, then the others."""
+    return sorted(range(len(sizes)), key=lambda d: tuple(-s[d] for s in strides[:1]) + (d,))
+
+
+def reaches(sizes: Sequence[int], strides: Strides) -> int:
+    """The largest element offset that these strides reach."""
+    return sum((n - 1) * abs(s) for n, s in zip(sizes, strides) if n)
+
+
+def is_wide(sizes: Sequence[int], strides: Sequence[Strides], slack: int = 1 << 16) -> bool:
+    """Whether an element count or offset leaves int32; ``slack`` covers what masked lanes compute beyond the end."""
+    total = 1
+    for n in sizes:
+        total *= n
+    return max([total, *(reaches(sizes, s) for s in strides)]) + slack >= 2**31
+
+
+@triton.jit
+def offset(i, sizes, strides):
+    """The element offset of linear index ``i`` in a collapsed space."""
+    o = i * 0
+    for k in tl.static_range(len(sizes) - 1, -1, -1):
+        if k == 0:
+            o += i * strides[k]
+        else:
+            o += (i % sizes[k]) * strides[k]
+            i = i // sizes[k]
+    return o

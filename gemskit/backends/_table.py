@@ -1,0 +1,142 @@
+"""The shape of a vendor table: frozen dataclasses without behaviour, filled in by one file per vendor.
+
+Launch numbers are looked up as ``arch.config("gemm")``. Three layers are merged key by key, the last one wins:
+``DEFAULT`` (safe with 64 KiB of shared memory and two stages) < the vendor's ``launch`` < the row's ``launch``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal, TypeAlias
+
+from gemskit.errors import DeclarationError
+
+Numbers: TypeAlias = Mapping[str, int]
+Launch: TypeAlias = Mapping[str, Numbers]
+Status: TypeAlias = Literal["verified", "compiles", "declared"]
+
+#: Evidence of every row with the status ``compiles``.
+COMPILE_TEST = "tests/test_compile_targets.py"
+#: Shared memory of a program where nobody measured it: what every GPU since 2016 offers.
+COMMON_SHARED_MEMORY = 65536
+#: The CUDA grid; most vendors copy it.
+COMMON_GRID: tuple[int, int, int] = (2**31 - 1, 65535, 65535)
+
+#: Launch numbers that run everywhere. A table of a vendor or of an architecture overrides single keys.
+#: gemm: 2 stages x (128 + 128) x 64 elements x 2 bytes = 64 KiB, the smallest shared memory of any row.
+DEFAULT: Launch = {
+    "pointwise": {"block": 1024, "side": 32, "warps": 4},
+    "reduction": {"tile": 4096, "rows": 64, "warps": 8, "split_below": 128},
+    "rowwise": {"one_tile_max": 16384, "loop_tile": 4096, "short": 2048, "across": 32, "warps": 16},
+    "gemm": {"m": 128, "n": 128, "k": 64, "warps": 8, "stages": 2, "group": 8},
+    "attention": {"m": 64, "n": 64, "warps": 4, "stages": 2},
+    "scan": {"tile": 2048, "warps": 4},
+    "sort": {"one_tile_max": 2048, "warps": 4},
+    "gather": {"block": 512, "warps": 4},
+}
+
+
+def merge(*layers: Launch) -> dict[str, dict[str, int]]:
+    """Merge launch tables key by key; a later layer wins. The result is a fresh copy."""
+    merged: dict[str, dict[str, int]] = {}
+    for layer in layers:
+        for driver, numbers in layer.items():
+            merged.setdefault(driver, {}).update(numbers)
+    return merged
+
+
+@dataclasses.dataclass(frozen=True)
+class Override:
+    """A kernel that one vendor needs for itself, because no number in a table gives the speed or the result.
+
+    Args:
+        kernel: where it is, as ``"package.module:name"``; imported when the operator is first planned.
+        why: the reason, with its number.
+        bench: the command or report that shows the number.
+    """
+
+    kernel: str
+    why: str
+    bench: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Arch:
+    """One architecture of a vendor: a row of its table.
+
+    Args:
+        name: as the vendor calls it, for example ``"sm_90"`` or ``"gfx942"``; unique among all vendors.
+        target: Triton's target, ``(backend, arch, warp size)``; the warp size is 0 where the hardware has no warps.
+        shared_memory: bytes of shared memory a program may use.
+        status: ``verified`` (a conformance report of this hardware is in the repository), ``compiles``
+            (cross-compiled for this target by the tests) or ``declared`` (nobody ran it).
+        evidence: path in the repository of what proves the status; empty for ``declared``.
+        launch: overrides of the vendor's launch numbers. Rows read from a `Vendor` hold the vendor's numbers too.
+        unsupported_dtypes: names of torch dtypes (``"float64"``) that no kernel can use here.
+    """
+
+    name: str
+    target: tuple[str, str | int, int]
+    shared_memory: int = COMMON_SHARED_MEMORY
+    status: Status = "declared"
+    evidence: str = ""
+    launch: Launch = dataclasses.field(default_factory=dict[str, Numbers], hash=False)
+    unsupported_dtypes: frozenset[str] = frozenset()
+
+    def config(self, driver: str) -> dict[str, int]:
+        """Launch numbers of ``driver`` ("gemm", "pointwise", ...), merged over all layers; a fresh dict per call.
+
+        Raises:
+            DeclarationError: no layer has numbers for ``driver``.
+        """
+        merged = merge({driver: DEFAULT.get(driver, {})}, {driver: self.launch.get(driver, {})})[driver]
+        if not merged:
+            known = ", ".join(sorted({*DEFAULT, *self.launch}))
+            raise DeclarationError(f"{self.name} has no launch numbers for the driver {driver!r}; accepted: {known}")
+        return merged
+
+
+@dataclasses.dataclass(frozen=True)
+class Vendor:
+    """One vendor: how torch and Triton reach its hardware, and the numbers its kernels are launched with.
+
+    Args:
+        name: what ``GEMSKIT_VENDOR`` accepts, equal to the name of its file.
+        title: for documents and messages.
+        device_type: torch device type of its tensors, for example ``"cuda"`` or ``"npu"``.
+        dispatch_key: torch dispatch key of its tensors, for example ``"CUDA"`` or ``"PrivateUse1"``.
+        archs: its architectures, oldest first within a family.
+        build: what torch must be built with: ``"cuda"`` (``torch.version.cuda``), ``"hip"`` (``torch.version.hip``)
+            or ``"any"``.
+        build_tag: part of ``torch.__version__`` that marks the vendor's own torch build (``"+metax"``).
+            With a tag the vendor is chosen by itself only for such a build.
+        extension: module that registers the torch device or the Triton backend; it must be installed, and gemskit
+            never imports it (torch loads device extensions itself).
+        device_files: on Linux the vendor is chosen by itself only if one of them exists; empty means no check.
+        identify: how a device finds its row: compute ``"capability"``, ``"gcn"`` architecture name, or ``"first"``
+            for the first row, where torch does not tell.
+        automatic: False if only ``GEMSKIT_VENDOR`` chooses it.
+        launch: overrides of the default launch numbers.
+        grid_limits: most programs along the three axes of a grid.
+        overrides: operators with a kernel of their own on this vendor.
+    """
+
+    name: str
+    title: str
+    device_type: str
+    dispatch_key: str
+    archs: tuple[Arch, ...]
+    build: Literal["cuda", "hip", "any"] = "any"
+    build_tag: str = ""
+    extension: str | None = None
+    device_files: tuple[str, ...] = ()
+    identify: Literal["capability", "gcn", "first"] = "first"
+    automatic: bool = True
+    launch: Launch = dataclasses.field(default_factory=dict[str, Numbers], hash=False)
+    grid_limits: tuple[int, int, int] = COMMON_GRID
+    overrides: Mapping[str, Override] = dataclasses.field(default_factory=dict[str, Override], hash=False)
+
+    def __post_init__(self) -> None:
+        rows = tuple(dataclasses.replace(row, launch=merge(self.launch, row.launch)) for row in self.archs)
+        object.__setattr__(self, "archs", rows)

@@ -1,0 +1,29 @@
+"""AMD GPUs, through torch's ROCm build, which calls its devices ``cuda``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from gemskit.backends._table import COMPILE_TEST, Arch, Override, Vendor
+
+OVERRIDES: Mapping[str, Override] = {}
+
+VENDOR = Vendor(
+    name="amd",
+    title="AMD",
+    device_type="cuda",
+    dispatch_key="CUDA",
+    build="hip",
+    device_files=("/dev/kfd", "/dev/dxg"),
+    identify="gcn",
+    # A dispatch counts threads in 32 bits: 2^23 - 1 programs of 8 warps of 64, the most that a row here asks for.
+    grid_limits=(2**23 - 1, 65535, 65535),
+    archs=(
+        Arch("gfx90a", ("hip", "gfx90a", 64), 65536, "compiles", COMPILE_TEST),
+        Arch("gfx942", ("hip", "gfx942", 64), 65536, "compiles", COMPILE_TEST),
+        Arch("gfx950", ("hip", "gfx950", 64), 163840, "compiles", COMPILE_TEST),
+        Arch("gfx1100", ("hip", "gfx1100", 32), 65536, "compiles", COMPILE_TEST),
+        Arch("gfx1201", ("hip", "gfx1201", 32), 65536),
+    ),
+    overrides=OVERRIDES,
+)

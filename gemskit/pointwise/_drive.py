@@ -1,0 +1,230 @@
+"""The kernel behind every elementwise operator, and the decorator that declares one.
+
+The iteration space is collapsed to as few dimensions as the strides of all operands allow. The last two are tiled, so that
+an operand that is contiguous along either of them is read in whole lines; the others are counted off the program id.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gemskit import _layout, backends
+from gemskit._bind import SCALARS, adapter, annotations, arguments, fill, parameters, slots
+from gemskit._dtypes import TRITON, common_dtype, compute_type
+from gemskit._launch import launch
+from gemskit._op import Named, Op, P, R
+from gemskit.reduce._fold import Fold
+
+#: Filled in per operator: the formula, called by the names of its parameters.
+FORMULA: Any = None
+
+
+@triton.jit
+def _outer(i, sizes, strides):
+    """The offset of outer index ``i``: of all dimensions but the two that are tiled."""
+    o = i * 0
+    for k in tl.static_range(len(sizes) - 3, -1, -1):
+        o += (i % sizes[k]) * strides[k]
+        i = i // sizes[k]
+    return o
+
+
+@triton.jit
+def _tiles(
+    outs, ins, sizes, out_strides, in_strides, s0, s1, s2, s3,
+    COMPUTE: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr, PICK: tl.constexpr,
+    B1: tl.constexpr, B0: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    # ALONG says per operand along which tiled dimensions it varies (1: last, 2: last but one): what is broadcast is read once.
+    R: tl.constexpr = len(sizes)
+    i = tl.program_id(0)
+    if WIDE:
+        i = i.to(tl.int64)
+    n0, n1 = sizes[R - 1], sizes[R - 2]
+    t0 = tl.cdiv(n0, B0)
+    i0 = ((i % t0) * B0 + tl.arange(0, B0))[None, :]
+    i = i // t0
+    t1 = tl.cdiv(n1, B1)
+    i1 = ((i % t1) * B1 + tl.arange(0, B1))[:, None]
+    i = i // t1
+    m0, m1 = i0 < n0, i1 < n1
+    values = ()
+    for k in tl.static_range(len(in_strides)):
+        at = _outer(i, sizes, in_strides[k])
+        if ALONG[k] == 3:
+            at += i1 * in_strides[k][R - 2] + i0 * in_strides[k][R - 1]
+            live = m0 & m1
+        elif ALONG[k] == 2:
+            at += i1 * in_strides[k][R - 2]
+            live = m1
+        elif ALONG[k] == 1:
+            at += i0 * in_strides[k][R - 1]
+            live = m0
+        else:
+            at += i0 * 0
+            live = m0
+        if k < len(ins):
+            v = tl.load(ins[k] + at, live)
+            if not KEEP[k]:
+                v = v.to(COMPUTE)
+        else:
+            v = at  # the logical index
+        values = values + (v,)
+    results = FORMULA(values, s0, s1, s2, s3)
+    for k in tl.static_range(len(outs)):
+        at = _outer(i, sizes, out_strides[k]) + i1 * out_strides[k][R - 2] + i0 * out_strides[k][R - 1]
+        v = tl.broadcast_to(results[PICK[k]].to(outs[k].dtype.element_ty), (B1, B0))
+        tl.store(outs[k] + at, v, m0 & m1)
+
+
+class Elementwise:
+    """A formula as a kernel: ``plan`` it for a layout, run it on tensors of that layout."""
+
+    def __init__(self, name: str, formula: Any, *, keep: Sequence[str] = (), results: int = 1) -> None:
+        self.name, self.formula, self.results = name, formula, results
+        #: Operands that keep their own dtype: conditions, seeds.
+        self.keep = frozenset(keep)
+        self.names = parameters(formula)
+        self._bound: dict[Any, Any] = {}
+
+    def plan(
+        self, named: Named, outs: Sequence[Tensor], compute: torch.dtype, pick: Sequence[int] | None = None
+    ) -> Callable[[Sequence[Tensor], Named], None]:
+        """The launch for operands ``named`` and ``outs`` (meta tensors suffice); ``pick`` says which results to store."""
+        shape = tuple(outs[0].shape)
+        if 0 in shape:
+            return lambda outs, named: None
+        operands = [n for n in self.names if isinstance(named.get(n), Tensor)]
+        order = _layout.order(shape, [tuple(o.stride()) for o in outs])
+        strides = [tuple(o.stride()) for o in outs]
+        strides += [_layout.broadcast_strides(named[n], shape) for n in operands]
+        if "index" in self.names:
+            strides.append(_layout.contiguous(shape))
+        sizes, flat = _layout.collapse([shape[d] for d in order], [tuple(s[d] for d in order) for s in strides])
+        if len(sizes) == 1:
+            sizes, flat = (1, *sizes), [(0, *s) for s in flat]
+        n_out, n1, n0 = len(outs), sizes[-2], sizes[-1]
+        config = backends.arch().config("pointwise")
+        block = config["block"]
+        if any(s[-2] == 1 and s[-1] != 1 for s in flat) and n1 > 1:
+            side = config["side"]
+            b1, b0 = min(side, triton.next_power_of_2(n1)), min(side, triton.next_power_of_2(n0))
+        else:
+            b0 = min(block, triton.next_power_of_2(n0))
+            b1 = min(max(1, block // b0), triton.next_power_of_2(n1))
+        grid = triton.cdiv(n0, b0) * triton.cdiv(n1, b1)
+        for n in sizes[:-2]:
+            grid *= n
+        kernel, runtime = self._bind(named, operands, compute)
+        meta = dict(
+            COMPUTE=TRITON[compute],
+            KEEP=tuple(int(n in self.keep) for n in operands),
+            ALONG=tuple((s[-1] != 0) + 2 * (s[-2] != 0) for s in flat[n_out:]),
+            PICK=tuple(pick if pick is not None else range(self.results)),
+            B1=b1,
+            B0=b0,
+            WIDE=_layout.is_wide(sizes, flat),
+            num_warps=config["warps"],
+        )
+        out_strides, in_strides = tuple(flat[:n_out]), tuple(flat[n_out:])
+
+        def run(outs: Sequence[Tensor], named: Named) -> None:
+            ins = tuple([named[n] for n in operands])
+            scalars = slots([named[n] for n in runtime])
+            launch(kernel, (grid,), (tuple(outs), ins, sizes, out_strides, in_strides, *scalars), meta)
+
+        return run
+
+    def _bind(self, named: Named, operands: Sequence[str], compute: torch.dtype) -> tuple[Any, tuple[str, ...]]:
+        """The filled driver, and the names of its run-time scalars. Strings, None and bools become part of the code."""
+        reads = {n: f"values[{k}]" for k, n in enumerate((*operands, "index"))}
+        runtime, expressions = arguments(self.names, {n: named.get(n) for n in self.names}, reads, compute)
+        key = (tuple(operands), tuple(expressions.items()), compute)
+        kernel = self._bound.get(key)
+        if kernel is None:
+            wrap = "({},)" if self.results == 1 else "{}"
+            call = adapter(self.name, f"values, {', '.join(SCALARS)}", self.formula, expressions, wrap)
+            kernel = self._bound[key] = fill(_tiles, self.name, annotations(runtime, compute), FORMULA=call)
+        return kernel, runtime
+
+
+class Pointwise(Op[P, R]):
+    """An operator applied to each element, its operands broadcast and promoted as torch does."""
+
+    family = "pointwise"
+    elementwise = True
+    _formula: Elementwise | None = None
+
+    def __init__(self, meaning: Callable[P, R], *, keep: Sequence[str] = (), results: int = 1, **options: Any) -> None:
+        super().__init__(meaning, **options)
+        self.keep, self.results = tuple(keep), results
+
+    def formula(self, fn: Any) -> Any:
+        """Attach the formula: a jit function that names the parameters it needs, or ``index`` (the logical index).
+
+        Tensors and numbers arrive in the type computed in (float32 for halves); strings, bools and None are constants.
+        """
+        self._formula = Elementwise(self.name, fn, keep=self.keep, results=self.results)
+        return fn
+
+    def gradient(self, fn: Any) -> Any:
+        """Attach the gradient formula, of ``grad`` and any parameters or ``out``.
+
+        It returns one value for each differentiable tensor parameter, in order (those not in ``keep``).
+        """
+        of = tuple(n for n in self.tensors if n not in self.keep)
+        kernel = Elementwise(f"{self.name}_grad", fn, keep=self.keep, results=len(of))
+        folds = {n: Fold.of_formula(f"{self.name}_grad_{n}", fn, len(of), k, keep=self.keep) for k, n in enumerate(of)}
+        names = [n for n in parameters(fn) if n in self.params or n in ("grad", "out")]
+
+        def vjp(needs: set[str], like: Mapping[str, Any], **named: Any) -> dict[str, Tensor]:
+            compute = compute_type(common_dtype([named["grad"]]))
+            shape = named["grad"].shape
+            whole = [n for n in of if n in needs and like[n][0] == shape]
+            found: dict[str, Tensor] = {}
+            if whole:
+                outs = [torch.empty_like(named["grad"], dtype=like[n][1]) for n in whole]
+                kernel.plan(named, outs, compute, [of.index(n) for n in whole])(outs, named)
+                found.update(zip(whole, outs))
+            for n in of:
+                if n in needs and n not in found:
+                    found[n] = folds[n].to_shape(named, shape, *like[n], compute)
+            return found
+
+        self.set_gradient(vjp, ("needs", "like", *names), of)
+        return fn
+
+    def plan(self, named: Named, outs: tuple[Tensor, ...]) -> Callable[..., None]:
+        if self._formula is None:
+            return super().plan(named, outs)
+        values = [named[n] for n in self.tensors if n not in self.keep and named[n] is not None]
+        common = common_dtype(values) if values else outs[0].dtype
+        meaning_dtype = self._result_dtype(named)
+        run = self._formula.plan(named, outs, compute_type(meaning_dtype if meaning_dtype.is_floating_point else common))
+        return lambda outs, keep, arguments: run(outs, arguments)
+
+    def _result_dtype(self, named: Named) -> torch.dtype:
+        found: Any = self.meaning(**dict(named))  # type: ignore[call-arg]
+        first: Tensor = found[0] if isinstance(found, tuple) else found
+        return first.dtype
+
+
+def pointwise(
+    *, aten: str | None = None, keep: Sequence[str] = (), results: int = 1, random: bool = False
+) -> Callable[[Callable[P, R]], Pointwise[P, R]]:
+    """Declare an elementwise operator. Attach its formula with ``@op.formula`` and its gradient with ``@op.gradient``.
+
+    Args:
+        aten: the ATen overload it equals, e.g. ``"silu"`` or ``"add.Tensor"``.
+        keep: parameters that stay out of type promotion and arrive in their own dtype (conditions, seeds).
+        results: how many outputs the formula returns.
+        random: whether its values are drawn; such operators are tested statistically.
+    """
+    return functools.partial(Pointwise, aten=aten, keep=keep, results=results, random=random)

@@ -1,0 +1,98 @@
+"""The decorator that declares a reduction: a monoid and the dimensions it folds away."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from gemskit._dtypes import compute_type
+from gemskit._op import Named, Op, P, R
+from gemskit.reduce._fold import Fold
+
+
+@triton.jit
+def element(input):
+    """The map of most reductions."""
+    return input
+
+
+def always(named: Named) -> bool:
+    """Serves any arguments."""
+    return True
+
+
+def dims_of(dim: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
+    """The dimensions that ``dim`` names; None and the empty tuple name all of them."""
+    given = (dim,) if isinstance(dim, int) else tuple(dim or ())
+    return tuple(sorted(d % max(ndim, 1) for d in given)) or tuple(range(max(ndim, 1)))
+
+
+def spread(t: Tensor, dim: int | Sequence[int] | None, ndim: int, keepdim: bool) -> Tensor:
+    """``t``, the result of a reduction, as a view with size 1 where dimensions were folded away."""
+    if keepdim or not ndim:
+        return t
+    for d in dims_of(dim, ndim):
+        t = t.unsqueeze(d)
+    return t
+
+
+class Reduction(Op[P, R]):
+    """An operator that folds ``dim`` of its first parameter away."""
+
+    family = "reduction"
+
+    def __init__(self, meaning: Callable[P, R], *, results: Any = None, **options: Any) -> None:
+        super().__init__(meaning, **options)
+        #: The named tuple that several outputs come back in, as torch's.
+        self.results = results
+        self._folds: list[tuple[Callable[[Named], bool], Fold]] = []
+
+    def combine(
+        self, *, identity: float | str | Sequence[float | str], map: Any = element, finish: Any = None,
+        state: Sequence[str] | None = None, results: int | None = None, when: Callable[[Named], bool] = always,
+    ) -> Callable[[Any], Any]:  # fmt: skip
+        """Attach the associative step, a jit function of two states (see :class:`gemskit.reduce._fold.Fold`).
+
+        ``when`` restricts it to some arguments; the first attached that fits is taken.
+        """
+        identities = identity if isinstance(identity, tuple) else (identity,)
+
+        def attach(fn: Any) -> Any:
+            fold = Fold(
+                self.name, map=map, combine=fn, identity=identities, finish=finish, results=results,
+                state=state or ("accumulate",) * len(identities), ordered="index" in (state or ()),
+            )  # fmt: skip
+            self._folds.append((when, fold))
+            return fn
+
+        return attach
+
+    def plan(self, named: Named, outs: tuple[Tensor, ...]) -> Callable[..., None]:
+        fold = next((f for when, f in self._folds if when(named)), None)
+        if fold is None:
+            return super().plan(named, outs)
+        input: Tensor = named[self.tensors[0]]
+        dim, keepdim = named.get("dim"), bool(named.get("keepdim"))
+        kept = [spread(o, dim, input.ndim, keepdim) for o in outs]
+        shape = tuple(input.shape) or (1,)
+        run = fold.plan(named, shape, dims_of(dim, input.ndim), kept, compute_type(named.get("dtype") or input.dtype))
+        return lambda outs, keep, arguments: run(outs, arguments)
+
+    def _tuple(self, outs: tuple[Tensor, ...]) -> Any:
+        return outs[0] if len(outs) == 1 else self.results(outs) if self.results else outs
+
+
+def reduction(*, aten: str | None = None, results: Any = None) -> Callable[[Callable[P, R]], Reduction[P, R]]:
+    """Declare a reduction. Attach its monoid with ``@op.combine(identity=...)`` and its gradient with ``@op.gradient_by``."""
+    return functools.partial(Reduction, aten=aten, results=results)
+
+
+def expand_to(grad: Tensor, like: tuple[Sequence[int], torch.dtype], dim: int | Sequence[int] | None, keepdim: bool) -> Tensor:
+    """The gradient of a sum: ``grad`` seen in the input's shape, nothing copied."""
+    shape, _ = like
+    return spread(grad, dim, len(shape), keepdim).expand(tuple(shape))

@@ -1,0 +1,228 @@
+"""The kernel behind every reduction: fold the columns of a (rows, columns) space by a monoid.
+
+Rows and columns are each a collapsed set of dimensions, so no input is ever copied. A tile of rows and columns keeps one
+running state per lane and folds the lanes at the end; few long rows are split over programs, whose partial states a second
+launch of the same kernel folds in order, so results do not depend on timing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gemskit import _layout, backends, language
+from gemskit._bind import SCALARS, adapter, annotations, arguments, fill, generated, parameters, slots
+from gemskit._dtypes import TRITON, accumulate_type
+from gemskit._launch import launch
+from gemskit._layout import offset
+from gemskit._op import Named
+
+#: Filled in per operator.
+MAP: Any = None
+MERGE: Any = None
+COMBINE: Any = None
+FINISH: Any = None
+
+
+@triton.jit
+def _fold(
+    outs, ins, row_sizes, col_sizes, out_strides, in_row_strides, in_col_strides, s0, s1, s2, s3, rows, cols, part, count,
+    COMPUTE: tl.constexpr, KEEP: tl.constexpr, STATE: tl.constexpr, IDENTITY: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0)
+    if WIDE:
+        i = i.to(tl.int64)
+    blocks = tl.cdiv(rows, BM)
+    row = ((i % blocks) * BM + tl.arange(0, BM))[:, None]
+    piece = i // blocks
+    first = piece * part
+    stop = tl.minimum(first + part, cols)
+    state = ()
+    for k in tl.static_range(len(IDENTITY)):
+        state = state + (tl.full((BM, BN), IDENTITY[k], STATE[k]),)
+    for start in range(first, stop, BN):
+        col = (start + tl.arange(0, BN))[None, :]
+        live = (row < rows) & (col < stop)
+        values = ()
+        for k in tl.static_range(len(ins)):
+            at = offset(row, row_sizes, in_row_strides[k]) + offset(col, col_sizes, in_col_strides[k])
+            v = tl.load(ins[k] + at, live)
+            if not KEEP[k]:
+                v = v.to(COMPUTE)
+            values = values + (v,)
+        fresh = MAP(values, s0, s1, s2, s3, col)
+        masked = ()
+        for k in tl.static_range(len(IDENTITY)):
+            masked = masked + (tl.where(live, fresh[k].to(STATE[k]), tl.full((BM, BN), IDENTITY[k], STATE[k])),)
+        state = MERGE(state, masked)
+    total = COMBINE(state)
+    results = FINISH(total, s0, s1, s2, s3, count)
+    for k in tl.static_range(len(outs)):
+        at = offset(row, row_sizes, out_strides[k]) + piece * rows
+        tl.store(outs[k] + at, results[k].to(outs[k].dtype.element_ty), row < rows)
+
+
+class Fold:
+    """A reduction as a kernel: ``map`` each element to a state, ``combine`` states, ``finish`` the last one.
+
+    Args:
+        map: jit function of operands by name (and ``col``, the position along the reduced dimensions), returning the state.
+        combine: jit function of two states, flattened: ``(a0, a1, .., b0, b1, ..)``. Associative and commutative.
+        identity: one value per state; ``"lowest"`` and ``"highest"`` are those of the type.
+        finish: jit function of the states by name ``state0, state1 ..``, scalars and ``count``; the states themselves if None.
+        state: the type of each state: ``"accumulate"`` (float32 for halves, int64 for ints), ``"compute"`` or ``"index"``.
+    """
+
+    def __init__(
+        self, name: str, *, map: Any, combine: Any, identity: Sequence[float | str], finish: Any = None,
+        state: Sequence[str] = ("accumulate",), results: int | None = None, keep: Sequence[str] = (), wrap: str | None = None,
+        ordered: bool = False,
+    ) -> None:  # fmt: skip
+        self.name, self.map, self.combine, self.finish = name, map, combine, finish
+        self.identity, self.state, self.keep, self.ordered = tuple(identity), tuple(state), frozenset(keep), ordered
+        self.results = len(self.identity) if results is None else results
+        self.names = parameters(map)
+        self.wrap = wrap or ("({},)" if len(self.identity) == 1 else "{}")
+        self._bound: dict[Any, Any] = {}
+
+    @classmethod
+    def of_formula(cls, name: str, formula: Any, results: int, pick: int, keep: Sequence[str]) -> Fold:
+        """The sum of one result of an elementwise formula: the gradient of a broadcast operand."""
+        wrap = "({},)" if results == 1 else f"({{}}[{pick}],)"
+        return cls(name, map=formula, combine=language.add, identity=(0,), keep=keep, wrap=wrap)
+
+    def to_shape(
+        self, named: Named, shape: Sequence[int], want: Sequence[int], dtype: torch.dtype, compute: torch.dtype
+    ) -> Tensor:
+        """Fold the space ``shape`` down to ``want``, the shape of an operand that was broadcast into it."""
+        lead = len(shape) - len(want)
+        dims = [d for d in range(len(shape)) if d < lead or want[d - lead] == 1 != shape[d]]
+        device = next(v.device for v in named.values() if isinstance(v, Tensor))
+        out = torch.empty(tuple(want), dtype=dtype, device=device)
+        kept = out.reshape([1] * lead + list(want)).expand([1 if d in dims else n for d, n in enumerate(shape)])
+        self.plan(named, shape, dims, [kept], compute)([kept], named)
+        return out
+
+    def plan(
+        self, named: Named, shape: Sequence[int], dims: Sequence[int], outs: Sequence[Tensor], compute: torch.dtype
+    ) -> Callable[[Sequence[Tensor], Named], None]:
+        """The launch that folds ``dims`` of ``shape`` into ``outs``, which have size 1 there."""
+        operands = [n for n in self.names if isinstance(named.get(n), Tensor)]
+        full = [_layout.broadcast_strides(named[n], shape) for n in operands]
+        kept = [d for d in range(len(shape)) if d not in dims]
+        inner = list(dims)
+        if not self.ordered:
+            # Any order of the columns gives the same result; the one by memory gives the fewest dimensions.
+            inner = sorted(dims, key=lambda d: tuple(-s[d] for s in full[:1]))
+        out_full = [tuple(o.stride()) for o in outs]
+        row_sizes, row = _layout.collapse([shape[d] for d in kept], [tuple(s[d] for d in kept) for s in out_full + full])
+        col_sizes, col = _layout.collapse([shape[d] for d in inner], [tuple(s[d] for d in inner) for s in full])
+        rows, cols = math.prod(row_sizes), math.prod(shape[d] for d in inner)
+        out_rows, in_rows = tuple(row[: len(outs)]), tuple(row[len(outs) :])
+        config = backends.arch().config("reduction")
+        tile = config["tile"]
+        if in_rows and row_sizes[-1] > 1 and in_rows[0][-1] == 1 and col[0][-1] != 1:
+            bm = min(config["rows"], triton.next_power_of_2(rows))
+            bn = max(1, min(tile // bm, triton.next_power_of_2(max(cols, 1))))
+        else:
+            bn = min(tile, triton.next_power_of_2(max(cols, 1)))
+            bm = max(1, min(tile // bn, triton.next_power_of_2(max(rows, 1))))
+        blocks = triton.cdiv(rows, bm)
+        pieces = 1
+        if blocks < config["split_below"] and cols > 2 * bn:
+            pieces = min(triton.cdiv(cols, 2 * bn), triton.cdiv(config["split_below"], max(1, blocks)))
+        part = triton.cdiv(triton.cdiv(cols, pieces), bn) * bn if cols else 0
+        pieces = triton.cdiv(cols, part) if cols else 1
+        accumulate = accumulate_type(compute)
+        kinds = {"accumulate": accumulate, "compute": compute, "index": torch.int64, "input": compute}
+        states = [kinds[s] for s in self.state]
+        meta = dict(
+            COMPUTE=TRITON[compute],
+            KEEP=tuple(int(n in self.keep) for n in operands),
+            STATE=tuple(TRITON[s] for s in states),
+            IDENTITY=tuple(identity_of(v, s) for v, s in zip(self.identity, states)),
+            BM=bm,
+            BN=bn,
+            WIDE=_layout.is_wide(row_sizes, list(row)) or _layout.is_wide(col_sizes, col) or _layout.is_wide(shape, full),
+            num_warps=config["warps"],
+        )
+        split = pieces > 1
+        kernel, runtime = self._bind(named, operands, compute, "first" if split else "whole")
+        last = self._bind(named, [], compute, "last") if split else None
+
+        def run(outs: Sequence[Tensor], named: Named) -> None:
+            if not rows:
+                return
+            ins = tuple([named[n] for n in operands])
+            scalars = slots([named[n] for n in runtime])
+            common = (in_rows, tuple(col), *scalars, rows, cols, part, cols)
+            if last is None:
+                launch(kernel, (blocks,), (tuple(outs), ins, row_sizes, col_sizes, out_rows, *common), meta)
+                return
+            partial = tuple(torch.empty((pieces, rows), dtype=s, device=ins[0].device) for s in states)
+            dense = tuple(_layout.contiguous(row_sizes) for _ in partial)
+            launch(kernel, (blocks * pieces,), (partial, ins, row_sizes, col_sizes, dense, *common), meta)
+            again = dict(meta, KEEP=(1,) * len(partial), **_second(pieces, rows, tile))
+            arguments = (
+                tuple(outs), partial, row_sizes, (pieces,), out_rows, dense, tuple((rows,) for _ in partial),
+                *scalars, rows, pieces, pieces, cols,
+            )  # fmt: skip
+            launch(last[0], (triton.cdiv(rows, again["BM"]),), arguments, again)
+
+        return run
+
+    def _bind(self, named: Named, operands: Sequence[str], compute: torch.dtype, step: str) -> tuple[Any, tuple[str, ...]]:
+        """The filled driver for the whole fold, or for the first or the last step of a split one."""
+        names = (*self.names, *(parameters(self.finish) if self.finish else ()))
+        reads = {n: f"values[{k}]" for k, n in enumerate(operands)}
+        given = {n: named.get(n) for n in names}
+        runtime, expressions = arguments(names, given, {**reads, "col": "col", "count": "count"}, compute)
+        key = (tuple(operands), tuple(expressions.items()), compute, step)
+        if key not in self._bound:
+            n = len(self.identity)
+            scalars = ", ".join(SCALARS)
+            pool = f"values, {scalars}, col"
+            if step == "last":
+                mapped = generated("same", pool, "    return values")
+            else:
+                mapped = adapter(f"{self.name}_map", pool, self.map, expressions, self.wrap)
+            one = "({},)" if n == 1 else "{}"
+            both = ", ".join([f"a[{k}]" for k in range(n)] + [f"b[{k}]" for k in range(n)])
+            merge = generated("merge", "a, b", f"    return {one.format(f'F({both})')}", F=self.combine)
+            lanes = "a[0]" if n == 1 else "a"
+            combine = generated("combine", "a", f"    return {one.format(f'tl.reduce({lanes}, 1, F, keep_dims=True)')}", F=self.combine)
+            if step == "first" or self.finish is None:
+                finish = generated("finish", f"total, {scalars}, count", "    return total")
+            else:
+                states = {f"state{k}": f"total[{k}]" for k in range(n)}
+                wrap = "({},)" if self.results == 1 else "{}"
+                finish = adapter(f"{self.name}_finish", f"total, {scalars}, count", self.finish, {**expressions, **states}, wrap)
+            name = self.name + {"whole": "", "first": "_part", "last": "_join"}[step]
+            self._bound[key] = fill(
+                _fold, name, annotations(runtime, compute), MAP=mapped, MERGE=merge, COMBINE=combine, FINISH=finish
+            )
+        return self._bound[key], runtime
+
+
+def identity_of(v: float | str, dtype: torch.dtype) -> float:
+    """The number that ``"lowest"`` and ``"highest"`` stand for in ``dtype``."""
+    if not isinstance(v, str):
+        return v
+    if dtype == torch.bool:
+        return v == "highest"
+    if dtype.is_floating_point:
+        return -math.inf if v == "lowest" else math.inf
+    info = torch.iinfo(dtype)
+    return info.min if v == "lowest" else info.max
+
+
+def _second(pieces: int, rows: int, tile: int) -> dict[str, int]:
+    bn = min(tile, triton.next_power_of_2(pieces))
+    return dict(BN=bn, BM=max(1, min(tile // bn, triton.next_power_of_2(rows), 128)))

@@ -85,7 +85,7 @@ class Layer(nn.Module):
         batch, seq, _ = x.shape
         heads, kv_heads = self.config.heads, self.config.kv_heads
         qkv = gemskit.linear(x, self.qkv).view(batch, seq, heads + 2 * kv_heads, self.config.head_dim)
-        query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=2)
+        query, key, value = qkv.tensor_split([heads, heads + kv_heads], dim=2)
         query, key = gemskit.apply_rotary_pos_emb(query, key, cos, sin)
         if cache is not None:
             key, value = cache.extend(key, value)
@@ -162,12 +162,12 @@ def torch_logits(model: Decoder, tokens: Tensor) -> Tensor:
     scale = model.first_norm
     for layer in model.layers:
         assert isinstance(layer, Layer)
-        rows = [count * config.head_dim for count in (config.heads, config.kv_heads, config.kv_heads)]
-        query, key, value = (
-            F.linear(norm(x, scale), matrix).unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
-            for matrix in layer.qkv.split(rows)
-        )
         group = config.heads // config.kv_heads
+        rows = [config.heads * config.head_dim, (config.heads + config.kv_heads) * config.head_dim]
+        query, key, value = (
+            F.linear(norm(x, scale), matrix).view(*tokens.shape, -1, config.head_dim).transpose(1, 2)
+            for matrix in layer.qkv.tensor_split(rows)
+        )
         query, key, value = rotate(query), rotate(key).repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         future = torch.ones(seq, seq, dtype=torch.bool, device=x.device).triu(1)
         scores = (query @ key.transpose(2, 3) / config.head_dim**0.5).masked_fill(future, float("-inf"))

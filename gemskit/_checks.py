@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 SERVED = frozenset(TRITON)
 NAMES = ", ".join(str(d).removeprefix("torch.") for d in TRITON)
+#: What torch says, on the CPU and on meta tensors, where a ``dim`` is wrong.
+_OF_DIMS = ("range", "repeated", "appears multiple", "duplicate", "zero-size", "reduction dim")
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
@@ -46,11 +48,11 @@ def translate(op: Op[..., Any], values: Sequence[Any], e: Exception) -> Exceptio
     text = str(e).split("\nException raised")[0].strip()
     kind: type[GemskitError] = ArgumentError
     low = text.lower()
-    if isinstance(e, IndexError) or "dim" in low and ("range" in low or "repeated" in low or "appears multiple" in low):
+    if isinstance(e, IndexError) or "dim" in low and any(w in low for w in _OF_DIMS):
         kind = DimError
     elif isinstance(e, NotImplementedError):
         kind = NoKernel
-    elif any(w in low for w in ("shape", "size", "broadcast", "dimension", "non-singleton", "matri")):
+    elif any(w in low for w in ("shape", "size", "broadcast", "dimension", "reduction dim", "non-singleton", "matri")):
         kind = ShapeError
     elif isinstance(e, TypeError) or any(w in low for w in ("dtype", "type", "floating", "integral", "boolean")):
         kind = DtypeError
@@ -90,6 +92,17 @@ def inspect_tensors(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[bool, bo
             f"{backends.vendor.device_type!r}; set GEMSKIT_VENDOR to the vendor of that device"
         )
     return kernels, needs_grad and torch.is_grad_enabled(), values
+
+
+def dtypes(op: Op[..., Any], values: tuple[Any, ...]) -> None:
+    """Refuse what no kernel serves."""
+    for n, v in zip(op.params, values):
+        if not isinstance(v, Tensor):
+            continue
+        if v.layout != torch.strided or v.dtype not in SERVED:
+            raise NoKernel(f"{op.name}: no kernel for {n}: {describe(v)}, {v.layout}; served are strided tensors of {NAMES}")
+        if n in op.floats and not v.dtype.is_floating_point:
+            raise DtypeError(f"{op.name}: {n} must be floating point (float16, bfloat16, float32, float64), given {describe(v)}")
 
 
 def _stands_in(op: Op[..., Any], name: str, v: Any) -> bool:

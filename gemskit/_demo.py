@@ -115,7 +115,7 @@ def torch_embed(
         return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps)
 
     def split_heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+        return x.view(*tokens.shape, heads, -1).transpose(1, 2)
 
     x = F.embedding(tokens, weights["embeddings.word_embeddings.weight"])
     x = x + weights["embeddings.position_embeddings.weight"][: tokens.shape[1]]

@@ -25,7 +25,7 @@ from triton.language.extra.cuda import libdevice as cuda_libdevice
 from triton.runtime.autotuner import Autotuner, Heuristics
 from triton.runtime.jit import JITFunction
 
-from .errors import DeviceError, MissingExtra
+from .errors import ArgumentError, DeclarationError, DeviceError, MissingExtra
 
 __all__ = ["active", "checking", "interpret", "run"]
 
@@ -203,8 +203,10 @@ class _Rewriter(ast.NodeTransformer):
 
 
 @functools.lru_cache(maxsize=1024)
-def _rewritten(code: CodeType, filename: str, source: tuple[str, ...], first_line: int) -> CodeType:
-    tree = ast.parse(textwrap.dedent("".join(source)))
+def _rewritten(code: CodeType, filename: str) -> CodeType:
+    """Cached by code object, which all copies of a function share (equal code may stand in two files: ``filename``)."""
+    lines, first_line = inspect.getsourcelines(code)
+    tree = ast.parse(textwrap.dedent("".join(lines)))
     function = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
     arguments = function.args
     function.decorator_list, function.returns = [], None
@@ -219,13 +221,8 @@ def _rewritten(code: CodeType, filename: str, source: tuple[str, ...], first_lin
 
 
 def rewritten(fn: FunctionType, namespace: dict[str, Any]) -> FunctionType:
-    """A copy of ``fn`` with the compiler's meaning of Python statements, resolving names in ``namespace``.
-
-    The rewritten code is cached by code object, which all copies of one function share; the cache is bounded.
-    """
-    lines, first_line = inspect.getsourcelines(fn)
-    code = _rewritten(fn.__code__, fn.__code__.co_filename, tuple(lines), first_line)
-    copy = FunctionType(code, namespace, fn.__name__, fn.__defaults__)
+    """A copy of ``fn`` with the compiler's meaning of Python statements, resolving names in ``namespace``."""
+    copy = FunctionType(_rewritten(fn.__code__, fn.__code__.co_filename), namespace, fn.__name__, fn.__defaults__)
     copy.__kwdefaults__ = fn.__kwdefaults__
     return copy
 
@@ -271,7 +268,7 @@ class _Runtime:
             return bool(condition)
         if condition.numel.value != 1:
             raise ValueError("a block with more than one element decides no `if` or `while`: reduce it first")
-        return bool(self.engine.uniform(condition.handle.data))
+        return bool(self.engine.decide(condition))
 
     def check_assert(self, condition: Any, message: str) -> None:
         if isinstance(condition, tl.tensor):
@@ -311,7 +308,7 @@ class _Language:
                 if tl.core.is_builtin(member):
                     yield owner, name, self._bound(member)
                 elif owner is tl.tensor and isinstance(member, JITFunction):
-                    yield owner, name, functools.partialmethod(member)
+                    yield owner, name, _method(member)
         for name, stub in vars(stub_libdevice).items():
             if inspect.isfunction(stub) and hasattr(cuda_libdevice, name):
                 self.replaced[id(stub)] = self._bound(getattr(cuda_libdevice, name))
@@ -357,7 +354,8 @@ class _Language:
         """The interpretable form of a kernel or device function, made once per run."""
         known = self.functions.get(id(fn))
         if known is None:
-            names = {**fn.__globals__, **inspect.getclosurevars(fn).nonlocals}
+            cells = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
+            names = {**fn.__globals__, **{name: cell.cell_contents for name, cell in cells}}
             builtin = {"range": self.engine.loop, "min": _minimum, "max": _maximum}
             namespace = {name: self.replaced.get(id(value), value) for name, value in names.items()}
             namespace |= {name: value for name, value in builtin.items() if name not in names}
@@ -379,6 +377,10 @@ class _Language:
                 delattr(owner, name)
             else:
                 setattr(owner, name, value)
+
+
+def _method(function: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: function(*args, **kwargs)
 
 
 def _unchanged(value: Any, *_: Any, **__: Any) -> Any:
@@ -405,15 +407,15 @@ def _maximum(*values: Any) -> Any:
 # ---- launch --------------------------------------------------------------------------------------------------------
 
 
+_TYPE_NAMES = {*tl.dtype.SINT_TYPES, *tl.dtype.UINT_TYPES, *tl.dtype.FP_TYPES}
+
+
 def _type(name: str) -> Any:
     """The Triton type of an annotation such as ``i64``; None where the annotation names none."""
     name = name.removeprefix("*").removeprefix("k")
     if re.fullmatch(r"[iu](1|8|16|32|64)", name):
         name = "int1" if name[1:] == "1" else name.replace("i", "int").replace("u", "uint")
-    try:
-        return tl.dtype(name)
-    except Exception:
-        return None
+    return tl.dtype(name) if name in _TYPE_NAMES else None
 
 
 def _integer_type(value: int) -> Any:
@@ -458,6 +460,13 @@ def _descriptor(engine: Any, value: Any, name: str) -> Any:
     return out
 
 
+def _name(kernel: Any) -> str:
+    try:
+        return str(kernel.repr(None)).removeprefix(f"{kernel.fn.__module__}.")
+    except (AttributeError, TypeError, KeyError):  # a `repr=` that looks at the specialisation, which there is none of here
+        return str(kernel.__name__)
+
+
 _lock = threading.RLock()
 
 
@@ -478,11 +487,23 @@ def _launch(kernel: Any, grid: Grid, args: tuple[Any, ...], kwargs: dict[str, An
         for name, rule in kernel.values.items():
             kwargs[name] = rule({**dict(zip(kernel.arg_names, args, strict=False)), **kwargs})
         return _launch(kernel.fn, grid, args, kwargs, check)
+    if not isinstance(kernel, JITFunction):
+        raise ArgumentError(
+            f"interpret: the kernel is {kernel!r}; accepted is a @triton.jit function (with TRITON_INTERPRET unset), "
+            "also under @triton.autotune or @triton.heuristics"
+        )
     names = [p.name for p in kernel.params]
-    bound = inspect.getcallargs(kernel.fn, *args, **{k: v for k, v in kwargs.items() if k in names})
-    shape = grid(bound) if callable(grid) else grid
-    shape = (*(int(n) for n in shape), 1, 1)[:3]
-    cpu_tensors(bound)
+    for p in kernel.params:
+        if p.annotation[:1] in ("'", '"') and not p.is_constexpr:
+            raise DeclarationError(
+                f"kernel {_name(kernel)}, parameter {p.name}: under `from __future__ import annotations` the compiler "
+                f"ignores the quoted annotation {p.annotation}; write it without quotes, such as tl.float64"
+            )
+    bound = kernel.signature.bind(*args, **{k: v for k, v in kwargs.items() if k in names})
+    bound.apply_defaults()
+    given = dict(bound.arguments)
+    cpu_tensors(given)
+    shape = (*(int(n) for n in (grid(given) if callable(grid) else grid)), 1, 1)[:3]
     for hook in kernel.pre_run_hooks:
         hook(*args, **kwargs)
     if 0 in shape:
@@ -492,15 +513,15 @@ def _launch(kernel: Any, grid: Grid, args: tuple[Any, ...], kwargs: dict[str, An
         engine = language.engine
         with language, engine.quiet():
             builder = engine.BUILDER
-            builder.open(kernel.__name__, shape, check)
+            builder.open(_name(kernel), shape, check)
             try:
-                values = {
-                    p.name: bound[p.name]
-                    if p.is_constexpr
-                    else _convert(engine, bound[p.name], p.name, p.annotation_type, not p.do_not_specialize)
-                    for p in kernel.params
-                }
-                builder.run(functools.partial(language.function(kernel.fn), **values))
+                for p in kernel.params:
+                    if not p.is_constexpr:
+                        bound.arguments[p.name] = _convert(
+                            engine, given[p.name], p.name, p.annotation_type, not p.do_not_specialize
+                        )
+                function = language.function(kernel.fn)
+                builder.run(functools.partial(function, *bound.args, **bound.kwargs))
             finally:
                 builder.close()
     return None

@@ -1,16 +1,11 @@
-"""The engine of the interpreter: all programs of a launch run at once, as numpy arrays.
+"""The engine of the interpreter: Triton's operations on numpy arrays, for a group of programs at once.
 
-The data of every value carries a leading program axis (length 1 when all programs agree). A Python decision on a value
-that differs between programs (`if`, `while`, the length of a loop) raises `Split`: what the group wrote is undone and
-its parts are run again, each on its own.
+It stands where the compiler's IR builder stands: Triton's own semantics call it, so types and shapes are the compiler's.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import math
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +16,8 @@ from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as stock
 
 from . import _interpret_numerics as numerics
-from .errors import DtypeError, InterpreterError
+from ._interpret_memory import Memory, Origin, Split, Storage, keep_origin, same_length, uniform
+from .errors import DtypeError
 
 Array = Any
 Handle = stock.TensorHandle
@@ -30,76 +26,11 @@ _ATOMIC = stock._ir.ATOMIC_OP
 _BF16_ATOMIC = {_ATOMIC.FADD: np.add, _ATOMIC.MAX: np.fmax, _ATOMIC.MIN: np.fmin}
 _ACQUIRING = (stock._ir.MEM_SEMANTIC.ACQUIRE, stock._ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
 
-CHUNK = 512
-# Addresses remembered for the search for racing reads; beyond it they are looked at early (32 MiB of indices).
-REMEMBERED = 1 << 22
-
 TYPES = {
     torch.bool: tl.int1, torch.int8: tl.int8, torch.int16: tl.int16, torch.int32: tl.int32, torch.int64: tl.int64,
     torch.uint8: tl.uint8, torch.uint16: tl.uint16, torch.uint32: tl.uint32, torch.uint64: tl.uint64,
     torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16,
 } | {torch_type: triton_type for triton_type, torch_type in numerics.SMALL.items()}  # fmt: skip
-
-
-class Split(BaseException):
-    """Programs of a group disagree on a Python decision; ``labels`` says which belong together."""
-
-    def __init__(self, labels: Array) -> None:
-        self.labels = labels
-
-
-def same_length(*arrays: Array) -> list[Array]:
-    """Broadcast the program axes to one length."""
-    n = max(a.shape[0] for a in arrays)
-    return [a if a.shape[0] == n else np.broadcast_to(a, (n, *a.shape[1:])) for a in arrays]
-
-
-def uniform(data: Array) -> Any:
-    """The one value of a scalar in all programs of the group."""
-    values = data.reshape(data.shape[0], -1)[:, 0]
-    if values.shape[0] > 1 and not (values == values[0]).all():
-        raise Split(np.unique(values, return_inverse=True)[1].reshape(-1))
-    return values[0]
-
-
-class Storage:
-    """Memory of one torch storage, with the program that last wrote each element."""
-
-    def __init__(self, storage: Any) -> None:
-        self.start = storage.data_ptr()
-        self.end = self.start + storage.nbytes()
-        self.names: list[str] = []
-        memory = (ctypes.c_uint8 * storage.nbytes()).from_address(self.start) if storage.nbytes() else b""
-        self.bytes = np.frombuffer(memory, np.uint8)
-        self.unit = 0
-        self.writer: Array = None
-
-    def view(self, size: int) -> Array:
-        return self.bytes[: len(self.bytes) // size * size].view(f"u{size}")
-
-    def writers(self, size: int, index: Array) -> tuple[Array, Array]:
-        if self.writer is None:
-            self.unit = size
-            self.writer = np.zeros(len(self.bytes) // size + 1, np.int32)
-        return self.writer, index if size == self.unit else index * size // self.unit
-
-
-class Origin:
-    """Where a pointer came from: an argument and its storage."""
-
-    def __init__(self, name: str, storage: Storage) -> None:
-        self.name, self.storage = name, storage
-
-
-def _origin(handle: Any) -> Origin | None:
-    return getattr(handle, "origin", None)
-
-
-def _keep(handle: Any, source: Any) -> Any:
-    origin = getattr(source, "origin", None)
-    if origin is not None:
-        handle.origin = origin
-    return handle
 
 
 class Descriptor:
@@ -117,226 +48,18 @@ class Descriptor:
             raise ValueError("tensor descriptor: the last stride must be 1")
 
 
-class GridBuilder(stock.InterpreterBuilder):  # type: ignore[misc]
+class GridBuilder(Memory, stock.InterpreterBuilder):  # type: ignore[misc]
     """Builds nothing: computes every operation at once for a group of programs."""
 
     def __init__(self) -> None:
-        super().__init__()
+        Memory.__init__(self)
+        stock.InterpreterBuilder.__init__(self)
         precisions = ("tf32", "tf32x3", "ieee", "bf16x3", "bf16x6")
         self.options = dataclasses.replace(
-            self.options, sanitize_overflow=False, debug=True, allowed_dot_input_precisions=precisions
+            stock.InterpreterOptions(), sanitize_overflow=False, debug=True, allowed_dot_input_precisions=precisions
         )
-        self.check = True
-        self.kernel = ""
-        self.storages: list[Storage] = []
-        self.log: list[tuple[Array, Array, Array]] = []
-        self.reads: list[tuple[Any, ...]] = []
-        self.synchronised: Array = None
-        self.ordered = False
-
-    def open(self, kernel: str, grid: tuple[int, int, int], check: bool) -> None:
-        self.kernel, self.check, self.storages = kernel, check, []
-        self.set_grid_dim(*grid)
-        self.synchronised = np.zeros(math.prod(grid), bool)
-        self._begin(np.zeros(1, np.int64))
-
-    def close(self) -> None:
-        self.storages, self.log, self.reads = [], [], []
-
-    def run(self, program: Any) -> None:
-        """Run ``program`` for the whole grid in groups, splitting those whose programs decide differently."""
-        total = math.prod(self.grid_dim)
-        pending: list[tuple[Any, ...]] = []
-        remembered = 0
-        for first in range(0, total, CHUNK):
-            work = [np.arange(first, min(first + CHUNK, total))]
-            while work:
-                numbers = work.pop()
-                self._begin(numbers)
-                try:
-                    program()
-                except Split as split:
-                    for target, index, old in reversed(self.log):
-                        target[index] = old
-                    work.extend(reversed(self._parts(numbers, split.labels)))
-                else:
-                    pending += self.reads
-                    remembered += sum(read[2].size for read in self.reads)
-            if remembered > REMEMBERED:
-                self.racing_reads(pending)
-                pending, remembered = [], 0
-        self.racing_reads(pending)
-
-    def _parts(self, numbers: Array, labels: Array) -> list[Array]:
-        if self.ordered:  # after an atomic the order of the programs is visible: cut only into runs of equal labels
-            return np.split(numbers, np.flatnonzero(np.diff(labels)) + 1)
-        return [numbers[labels == label] for label in np.unique(labels)]
-
-    def _begin(self, number: Array) -> None:
-        pid = np.stack(np.unravel_index(number, self.grid_dim)).astype(np.int32)
-        self.pid, self.number = pid, number
-        self.grid_idx = tuple(int(i) for i in pid[:, 0])
-        self.log, self.reads, self.ordered = [], [], False
-        self.synchronised[number] = False
-
-    def fail(self, what: str, argument: str, program: int | None, where: tuple[str, int] | None = None) -> None:
-        file, line = where or self.where()
-        of = "" if program is None else f", program {tuple(int(i) for i in np.unravel_index(program, self.grid_dim))}"
-        raise InterpreterError(f"{what}: kernel {self.kernel}, argument {argument}, {file}:{line}{of}")
-
-    def where(self) -> tuple[str, int]:
-        """File and line of the innermost user function that is being interpreted."""
-        frame, found = sys._getframe(1), ("?", 0)
-        while frame is not None:
-            if "__gemskit__" in frame.f_globals:
-                found = (frame.f_code.co_filename, frame.f_lineno)
-                if not frame.f_globals.get("__name__", "").startswith("triton.language"):
-                    break
-            frame = frame.f_back  # type: ignore[assignment]
-        return found
 
     # ---- memory ----------------------------------------------------------------------------------------------------
-
-    def _outside(self, what: str, p: Array, mask: Array, size: int, allowed: list[Storage], name: str) -> None:
-        inside = np.zeros(p.shape, bool)
-        for s in allowed:
-            if s.end - s.start >= size:
-                inside |= (p >= np.uint64(s.start)) & (p <= np.uint64(s.end - size))
-        bad = mask & ~inside
-        if not bad.any():
-            return
-        first = int(bad.reshape(-1).argmax())
-        address, row = int(p.reshape(-1)[first]), first // max(1, math.prod(p.shape[1:]))
-        if name:
-            start, end = allowed[0].start, allowed[0].end
-            if address >= end or address + size > end >= address >= start:
-                place = f"{address + size - end} bytes past the end of its storage"
-            else:
-                place = f"{(start - address) % 2**64} bytes before the start of its storage"
-        else:
-            place = "at an address in no tensor argument"
-        count = f"{int(bad.sum())} of {int(mask.sum())} lanes"
-        self.fail(f"out-of-bounds {what} {place} ({count})", name or "unknown", int(self.number[row]))
-
-    def locate(self, ptr: Any, mask: Array, size: int, what: str) -> tuple[Origin | None, Array, Array]:
-        """``(origin, addresses, element index)``; the index is None where no single storage holds all lanes."""
-        p = ptr.data
-        if mask is not None:
-            p, mask = np.broadcast_arrays(p, mask)
-        active = p if mask is None else p[mask]
-        if active.size == 0:
-            return _origin(ptr), p, np.zeros(p.shape, np.int64)
-        low, high = int(active.min()), int(active.max())
-        origin = _origin(ptr)
-        aligned = origin is not None
-        if origin is None or not self.check:
-            inside = next((s for s in self.storages if s.start <= low and high + size <= s.end), None)
-            if inside is None:
-                if self.check:
-                    everything = np.ones(p.shape, bool) if mask is None else mask
-                    self._outside(what, p, everything, size, self.storages, "")
-                return None, p, None
-            origin = Origin(", ".join(inside.names), inside)
-        storage = origin.storage
-        if low < storage.start or high + size > storage.end:
-            everything = np.ones(p.shape, bool) if mask is None else mask
-            self._outside(what, p, everything, size, [storage], origin.name)
-        offset = p - np.uint64(storage.start)
-        if (low - storage.start) % size or (not aligned and (active - np.uint64(storage.start) & np.uint64(size - 1)).any()):
-            return None, p, None
-        index = (offset >> np.uint64(size.bit_length() - 1)).view(np.int64)
-        return origin, p, index if mask is None else np.where(mask, index, 0)
-
-    def _load(self, ptr: Any, mask: Array, other: Array) -> Any:
-        dtype = ptr.get_element_ty()
-        storage_type = np_dtype(dtype)
-        size = storage_type.itemsize
-        if mask is not None and mask.all():
-            mask = None
-        origin, p, index = self.locate(ptr, mask, size, "load")
-        if index is None:
-            m = np.ascontiguousarray(np.broadcast_to(True if mask is None else mask, p.shape))
-            o = np.zeros(p.shape, storage_type) if other is None else np.ascontiguousarray(np.broadcast_to(other, p.shape))
-            return Handle(stock._interpreter.load(np.ascontiguousarray(p), m, o, storage_type), dtype)
-        if origin is None or origin.storage.end == origin.storage.start:
-            out = np.zeros(p.shape, storage_type)
-        else:
-            if self.check:
-                self.reads.append((origin, size, index, mask, self._readers(), self.where()))
-            out = origin.storage.view(size).take(index).view(storage_type)
-        if mask is not None:
-            out = np.where(mask, out, storage_type.type(0) if other is None else other)
-        return Handle(out, dtype)
-
-    def _store(self, ptr: Any, value: Array, mask: Array) -> None:
-        if mask is not None and mask.all():
-            mask = None
-        origin, p, index = self.locate(ptr, mask, value.dtype.itemsize, "store")
-        size = value.dtype.itemsize
-        if index is None:
-            if len(self.number) > 1:
-                raise Split(np.arange(len(self.number)))
-            m = np.broadcast_to(True if mask is None else mask, p.shape)
-            stock._interpreter.store(*(np.ascontiguousarray(np.broadcast_to(a, p.shape)) for a in (p, value, m)))
-            return
-        if origin is None or origin.storage.end == origin.storage.start:
-            return
-        rows = self.number.reshape(-1, *(1,) * (index.ndim - 1))
-        if mask is None:
-            index, value, rows = np.broadcast_arrays(index, value, rows)
-        else:
-            index, value, rows, mask = np.broadcast_arrays(index, value, rows, mask)
-            index, value, rows = index[mask], value[mask], rows[mask]
-        target = origin.storage.view(size)
-        if len(self.number) > 1:
-            self.log.append((target, index, target[index]))
-        target[index] = np.ascontiguousarray(value).view(target.dtype)
-        if self.check:
-            self._claim(origin, size, index, rows)
-
-    def _claim(self, origin: Origin, size: int, index: Array, rows: Array) -> None:
-        """Mark elements as written by their programs; two unordered programs on one element are a race."""
-        writer, unit = origin.storage.writers(size, index)
-        ordered = self.synchronised[rows]
-        mine = rows.astype(np.int32) + 1
-        if ordered.any():
-            mine = np.where(ordered, np.int32(-1), mine)
-        old = writer[unit]
-        if len(self.number) > 1:
-            self.log.append((writer, unit, old))
-        writer[unit] = mine
-        clash = (old > 0) & (old != mine)
-        if len(self.number) > 1:
-            after = writer[unit]
-            late = (after > 0) & (after != mine)
-            old, clash = np.where(late, after, old), clash | late
-        clash &= mine > 0
-        if clash.any():
-            k = int(clash.reshape(-1).argmax())
-            one, two = sorted((int(old.reshape(-1)[k]) - 1, int(mine.reshape(-1)[k]) - 1))
-            first = tuple(int(i) for i in np.unravel_index(one, self.grid_dim))
-            self.fail(f"race: store to an element that program {first} also stores to", origin.name, two)
-
-    def _readers(self) -> Array:
-        return np.where(self.synchronised[self.number], -1, self.number).astype(np.int32)
-
-    def racing_reads(self, reads: list[tuple[Any, ...]]) -> None:
-        """Raise for a read of an element that another program of the launch stored to."""
-        for origin, size, index, mask, readers, where in reads:
-            storage = origin.storage
-            if storage.writer is None:
-                continue
-            writer = storage.writer[index if size == storage.unit else index * size // storage.unit]
-            if mask is not None:
-                writer = np.where(mask, writer, 0)
-            rows = readers.reshape(-1, *(1,) * (index.ndim - 1))
-            bad = (writer > 0) & (writer != rows + 1) & (rows >= 0)
-            if bad.any():
-                k = int(bad.reshape(-1).argmax())
-                other = int(np.broadcast_to(writer, bad.shape).reshape(-1)[k]) - 1
-                by = tuple(int(i) for i in np.unravel_index(other, self.grid_dim))
-                reader = int(np.broadcast_to(rows, bad.shape).reshape(-1)[k])
-                self.fail(f"race: load of an element that program {by} stores to", origin.name, reader, where)
 
     def create_load(self, ptr: Any, *_: Any) -> Any:
         return self._load(ptr, None, None)
@@ -353,14 +76,13 @@ class GridBuilder(stock.InterpreterBuilder):  # type: ignore[misc]
     def create_atomic_rmw(self, op: Any, ptr: Any, value: Any, mask: Any, sem: Any, scope: Any) -> Any:
         shape = (len(self.number), *ptr.data.shape[1:])
         p, v, m = (np.ascontiguousarray(np.broadcast_to(h.data, shape)) for h in (ptr, value, mask))
-        full = _keep(Handle(p, ptr.dtype), ptr)
+        full = keep_origin(Handle(p, ptr.dtype), ptr)
         origin, _, index = self.locate(full, m, v.itemsize, "atomic")
-        if len(self.number) > 1:
-            if index is None:
-                raise Split(np.arange(len(self.number)))
-            if origin is not None and origin.storage.end > origin.storage.start:
-                target = origin.storage.view(v.itemsize)
-                self.log.append((target, index[m], target[index[m]]))
+        if index is None:
+            self._one_by_one()
+        elif len(self.number) > 1 and origin is not None:
+            target = origin.storage.view(v.itemsize)
+            self.log.append((target, index[m], target[index[m]]))
         self.ordered = True
         if sem in _ACQUIRING:
             self.synchronised[self.number] = True
@@ -369,22 +91,20 @@ class GridBuilder(stock.InterpreterBuilder):  # type: ignore[misc]
         return super().create_atomic_rmw(op, full, Handle(v, value.dtype), Handle(m, tl.int1), sem, scope)
 
     def create_atomic_cas(self, ptr: Any, cmp: Any, value: Any, sem: Any, scope: Any) -> Any:
-        if len(self.number) > 1:  # compare-and-swap builds locks: the programs run one after the other
-            raise Split(np.arange(len(self.number)))
+        self._one_by_one()  # compare-and-swap builds locks
         self.locate(ptr, None, value.data.itemsize, "atomic")
         if sem in _ACQUIRING:
             self.synchronised[self.number] = True
         return super().create_atomic_cas(ptr, cmp, value, sem, scope)
 
     def create_atomic_poll(self, *args: Any) -> Any:
-        if len(self.number) > 1:
-            raise Split(np.arange(len(self.number)))
+        self._one_by_one()
         return super().create_atomic_poll(*args)
 
     def create_addptr(self, ptr: Any, offset: Any) -> Any:
         size = max(1, ptr.get_element_ty().primitive_bitwidth // 8)
         step = np.multiply(offset.data, size, dtype=np.int64, casting="unsafe").view(np.uint64)
-        return _keep(Handle(ptr.data + step, ptr.dtype), ptr)
+        return keep_origin(Handle(ptr.data + step, ptr.dtype), ptr)
 
     # ---- programs --------------------------------------------------------------------------------------------------
 
@@ -393,8 +113,7 @@ class GridBuilder(stock.InterpreterBuilder):  # type: ignore[misc]
         return Handle(ids[:1] if (ids == ids[0]).all() else ids, tl.int32)
 
     def create_print(self, prefix: str, hexadecimal: bool, values: list[Any], *_: Any) -> None:
-        if len(self.number) > 1:
-            raise Split(np.arange(len(self.number)))
+        self._one_by_one()
         super().create_print(prefix, hexadecimal, values, *_)
 
     def create_assert(self, condition: Any, message: Any, *_: Any) -> None:
@@ -424,7 +143,7 @@ class GridBuilder(stock.InterpreterBuilder):  # type: ignore[misc]
     def create_bitcast(self, src: Any, dst: Any) -> Any:
         out = Handle(src.data.view(np_dtype(dst)), dst.scalar)
         same_size = dst.is_ptr() and out.get_element_ty().primitive_bitwidth // 8 == src.get_element_ty().primitive_bitwidth // 8
-        return _keep(out, src) if same_size else out
+        return keep_origin(out, src) if same_size else out
 
     create_int_to_ptr = create_ptr_to_int = create_bitcast
 
@@ -467,24 +186,24 @@ class GridBuilder(stock.InterpreterBuilder):  # type: ignore[misc]
         return Handle(np.arange(start, stop, dtype=np.int32)[None], tl.int32)
 
     def create_reshape(self, a: Any, shape: Any, *_: Any) -> Any:
-        return _keep(Handle(a.data.reshape(a.data.shape[0], *shape), a.dtype.scalar), a)
+        return keep_origin(Handle(a.data.reshape(a.data.shape[0], *shape), a.dtype.scalar), a)
 
     def create_trans(self, a: Any, order: Any) -> Any:
-        return _keep(Handle(np.transpose(a.data, (0, *[d + 1 for d in order])), a.dtype.scalar), a)
+        return keep_origin(Handle(np.transpose(a.data, (0, *[d + 1 for d in order])), a.dtype.scalar), a)
 
     def create_expand_dims(self, a: Any, axis: int) -> Any:
-        return _keep(Handle(np.expand_dims(a.data, axis + 1), a.dtype.scalar), a)
+        return keep_origin(Handle(np.expand_dims(a.data, axis + 1), a.dtype.scalar), a)
 
     def create_broadcast(self, a: Any, shape: Any) -> Any:
-        return _keep(Handle(np.broadcast_to(a.data, (a.data.shape[0], *shape)), a.dtype.scalar), a)
+        return keep_origin(Handle(np.broadcast_to(a.data, (a.data.shape[0], *shape)), a.dtype.scalar), a)
 
     def create_splat(self, ty: Any, a: Any) -> Any:
         shape, n = tuple(ty.shape), a.data.shape[0]
         data = np.broadcast_to(a.data.reshape(n, *(1,) * len(shape)), (n, *shape))
-        return _keep(Handle(data, a.dtype.scalar), a)
+        return keep_origin(Handle(data, a.dtype.scalar), a)
 
     def create_unsplat(self, a: Any) -> Any:
-        return _keep(Handle(a.data.reshape(a.data.shape[0], -1)[:, 0], a.dtype.scalar), a)
+        return keep_origin(Handle(a.data.reshape(a.data.shape[0], -1)[:, 0], a.dtype.scalar), a)
 
     def create_cat(self, lhs: Any, rhs: Any, *_: Any) -> Any:
         return Handle(np.concatenate(same_length(lhs.data, rhs.data), axis=1), lhs.dtype.scalar)
@@ -520,7 +239,7 @@ class GridBuilder(stock.InterpreterBuilder):  # type: ignore[misc]
                 off = off + np.arange(d.block_shape[axis]).reshape(1, *(-1 if i == axis else 1 for i in range(n)))
             address = address + (off * size * d.strides[axis].data.reshape(column).astype(np.int64)).astype(np.uint64)
             mask = mask & (off >= 0) & (off < d.shape[axis].data.reshape(column))
-        return _keep(Handle(address, d.base.dtype.scalar), d.base), mask
+        return keep_origin(Handle(address, d.base.dtype.scalar), d.base), mask
 
     def _descriptor_load(self, d: Descriptor, offsets: list[Array]) -> Any:
         ptr, mask = self._block(d, offsets)
@@ -538,6 +257,16 @@ class GridBuilder(stock.InterpreterBuilder):  # type: ignore[misc]
     def create_descriptor_store(self, d: Descriptor, value: Any, offsets: list[Any]) -> None:
         ptr, mask = self._block(d, [h.data for h in offsets])
         self._store(ptr, value.data, mask)
+
+    def create_descriptor_reduce(self, kind: Any, d: Descriptor, value: Any, offsets: list[Any]) -> None:
+        ptr, mask = self._block(d, [h.data for h in offsets])
+        element, name = ptr.get_element_ty(), kind.name
+        if element.is_floating():
+            name = {"ADD": "FADD"}.get(name, name)
+        elif name in ("MIN", "MAX") and element.is_int_unsigned():
+            name = "U" + name
+        sem = stock._ir.MEM_SEMANTIC.RELAXED
+        self.create_atomic_rmw(getattr(_ATOMIC, name), ptr, value, Handle(mask, tl.int1), sem, None)
 
     @staticmethod
     def _rows(d: Descriptor, x: Any, y: Any) -> list[Array]:
@@ -646,7 +375,7 @@ def quiet() -> Any:
     return np.errstate(all="ignore")
 
 
-def scalar(value: bool | int | float, dtype: Any) -> Any:
+def scalar(value: float, dtype: Any) -> Any:
     """A number as a scalar tensor of ``dtype``."""
     if dtype.is_int() and isinstance(value, float):
         raise DtypeError(f"interpret: the float {value} was given for a parameter of type {dtype}")
@@ -678,9 +407,15 @@ def loop(first: Any, second: Any = None, step: Any = 1, **_: Any) -> Iterator[An
         yield _tensor((low + k * by).astype(np_dtype(dtype)), dtype)
 
 
+def decide(x: Any) -> bool:
+    """The truth of a single element, the same in all programs of the group."""
+    data, dtype = x.handle.data, x.dtype.scalar
+    return bool(uniform((numerics.widen(data, dtype) if dtype in numerics.SMALL else data) != 0))
+
+
 def truth(x: Any) -> bool:
     """Triton's own code asks blocks for their truth to see whether they were given: those are true."""
-    return x.type.is_block() or bool(uniform(x.handle.data))
+    return x.type.is_block() or decide(x)
 
 
 def integer(x: Any) -> int:

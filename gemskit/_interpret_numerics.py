@@ -145,7 +145,7 @@ def atomic_bf16(op: Callable[[Array, Array], Array] | None, p: Array, value: Arr
     """Atomics on bfloat16 at the addresses ``p``, lane by lane; without ``op`` an exchange. Returns the old bits."""
     out = np.zeros(p.shape, np.uint16)
     for i in zip(*np.nonzero(mask), strict=True):
-        cell = np.frombuffer((ctypes.c_uint16 * 1).from_address(int(p[i])), np.uint16)
+        cell = np.frombuffer(memoryview((ctypes.c_uint16 * 1).from_address(int(p[i]))), np.uint16)
         out[i] = cell[0]
         new = value[i].reshape(1)
         cell[0] = (new if op is None else binary(cell, new, tl.bfloat16, op))[0]
@@ -212,7 +212,7 @@ def libdevice(symbol: str) -> Callable[..., Array]:
     """The CPU function of a device library symbol such as ``__nv_erff`` or ``__ocml_erf_f32``."""
     name = re.sub(r"^__(nv|ocml)_(native_|fast_)?|_f(16|32|64)$", "", symbol)
     rounded = re.sub(r"_r[nzud]$", "", name)
-    for candidate in (name, name[:-1] if name[-1] in "fd" else name, rounded, rounded.lstrip("fd") or rounded):
+    for candidate in (name, name[:-1] if name[-1] in "fd" else name, rounded, rounded[1:] if rounded[0] in "fd" else rounded):
         if candidate in _LIBDEVICE:
             return _LIBDEVICE[candidate]
     raise NotImplementedError(f"libdevice function {symbol} has no CPU counterpart in the interpreter")

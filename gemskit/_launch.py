@@ -82,7 +82,7 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict
     if _capture is not None:
         _capture(kernel, grid, args, meta)
     elif device.type == "cpu":
-        _interpret.run(kernel, grid, args, meta)
+        _interpret.run(kernel, grid, args, meta, check=_interpret.checking())
     elif torch.accelerator.current_device_index() == device.index:
         kernel[grid](*args, **meta)
     else:

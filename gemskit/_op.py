@@ -8,6 +8,7 @@ which kernel runs on an accelerator.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -54,14 +55,17 @@ class Op(Generic[P, R]):
     elementwise = False
 
     def __init__(
-        self, meaning: Callable[P, R], *, aten: str | None = None, writes: Sequence[str] = (), random: bool = False
-    ) -> None:
+        self, meaning: Callable[P, R], *, aten: str | None = None, writes: Sequence[str] = (), random: bool = False,
+        floats: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.meaning, self.aten, self.random = meaning, aten, random
         self.name = self.__name__ = meaning.__name__
         self.__doc__, self.__module__, self.__wrapped__ = meaning.__doc__, meaning.__module__, meaning
         if not meaning.__doc__:
             raise DeclarationError(f"{self.name}: an operator has a docstring")
-        if self.name in REGISTRY:
+        # Operators that users declare are theirs: no name of ours is taken from them, no test of ours walks over them.
+        ours = type(self)._registers and self.__module__.partition(".")[0] == "gemskit"
+        if ours and self.name in REGISTRY:
             raise DeclarationError(f"{self.name}: declared twice")
         self.signature = inspect.signature(meaning)
         names = list(self.signature.parameters)
@@ -74,7 +78,8 @@ class Op(Generic[P, R]):
         self.scalars = tuple(n for n in self.params if n not in self.tensors and kinds[n].split(" | ")[0] in ("float", "Number"))
         #: The tensors that the in-place variant overwrites, one for each output.
         self.writes = tuple(writes) or self.tensors[:1]
-        #: ATen overloads in addition to ``aten`` itself are found from its schema by the adapter.
+        #: Parameters that take floating-point tensors only (torch finds out in its kernels, so a meta run does not).
+        self.floats = tuple(floats)
         self.inplace_name: str | None = None
         self._order = _ordering(self)
         self._plans: dict[Any, Plan] = {}
@@ -82,7 +87,7 @@ class Op(Generic[P, R]):
         self._vjp: Callable[..., Mapping[str, Tensor | None]] | None = None
         self._saves: tuple[str, ...] = ()
         self.differentiable: tuple[str, ...] = ()
-        if type(self)._registers:
+        if ours:
             REGISTRY[self.name] = self
 
     _registers = True
@@ -150,7 +155,7 @@ class Op(Generic[P, R]):
             found = self._meaning(values)
             return found if out is None else _checks.write_out(self, out, found)
         if needs_grad and self._has_gradient(values):
-            found = _Differentiable.apply(self, False, *values)
+            found = _Differentiable.apply(self, False, *values)  # type: ignore[no-untyped-call]
             return found if isinstance(found, Tensor) else self._tuple(found)
         if out is None:
             return self._tuple(self.forward(values))
@@ -168,7 +173,7 @@ class Op(Generic[P, R]):
                 target.copy_(value)
             return targets[0] if len(targets) == 1 else targets
         if needs_grad and self._has_gradient(values):
-            found = _Differentiable.apply(self, True, *values)
+            found = _Differentiable.apply(self, True, *values)  # type: ignore[no-untyped-call]
             return found if isinstance(found, Tensor) else self._tuple(found)
         self.forward(values, targets)
         return targets[0] if len(targets) == 1 else targets
@@ -205,7 +210,6 @@ class Op(Generic[P, R]):
         if outs is None:
             outs = tuple(torch.empty_strided(s, t, dtype=d, device=device) for s, t, d in plan.outs)
         else:
-            _checks.inplace_results(self, outs, [(s, d) for s, _, d in plan.outs])
             torch.autograd.graph.increment_version(outs)
         self._run(plan, outs, values, keep)
         return outs
@@ -231,18 +235,19 @@ class Op(Generic[P, R]):
         return plan
 
     def _make_plan(self, values: tuple[Any, ...], outs: tuple[Tensor, ...] | None) -> Plan:
+        _checks.dtypes(self, values)
         meta = tuple(_on_meta(v) if isinstance(v, Tensor) else v for v in values)
         found = self._meaning(meta)
         specs = tuple(
             (tuple(t.shape), tuple(t.stride()), t.dtype) for t in (found if isinstance(found, tuple) else (found,))
         )
+        if outs:
+            _checks.inplace_results(self, outs, [(s, d) for s, _, d in specs])
         layouts = tuple(map(_layout, outs)) if outs else specs
-        named = dict(zip(self.params, values))
-        for n, v in named.items():
-            if isinstance(v, Tensor) and (v.is_complex() or v.layout != torch.strided or v.dtype not in _checks.SERVED):
-                raise NoKernel(f"{self.name}: no kernel for {n}: {describe(v)}; served are strided tensors of {_checks.NAMES}")
-        # Stand-ins on meta: a plan must not keep a tensor alive.
-        return Plan(specs, self.plan({**dict(zip(self.params, meta))}, tuple(_meta(*spec) for spec in layouts)))
+        device = next(v.device for v in values if isinstance(v, Tensor))
+        # Stand-ins on meta: a plan must not keep a tensor alive. The device is current, its architecture sets the numbers.
+        with torch.get_device_module(device).device(device) if device.type != "cpu" else contextlib.nullcontext():
+            return Plan(specs, self.plan(dict(zip(self.params, meta)), tuple(_meta(*spec) for spec in layouts)))
 
     def plan(self, named: Named, outs: tuple[Tensor, ...]) -> Callable[..., None]:
         """The launch for arguments and outputs of this layout (given as meta tensors): ``run(outs, keep, arguments)``."""
@@ -338,11 +343,11 @@ class _Differentiable(torch.autograd.Function):
 
 
 def operator(
-    *, aten: str | None = None, writes: Sequence[str] = (), random: bool = False
+    *, aten: str | None = None, writes: Sequence[str] = (), random: bool = False, floats: Sequence[str] = ()
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Declare an operator with a free kernel; attach it with ``@op.kernel`` and its gradient with ``@op.gradient_by``."""
 
     def declare(meaning: Callable[P, R]) -> Op[P, R]:
-        return Op(meaning, aten=aten, writes=writes, random=random)
+        return Op(meaning, aten=aten, writes=writes, random=random, floats=floats)
 
     return declare

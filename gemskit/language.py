@@ -103,3 +103,15 @@ def welford(mean_a, m2_a, n_a, mean_b, m2_b, n_b):
     delta = mean_b - mean_a
     share = tl.where(n > 0, n_b / tl.where(n > 0, n, 1), 0)
     return mean_a + delta * share, m2_a + m2_b + delta * delta * n_a * share, n
+
+
+@triton.jit
+def online_softmax(peak_a, total_a, peak_b, total_b):
+    """Merge two (maximum, sum of exp(x - maximum)) pairs (Milakov and Gimelshein 2018); one element x is (x, 1).
+
+    The identity is (-inf, 0). NaN propagates; for torch's NaN at +inf, an element +inf enters as (inf, nan).
+    """
+    # One exponential for both sides; equal peaks include two infinite ones, whose difference is NaN.
+    scale = exp(tl.where(peak_a == peak_b, 0, -tl.abs(peak_a - peak_b)))
+    total = tl.where(peak_a > peak_b, total_a + total_b * scale, total_a * scale + total_b)
+    return maximum(peak_a, peak_b), total

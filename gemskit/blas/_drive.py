@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from gemskit import _layout, backends
 from gemskit._bind import SCALARS, adapter, annotations, arguments, fill, parameters, slots
+from gemskit._checks import describe
 from gemskit._dtypes import TRITON, compute_type
 from gemskit._launch import launch
 from gemskit._layout import offset
 from gemskit._op import Named, Op, P, R
-from gemskit.errors import NoKernel
+from gemskit.errors import DtypeError, NoKernel
 
 #: Filled in per operator.
 EPILOGUE: Any = None
@@ -33,11 +34,13 @@ def _tiles(
     out, a, b, extras, batch_sizes, out_strides, a_strides, b_strides, extra_strides,
     out_m, out_n, a_m, a_k, b_k, b_n, extra_m, extra_n, s0, s1, s2, s3, M, N, K,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, WIDE: tl.constexpr,
+    GROUP: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
+    k = tl.arange(0, BK)
     if WIDE:
         i = i.to(tl.int64)
+        k = k.to(tl.int64)
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     per_batch = tiles_m * tiles_n
     batch = i // per_batch
@@ -47,16 +50,25 @@ def _tiles(
     height = tl.minimum(tiles_m - group * GROUP, GROUP)
     tile_m = group * GROUP + (i % (GROUP * tiles_n)) % height
     tile_n = (i % (GROUP * tiles_n)) // height
-    m = tile_m * BM + tl.arange(0, BM)[:, None]
-    n = tile_n * BN + tl.arange(0, BN)[None, :]
+    m = tile_m * BM + tl.arange(0, BM)
+    n = tile_n * BN + tl.arange(0, BN)
     a += offset(batch, batch_sizes, a_strides)
     b += offset(batch, batch_sizes, b_strides)
+    # Rows and columns beyond the end wrap around, so that the loop needs no mask for them; the store drops them.
+    a_at = (m % M)[:, None] * a_m + k[None, :] * a_k
+    b_at = k[:, None] * b_k + (n % N)[None, :] * b_n
     acc = tl.zeros((BM, BN), ACC)
     for start in range(0, K, BK):
-        k = start + tl.arange(0, BK)
-        x = tl.load(a + m * a_m + k[None, :] * a_k, (m < M) & (k[None, :] < K), other=0)
-        y = tl.load(b + k[:, None] * b_k + n * b_n, (k[:, None] < K) & (n < N), other=0)
+        if EVEN_K:
+            x, y = tl.load(a + a_at), tl.load(b + b_at)
+        else:
+            x = tl.load(a + a_at, k[None, :] < K - start, other=0)
+            y = tl.load(b + b_at, k[:, None] < K - start, other=0)
         acc = tl.dot(x, y, acc, input_precision=PRECISION, out_dtype=ACC)
+        # Scalar pointers advance, tile offsets stay: one add a step, and only the offsets inside a tile can leave int32.
+        a += BK * a_k
+        b += BK * b_k
+    m, n = m[:, None], n[None, :]
     live = (m < M) & (n < N)
     values = ()
     for j in tl.static_range(len(extras)):
@@ -79,45 +91,35 @@ class Product:
         if not a.dtype.is_floating_point:
             raise NoKernel(f"{self.name}: no kernel for {a.dtype} products; served are float16, bfloat16, float32, float64")
         operands = [n for n in self.names if isinstance(named.get(n), Tensor)]
-        shape, (M, K), N = tuple(out.shape), a.shape[-2:], b.shape[-1]
-        batch = shape[:-2]
-        strides = [tuple(out.stride())]
-        strides += [_layout.broadcast_strides(t, (*batch, *t.shape[-2:])) for t in (a, b)]
-        strides += [_layout.broadcast_strides(named[n], shape) for n in operands]
-        batch_sizes, flat = _layout.collapse(batch, [s[:-2] for s in strides])
+        shape, K = tuple(out.shape), a.shape[-1]
+        batch, M, N = shape[:-2], shape[-2], shape[-1]
+        factors = [_layout.broadcast_strides(t, (*batch, *t.shape[-2:])) for t in (a, b)]
+        others = [tuple(out.stride()), *(_layout.broadcast_strides(named[n], shape) for n in operands)]
+        wide = any(_layout.is_wide((*batch, *t.shape[-2:]), [s]) for t, s in zip((out, a, b), (others[0], *factors)))
+        wide = wide or _layout.is_wide(shape, others)
+        # Rows follow the batch in one space: b does not vary along them, so batches that share b become rows.
+        along = [others[0][:-1], factors[0][:-1], (*factors[1][:-2], 0), *(s[:-1] for s in others[1:])]
+        sizes, flat = _layout.collapse((*batch, M), along)
+        if flat[2][-1]:
+            sizes, flat = (*sizes, 1), [(*s, 0) for s in flat]
+        batch_sizes, M = sizes[:-1] or (1,), sizes[-1] if out.numel() else 0
+        strides, rows = [s[:-1] or (0,) for s in flat], [s[-1] for s in flat]
         acc = compute_type(a.dtype)
-        config = backends.arch().config("gemm")
-        side = 64 if a.dtype in (torch.float32, torch.float64) else config["m"]
-        bm = min(side, max(16, triton.next_power_of_2(M)))
-        bn = min(side if acc == torch.float32 else 64, max(16, triton.next_power_of_2(N)))
-        bk = min(config["k"] if a.element_size() == 2 else 32, max(16, triton.next_power_of_2(K)))
-        grid = triton.cdiv(M, bm) * triton.cdiv(N, bn) * math.prod(batch)
+        meta = tiles(backends.arch().config("gemm"), M, N, K, a.dtype)
+        grid = triton.cdiv(M, meta["BM"]) * triton.cdiv(N, meta["BN"]) * math.prod(batch_sizes)
         kernel, runtime = self._bind(named, operands, acc)
-        meta = dict(
-            ACC=TRITON[acc],
-            BM=bm,
-            BN=bn,
-            BK=bk,
-            GROUP=config["group"],
-            WIDE=_layout.is_wide((*batch, M, N), strides[:1] + strides[3:])
-            or _layout.is_wide((*batch, M, K), strides[1:2])
-            or _layout.is_wide((*batch, K, N), strides[2:3]),
-            num_warps=config["warps"] if bm * bn > 64 * 64 else 4,
-            num_stages=config["stages"],
-        )
-        single = a.dtype == torch.float32
-        inner = (*strides[0][-2:], *strides[1][-2:], *strides[2][-2:])
-        extra_m, extra_n = tuple(s[-2] for s in strides[3:]), tuple(s[-1] for s in strides[3:])
-
-        def choose() -> dict[str, Any]:
-            return dict(meta, PRECISION="tf32" if single and tf32() else "ieee")
+        meta |= dict(ACC=TRITON[acc], EVEN_K=K % meta["BK"] == 0, WIDE=wide)
+        inner = (rows[0], others[0][-1], rows[1], factors[0][-1], factors[1][-2], factors[1][-1])
+        extra_m, extra_n = tuple(rows[3:]), tuple(s[-1] for s in others[1:])
+        strided = (batch_sizes, strides[0], strides[1], strides[2], tuple(strides[3:]), *inner, extra_m, extra_n)
+        fast = a.dtype == torch.float32 and backends.arch().target[0] == "cuda"
 
         def run(out: Tensor, a: Tensor, b: Tensor, named: Named) -> None:
             if grid:
                 extras = tuple([named[n] for n in operands])
                 scalars = slots([named[n] for n in runtime])
-                batches = (batch_sizes, flat[0], flat[1], flat[2], tuple(flat[3:]))
-                launch(kernel, (grid,), (out, a, b, extras, *batches, *inner, extra_m, extra_n, *scalars, M, N, K), choose())
+                precision = "tf32" if fast and tf32() else "ieee"
+                launch(kernel, (grid,), (out, a, b, extras, *strided, *scalars, M, N, K), dict(meta, PRECISION=precision))
 
         return run
 
@@ -131,48 +133,61 @@ class Product:
         return self._bound[key], runtime
 
 
+def tiles(config: Mapping[str, int], M: int, N: int, K: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The tile of a product: the table's for halves, 64 x 64 x 16 for float32 and 32 x 32 x 16 for float64.
+
+    No side is longer than the matrix needs, so few rows read the other factor once and compute little in vain.
+    """
+    sides = {torch.float32: (64, 64, 16), torch.float64: (32, 32, 16)}.get(dtype, (config["m"], config["n"], config["k"]))
+    bm, bn, bk = (min(side, max(16, triton.next_power_of_2(n))) for side, n in zip(sides, (M, N, K)))
+    warps = config["warps"] if bm * bn > 64 * 64 else 4
+    return dict(BM=bm, BN=bn, BK=bk, GROUP=config["group"], num_warps=warps, num_stages=config["stages"])
+
+
 def tf32() -> bool:
     """Whether torch's settings let float32 products run in TensorFloat-32."""
     return torch.get_float32_matmul_precision() != "highest"
 
 
+#: How (out, first, second) become matrices: views of them that begin at the same elements.
+Views = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
 class Gemm(Op[P, R]):
-    """A product of its two ``factors``, which :meth:`operands` prepares."""
+    """A product of its two ``factors``, each a matrix or a batch of them unless :meth:`views` says otherwise."""
 
     family = "gemm"
     _product: Product | None = None
+    _views: Views | None = None
 
     def __init__(self, meaning: Callable[P, R], *, factors: tuple[str, str], **options: Any) -> None:
         super().__init__(meaning, **options)
         self.factors = factors
-        self._prepare: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = lambda out, a, b: (out, a, b)
 
     def epilogue(self, fn: Any) -> Any:
         """Attach what becomes of the accumulator: a jit function of ``acc`` and any parameters by name."""
         self._product = Product(self.name, fn)
         return fn
 
-    def views(
-        self, fn: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-    ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-        """Attach how (out, first, second) become matrices: a function that returns views of them."""
-        self._prepare = fn
+    def views(self, fn: Views) -> Views:
+        """Attach how (out, first, second) become matrices: views that begin at the same elements."""
+        self._views = fn
         return fn
 
     def plan(self, named: Named, outs: tuple[Tensor, ...]) -> Callable[..., None]:
         if self._product is None:
             return super().plan(named, outs)
-        prepare, (first, second) = self._prepare, self.factors
-        out, a, b = prepare(outs[0], named[first], named[second])
+        given = {n: named[n] for n in self.tensors if isinstance(named[n], Tensor)}
+        if len({t.dtype for t in given.values()}) > 1:
+            raise DtypeError(f"{self.name}: all tensors must have one dtype, given {describe(given)}")
+        first, second = self.factors
+        out, a, b = outs[0], named[first], named[second]
+        if self._views:
+            out, a, b = self._views(out, a, b)
         run = self._product.plan(a, b, named, out)
-
-        def go(outs: Sequence[Tensor], keep: Any, arguments: Named) -> None:
-            out, a, b = prepare(outs[0], arguments[first], arguments[second])
-            run(out, a, b, arguments)
-
-        return go
+        return lambda outs, keep, arguments: run(outs[0], arguments[first], arguments[second], arguments)
 
 
-def gemm(*, factors: tuple[str, str], aten: str | None = None) -> Callable[[Callable[P, R]], Gemm[P, R]]:
+def gemm(*, factors: tuple[str, str], aten: str | None = None, floats: Sequence[str] = ()) -> Callable[[Callable[P, R]], Gemm[P, R]]:
     """Declare a matrix product; attach its epilogue with ``@op.epilogue`` and its gradient with ``@op.gradient_by``."""
-    return functools.partial(Gemm, factors=factors, aten=aten)
+    return functools.partial(Gemm, factors=factors, aten=aten, floats=floats)

@@ -195,26 +195,32 @@ def _weights(scores, lse):
 
 
 @triton.jit
-def _key_steps(grad_key, grad_value, keys, values, query, q_m, q_d, grad, g_m, g_d, mask, mask_m, mask_n, lse, delta,
-               seed, plane, cols, first, last, diagonal, jump, length, size, factor, dropout, kept_scale,
+def _key_steps(grad_key, grad_value, keys, values, query, q_h, q_m, q_d, grad, g_h, g_m, g_d, mask, mask_h, mask_m,
+               mask_n, lse, delta, seed, plane, cols, group, first, count, diagonal, jump, length, size, factor, dropout, kept_scale,
                HEAD: tl.constexpr, E: tl.constexpr, VALUE: tl.constexpr, EV: tl.constexpr, M: tl.constexpr,
                MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr,
                PRECISION: tl.constexpr, WIDE: tl.constexpr, KEY_GRAD: tl.constexpr, VALUE_GRAD: tl.constexpr):
     TYPE: tl.constexpr = grad_key.dtype
     local, e, ev = tl.arange(0, M), tl.arange(0, E), tl.arange(0, EV)
-    for step in range(first, last):
+    # One loop over heads and row tiles: a nested one would keep a second set of pointers in registers.
+    for index in range(0, group * count):
+        member, step = tl.cast(index // count, tl.int64), first + index % count
+        queries_at, grads_at, number = query + member * q_h, grad + member * g_h, plane + member
+        mask_at = mask
+        if MASK != 0:
+            mask_at = mask + member * mask_h
         start = step * M
         if EDGE:
             start = tl.where(step < diagonal, step, step + jump) * M
         rows = start + local
-        queries = _tile(query, start, local[:, None], q_m, e[None, :], q_d, length, HEAD, E, EDGE, WIDE)
+        queries = _tile(queries_at, start, local[:, None], q_m, e[None, :], q_d, length, HEAD, E, EDGE, WIDE)
         scores = tl.zeros((cols.shape[0], M), TYPE)
         scores = tl.dot(keys, queries.T, scores, input_precision=PRECISION, out_dtype=TYPE) * factor
-        scores = _masked(scores, rows[None, :], cols[:, None], mask, mask_m, mask_n, length, size, MASK, CAUSAL, EDGE)
-        weights = _weights(scores, _line(lse, start, local, length, EDGE)[None, :])
-        grads = _tile(grad, start, local[:, None], g_m, ev[None, :], g_d, length, VALUE, EV, EDGE, WIDE)
+        scores = _masked(scores, rows[None, :], cols[:, None], mask_at, mask_m, mask_n, length, size, MASK, CAUSAL, EDGE)
+        weights = _weights(scores, _line(lse + number * length, start, local, length, EDGE)[None, :])
+        grads = _tile(grads_at, start, local[:, None], g_m, ev[None, :], g_d, length, VALUE, EV, EDGE, WIDE)
         if DROPOUT:
-            kept = _kept(seed, plane, rows[None, :], cols[:, None], length, size, dropout)
+            kept = _kept(seed, number, rows[None, :], cols[:, None], length, size, dropout)
         if VALUE_GRAD:
             used = tl.where(kept, weights * kept_scale, 0.0) if DROPOUT else weights
             grad_value = tl.dot(used.to(grads.dtype), grads, grad_value, input_precision=PRECISION, out_dtype=TYPE)
@@ -223,7 +229,7 @@ def _key_steps(grad_key, grad_value, keys, values, query, q_m, q_d, grad, g_m, g
             product = tl.dot(values, grads.T, product, input_precision=PRECISION, out_dtype=TYPE)
             if DROPOUT:
                 product = tl.where(kept, product * kept_scale, 0.0)
-            slope = weights * (product - _line(delta, start, local, length, EDGE)[None, :])
+            slope = weights * (product - _line(delta + number * length, start, local, length, EDGE)[None, :])
             grad_key = tl.dot(slope.to(queries.dtype), queries, grad_key, input_precision=PRECISION, out_dtype=TYPE)
     return grad_key, grad_value
 
@@ -259,22 +265,20 @@ def key_value_kernel(query, key, value, mask, grad, lse, delta, grad_key, grad_v
     whole = tl.maximum(whole, first)
     jump = whole - first
     edges = end - jump
-    for member in range(group):
-        inner = head * group + member
-        plane = tl.cast(batch, tl.int64) * heads + inner
-        q, g, bias = query + wide * q_b + inner * q_h, grad + wide * g_b + inner * g_h, mask
-        if MASK != 0:
-            bias = mask + (wide * mask_b + inner * mask_h)
-        acc_key, acc_value = _key_steps(
-            acc_key, acc_value, keys, values, q, q_m, q_d, g, g_m, g_d, bias, mask_m, mask_n, lse + plane * length,
-            delta + plane * length, number, plane, cols, first, whole, 0, 0, length, size, factor, dropout, kept_scale,
-            HEAD, E, VALUE, EV, M, MASK, CAUSAL, False, DROPOUT, PRECISION, WIDE, KEY_GRAD,
-            VALUE_GRAD)
-        acc_key, acc_value = _key_steps(
-            acc_key, acc_value, keys, values, q, q_m, q_d, g, g_m, g_d, bias, mask_m, mask_n, lse + plane * length,
-            delta + plane * length, number, plane, cols, above, edges, first, jump, length, size, factor, dropout,
-            kept_scale, HEAD, E, VALUE, EV, M, MASK, CAUSAL, True, DROPOUT, PRECISION, WIDE, KEY_GRAD,
-            VALUE_GRAD)
+    inner = head * group
+    plane = wide * heads + inner
+    query += wide * q_b + inner * q_h
+    grad += wide * g_b + inner * g_h
+    if MASK != 0:
+        mask += wide * mask_b + inner * mask_h
+    acc_key, acc_value = _key_steps(
+        acc_key, acc_value, keys, values, query, q_h, q_m, q_d, grad, g_h, g_m, g_d, mask, mask_h, mask_m, mask_n, lse,
+        delta, number, plane, cols, group, first, whole - first, 0, 0, length, size, factor, dropout, kept_scale,
+        HEAD, E, VALUE, EV, M, MASK, CAUSAL, False, DROPOUT, PRECISION, WIDE, KEY_GRAD, VALUE_GRAD)
+    acc_key, acc_value = _key_steps(
+        acc_key, acc_value, keys, values, query, q_h, q_m, q_d, grad, g_h, g_m, g_d, mask, mask_h, mask_m, mask_n, lse,
+        delta, number, plane, cols, group, above, tl.maximum(edges - above, 0), first, jump, length, size, factor,
+        dropout, kept_scale, HEAD, E, VALUE, EV, M, MASK, CAUSAL, True, DROPOUT, PRECISION, WIDE, KEY_GRAD, VALUE_GRAD)
     if KEY_GRAD:
         acc_key *= factor * _LN2
         _put(grad_key + wide * gk_b + head * gk_h, start, local[:, None], gk_n, e[None, :], gk_d, size, acc_key, HEAD)
@@ -431,11 +435,33 @@ def mask_kernel(query, key, value, mask, grad, lse, delta, grad_mask, seed,
     at = base + (rows.to(tl.int64)[:, None] * gm_m + cols.to(tl.int64)[None, :] * gm_n)
     tl.store(at, acc.to(grad_mask.dtype.element_ty), mask=(rows[:, None] < limit_m) & (cols[None, :] < limit_n))
 
-_SPLIT = 64  # above this head size the accumulators of both gradients together spill registers: two launches then
+_SPLIT = 128  # above this head size the accumulators of both gradients together spill registers: two launches then
 
 
 def blocks(head_size: int, config: Mapping[str, int], *, itemsize: int = 2, kernel: str = "forward") -> dict[str, int]:
-    return {"M": config["m"], "N": config["n"], "num_warps": config["warps"], "num_stages": config["stages"]}
+    """Block sizes of one kernel, as the keyword arguments of its launch.
+
+    ``config`` is the launch table's row: rows ``m`` of a query block and columns ``n`` of a key block in the forward at
+    head size 64, ``warps`` and ``stages``. ``kernel`` is "forward", "key_value" or "query". Wider heads and 4 or 8 byte
+    elements take smaller blocks, so that accumulators stay in registers and tiles in shared memory.
+    """
+    wide = max(16, triton.next_power_of_2(head_size))
+    m, n, warps, stages = config["m"], config["n"], config["warps"], config["stages"]
+    if itemsize > 2:  # no matrix unit takes these at full precision: operands live in registers
+        side = max(16, min(32, 4096 // (wide * itemsize)))
+        return {"M": min(m, side), "N": min(n, side), "num_warps": 4, "num_stages": 1}
+    fewer = max(1, stages - 1)
+    if wide > 128:
+        warps = config.get("wide", warps)
+    if kernel == "forward":
+        return {"M": min(m, max(16, 16384 // wide)), "N": n if wide <= 128 else min(n, 32),
+                "num_warps": warps, "num_stages": stages if wide <= 128 else fewer}
+    if kernel == "query":
+        rows = min(m, max(16, 16384 // wide))
+        return {"M": rows, "N": min(n, 524288 // (rows * wide)), "num_warps": warps, "num_stages": fewer}
+    if wide <= 128:
+        return {"M": min(n, 32), "N": 64, "num_warps": warps, "num_stages": fewer}
+    return {"M": min(n, 4 * warps), "N": 8 * warps, "num_warps": warps, "num_stages": fewer}
 
 
 class _Problem:
@@ -459,6 +485,9 @@ class _Problem:
         self.query, self.key, self.value = self.view(query, self.heads), self.view(key, owners), self.view(value, owners)
         self.mask = None
         if mask is not None:
+            # float64 products reject an operand that depends on a one-byte load (Triton 3.6).
+            if mask.dtype == torch.bool and query.dtype == torch.float64:
+                mask = torch.zeros_like(mask, dtype=torch.float64).masked_fill_(~mask, -math.inf)
             self.mask = self.view(mask.expand(*mask.shape[:-2], self.length, self.size), self.heads)
         self.type = torch.float64 if query.dtype == torch.float64 else torch.float32
         factor = float(scale) if scale is not None else 1 / math.sqrt(query.shape[-1] or 1)

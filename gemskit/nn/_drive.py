@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from gemskit._bind import parameters
 from gemskit._dtypes import compute_type
 from gemskit._op import Named, Op, P, R
 from gemskit.nn._rows import Rows, Statistic
@@ -19,9 +18,13 @@ from gemskit.reduce._fold import Fold
 def columns(named: Mapping[str, Any], ndim: int) -> tuple[int, ...]:
     """The dimensions a row extends along: the trailing ``normalized_shape``, or ``dim``."""
     if "normalized_shape" in named:
-        n = named["normalized_shape"]
-        return tuple(range(ndim - (1 if isinstance(n, int) else len(n)), ndim))
+        return tuple(range(ndim - len(named["normalized_shape"]), ndim))
     return (named["dim"] % max(ndim, 1),)
+
+
+def row_shape(shape: Sequence[int], dims: Sequence[int]) -> list[int]:
+    """``shape`` with size 1 along the rows: the shape of a value per row."""
+    return [1 if d in dims else n for d, n in enumerate(shape)]
 
 
 class Rowwise(Op[P, R]):
@@ -30,73 +33,101 @@ class Rowwise(Op[P, R]):
     family = "rowwise"
     elementwise = True
 
-    def __init__(self, meaning: Callable[P, R], *, results: int = 1, **options: Any) -> None:
+    def __init__(
+        self, meaning: Callable[P, R], *, results: int = 1, saves: Sequence[str] = (), **options: Any
+    ) -> None:
         super().__init__(meaning, **options)
-        self.results = results
+        self.results, self.saves = results, tuple(saves)
         self._statistics: list[Statistic] = []
         self._kernel: Rows | None = None
 
     def statistic(
-        self, *names: str, combine: Any, identity: float | str | Sequence[float | str] = 0
-    ) -> Callable[[Any], Any]:
+        self, *names: str, combine: Any, identity: float | str | Sequence[float | str] = 0,
+        only: Literal["", "tile", "loop"] = "",
+    ) -> Callable[[Any], Any]:  # fmt: skip
         """Attach what is folded over each row: a jit function of operands, earlier statistics, ``col``, ``cols``, scalars.
 
-        It returns one value per name. Statistics are taken in the order of attachment, before the formula.
+        It returns one value per name. Statistics are taken in the order of attachment, before the formula. ``only`` restricts
+        it to rows that fit one tile, or to longer ones.
         """
-        identities = identity if isinstance(identity, tuple) else (identity,)
+        identities = identity if isinstance(identity, tuple) else (identity,) * len(names)
 
         def attach(fn: Any) -> Any:
-            self._statistics.append(Statistic(names, fn, combine, identities))
+            self._statistics.append(Statistic(names, fn, combine, identities, only))
             return fn
 
         return attach
 
     def formula(self, fn: Any) -> Any:
-        """Attach the value of each element, a jit function of operands, statistics, ``col``, ``cols`` and scalars."""
-        self._kernel = Rows(self.name, fn, self._statistics, results=self.results)
+        """Attach the value of each element, a jit function of operands, statistics, ``col``, ``cols`` and scalars.
+
+        It returns the outputs, then the row values named by ``saves``.
+        """
+        self._kernel = Rows(self.name, fn, self._statistics, results=self.results + len(self.saves))
         return fn
 
     def plan(self, named: Named, outs: tuple[Tensor, ...]) -> Callable[..., None]:
-        if self._kernel is None:
+        kernel = self._kernel
+        if kernel is None:
             return super().plan(named, outs)
         input: Tensor = named[self.tensors[0]]
         shape = tuple(input.shape) or (1,)
+        dims = columns(named, input.ndim)
         dtype = named.get("dtype") or input.dtype
-        run = self._kernel.plan(named, shape, columns(named, input.ndim), outs, compute_type(dtype))
-        return lambda outs, keep, arguments: run(outs, arguments)
+        compute = compute_type(dtype)
+        # With dtype= the input is converted first, so a narrower dtype rounds it.
+        run = kernel.plan(named, shape, dims, outs, compute, through=named.get("dtype"))
+        if not self.saves:
+            return lambda outs, keep, arguments: run(outs, arguments)
+        kept = row_shape(shape, dims)
+
+        def saving(outs: Sequence[Tensor], keep: dict[str, Tensor] | None, arguments: Named) -> None:
+            if keep is None:
+                run(outs, arguments)
+                return
+            rows = [torch.empty(kept, dtype=compute, device=outs[0].device) for _ in self.saves]
+            kernel(arguments, shape, dims, (*outs, *rows), compute)
+            keep.update(zip(self.saves, rows))
+
+        return saving
 
 
 class RowGradient:
-    """The gradient of a row-wise operator: a formula per element, and sums over the rows for the vectors.
+    """The gradient of a row-wise operator: ``rows`` for the elements, and ``folds`` over the rows for the vectors, by name."""
 
-    ``rows`` is the kernel for the elements; it may also return statistics that ``folds`` (by vector) then read.
-    """
-
-    def __init__(self, rows: Rows, folds: Mapping[str, Fold], statistics: Sequence[str] = ()) -> None:
-        self.rows, self.folds, self.statistics = rows, dict(folds), tuple(statistics)
+    def __init__(self, rows: Rows, folds: Mapping[str, Fold]) -> None:
+        self.rows, self.folds = rows, dict(folds)
 
     def __call__(
-        self, named: Mapping[str, Any], like: Tensor, needs: set[str], vectors: Mapping[str, tuple[Sequence[int], torch.dtype]]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The gradient of the elements (with the shape and dtype of ``like``), and those of the vectors needed."""
-        shape = tuple(like.shape)
-        dims = columns(named, like.ndim)
-        compute = compute_type(like.dtype)
-        dx = torch.empty_like(like)
-        wanted = [n for n in self.folds if n in needs]
-        kept = [1 if d in dims else n for d, n in enumerate(shape)]
-        extra = [torch.empty(kept, dtype=compute, device=like.device) for _ in (self.statistics if wanted else ())]
-        outs = [dx, *extra]
-        self.rows.plan(named, shape, dims, outs, compute, range(len(outs)))(outs, named)
-        have = {**named, **dict(zip(self.statistics, extra))}
-        return dx, {n: self.folds[n].to_shape(have, shape, *vectors[n], compute) for n in wanted}
+        self, named: Mapping[str, Any], elements: Sequence[str], needs: set[str], like: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """The gradients that are in ``needs``: of ``elements``, which all have the same one, and of the vectors.
+
+        ``like`` has the shape and dtype of every tensor.
+        """
+        found: dict[str, Tensor] = {}
+        grad: Tensor = named["grad"]
+        shape = tuple(grad.shape)
+        dims, compute = columns(named, grad.ndim), compute_type(grad.dtype)
+        outs = {like[n][1]: torch.empty(shape, dtype=like[n][1], device=grad.device) for n in elements if n in needs}
+        if outs:
+            self.rows(named, shape, dims, tuple(outs.values()), compute, (0,) * len(outs))
+            found.update({n: outs[like[n][1]] for n in elements if n in needs})
+        for n, fold in self.folds.items():
+            if n in needs:
+                found[n] = fold.to_shape(named, shape, *like[n], compute)
+        return found
 
 
 def rowwise(
-    *, aten: str | None = None, writes: Sequence[str] = (), results: int = 1
+    *, aten: str | None = None, writes: Sequence[str] = (), results: int = 1, saves: Sequence[str] = ()
 ) -> Callable[[Callable[P, R]], Rowwise[P, R]]:
-    """Declare an operator of rows; attach ``@op.statistic``s, then ``@op.formula``, then ``@op.gradient_by``."""
-    return functools.partial(Rowwise, aten=aten, writes=writes, results=results)
+    """Declare an operator of rows; attach ``@op.statistic``s, then ``@op.formula``, then ``@op.gradient_by``.
 
-
-__all__ = ["Fold", "RowGradient", "Rows", "Rowwise", "Statistic", "columns", "parameters", "rowwise"]
+    Args:
+        aten: the ATen overload it equals.
+        writes: what the in-place variant overwrites.
+        results: how many outputs the formula returns.
+        saves: row values that it returns after them, kept for the gradient.
+    """
+    return functools.partial(Rowwise, aten=aten, writes=writes, results=results, saves=saves)

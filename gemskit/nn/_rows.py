@@ -2,7 +2,8 @@
 
 The space is (rows, columns), each a collapsed set of dimensions. Operands broadcast along either: a weight varies along the
 columns only, a saved statistic along the rows only. A row that fits one tile is read once and stays in registers; a longer
-one is read once per statistic and once for the formula.
+one is read once per statistic and once for the formula (not at all for a formula of row values). Without statistics the
+columns are spread over programs too.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -18,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from gemskit import _layout, backends
-from gemskit._bind import SCALARS, adapter, annotations, arguments, fill, generated, parameters, slots
+from gemskit._bind import SCALARS, adapter, annotations, arguments, fill, generated, is_number, parameters, slots
 from gemskit._dtypes import TRITON
 from gemskit._launch import launch
 from gemskit._layout import offset
-from gemskit._op import Named
+from gemskit._op import PLANS, Named
 from gemskit.reduce._fold import identity_of
 
 #: Filled in per operator.
@@ -35,11 +36,13 @@ FORMULA: Any = None
 @triton.jit
 def _load(
     ins, row, col, rows, cols, row_sizes, col_sizes, row_strides, col_strides,
-    COMPUTE: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr,
+    COMPUTE: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     values = ()
     for k in tl.static_range(len(ins)):
-        if ALONG[k] == 3:
+        if ONCE and ALONG[k] != 2:
+            v = row  # a place holder: the formula names no such operand
+        elif ALONG[k] == 3:
             at = offset(row, row_sizes, row_strides[k]) + offset(col, col_sizes, col_strides[k])
             v = tl.load(ins[k] + at, (row < rows) & (col < cols))
         elif ALONG[k] == 2:
@@ -47,7 +50,7 @@ def _load(
         else:
             v = tl.load(ins[k] + offset(col, col_sizes, col_strides[k]), col < cols)
         if not KEEP[k]:
-            v = v.to(COMPUTE)
+            v = v.to(ROUND).to(COMPUTE)
         values = values + (v,)
     return values
 
@@ -87,31 +90,40 @@ def _masked(
 @triton.jit
 def _rows(
     outs, ins, row_sizes, col_sizes, out_row, out_col, in_row, in_col, s0, s1, s2, s3, rows, cols,
-    COMPUTE: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr, OUT_ALONG: tl.constexpr, PICK: tl.constexpr,
-    IDENTITY: tl.constexpr, LOOP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
+    COMPUTE: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr, OUT_ALONG: tl.constexpr,
+    PICK: tl.constexpr, IDENTITY: tl.constexpr, LOOP: tl.constexpr, ONCE: tl.constexpr, SPLIT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
     if WIDE:
         i = i.to(tl.int64)
-    row = (i * BM + tl.arange(0, BM))[:, None]
     col = tl.arange(0, BN)[None, :]
+    if WIDE:
+        col = col.to(tl.int64)
+    if SPLIT:
+        blocks = tl.cdiv(cols, BN)
+        col += (i % blocks) * BN
+        i = i // blocks
+    row = (i * BM + tl.arange(0, BM))[:, None]
     stats = ()
     if LOOP:
         for K in tl.static_range(len(IDENTITY)):
             state = _start(IDENTITY, K, COMPUTE, BM, BN)
             for start in range(0, cols, BN):
                 c = start + col
-                v = _load(ins, row, c, rows, cols, row_sizes, col_sizes, in_row, in_col, COMPUTE, KEEP, ALONG)
+                v = _load(ins, row, c, rows, cols, row_sizes, col_sizes, in_row, in_col, COMPUTE, ROUND, KEEP, ALONG, False)
                 fresh = OBSERVE(K, v, stats, s0, s1, s2, s3, c, cols)
                 state = MERGE(K, state, _masked(fresh, (row < rows) & (c < cols), IDENTITY, K, COMPUTE, BM, BN))
             stats = stats + COMBINE(K, state)
-        for start in range(0, cols, BN):
+        for start in range(0, BN if ONCE else cols, BN):
             c = start + col
-            v = _load(ins, row, c, rows, cols, row_sizes, col_sizes, in_row, in_col, COMPUTE, KEEP, ALONG)
+            v = _load(
+                ins, row, c, rows, cols, row_sizes, col_sizes, in_row, in_col, COMPUTE, ROUND, KEEP, ALONG, ONCE
+            )  # fmt: skip
             results = FORMULA(v, stats, s0, s1, s2, s3, c, cols)
             _store(outs, results, row, c, rows, cols, row_sizes, col_sizes, out_row, out_col, OUT_ALONG, PICK, BM, BN)
     else:
-        v = _load(ins, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, COMPUTE, KEEP, ALONG)
+        v = _load(ins, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, COMPUTE, ROUND, KEEP, ALONG, False)
         for K in tl.static_range(len(IDENTITY)):
             fresh = OBSERVE(K, v, stats, s0, s1, s2, s3, col, cols)
             stats = stats + COMBINE(K, _masked(fresh, (row < rows) & (col < cols), IDENTITY, K, COMPUTE, BM, BN))
@@ -127,6 +139,8 @@ class Statistic:
     observe: Any
     combine: Any
     identity: tuple[float | str, ...]
+    #: ``"tile"``: only for rows that fit one tile; ``"loop"``: only for longer ones, where every statistic is a pass over memory.
+    only: Literal["", "tile", "loop"] = ""
 
 
 class Rows:
@@ -135,76 +149,109 @@ class Rows:
     def __init__(
         self, name: str, formula: Any, statistics: Sequence[Statistic] = (), *, results: int = 1, keep: Sequence[str] = ()
     ) -> None:
-        self.name, self.formula, self.statistics, self.results = name, formula, tuple(statistics), results
+        self.name, self.formula, self.results = name, formula, results
         self.keep = frozenset(keep)
-        self.names = tuple(dict.fromkeys(p for f in (*(s.observe for s in self.statistics), formula) for p in parameters(f)))
+        self.statistics = {loop: tuple(s for s in statistics if s.only in ("", loop)) for loop in ("tile", "loop")}
+        self.names = tuple(dict.fromkeys(p for f in (*(s.observe for s in statistics), formula) for p in parameters(f)))
         self._bound: dict[Any, Any] = {}
+        self._plans: dict[Any, Callable[[Sequence[Tensor], Named], None]] = {}
+
+    def __call__(
+        self, named: Named, shape: Sequence[int], dims: Sequence[int], outs: Sequence[Tensor], compute: torch.dtype,
+        pick: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
+        """Plan once per layout, and run."""
+        key = (
+            tuple(shape), tuple(dims), compute, pick and tuple(pick), backends.arch().name,
+            *[(o.shape, o.stride(), o.dtype) for o in outs], *[_key(named.get(n)) for n in self.names],
+        )  # fmt: skip
+        run = self._plans.get(key)
+        if run is None:
+            if len(self._plans) >= PLANS:
+                self._plans.clear()
+            run = self._plans[key] = self.plan(named, shape, dims, outs, compute, pick)
+        run(outs, named)
 
     def plan(
         self, named: Named, shape: Sequence[int], dims: Sequence[int], outs: Sequence[Tensor], compute: torch.dtype,
-        pick: Sequence[int] | None = None,
+        pick: Sequence[int] | None = None, through: torch.dtype | None = None,
     ) -> Callable[[Sequence[Tensor], Named], None]:  # fmt: skip
-        """The launch over rows of ``shape`` that extend along ``dims``; ``outs`` have that shape, or size 1 in ``dims``."""
+        """The launch over rows of ``shape`` that extend along ``dims``; ``outs`` have that shape, or size 1 in ``dims``.
+
+        Operands are rounded to ``through`` before they are converted to ``compute``.
+        """
         operands = [n for n in self.names if isinstance(named.get(n), Tensor)]
         full = [_layout.broadcast_strides(t, shape) for t in (*outs, *(named[n] for n in operands))]
         kept = [d for d in range(len(shape)) if d not in dims]
         row_sizes, row = _layout.collapse([shape[d] for d in kept], [tuple(s[d] for d in kept) for s in full])
         col_sizes, col = _layout.collapse([shape[d] for d in dims], [tuple(s[d] for d in dims) for s in full])
-        rows, cols = math.prod(row_sizes), math.prod(col_sizes)
-        if 0 in shape:
-            rows, cols = math.prod(shape[d] for d in kept), math.prod(shape[d] for d in dims)
+        rows, cols = math.prod(shape[d] for d in kept), math.prod(shape[d] for d in dims)
         n = len(outs)
+        # An operand that does not vary at all counts as a row's: one value, loaded once per row.
+        along = tuple((bool(any(c)) + 2 * bool(any(r))) or 2 for r, c in zip(row[n:], col[n:]))
+        padded = [(1,) * (len(shape) - o.ndim) + tuple(o.shape) for o in outs]
+        outs_along = tuple(3 if all(o[d] == shape[d] for d in dims) else 2 for o in padded)
+
         config = backends.arch().config("rowwise")
         one_tile, loop_tile = config["one_tile_max"], config["loop_tile"]
         bn = triton.next_power_of_2(max(cols, 1))
-        across = row_sizes[-1] > 1 and row[n][-1] == 1 and col[n][-1] != 1
-        bm = min(config["across"], triton.next_power_of_2(rows)) if across and rows else 1
-        loop = bm * bn > one_tile
-        if loop:
-            bn = max(16, loop_tile // bm)
-        elif not across:
+        # The first operand that is read by element says which way memory runs.
+        lead = n + next((k for k, a in enumerate(along) if a == 3), 0)
+        across = rows > 1 and row[lead][-1] == 1 and col[lead][-1] != 1
+        bm = min(config["across"], triton.next_power_of_2(rows)) if across else 1
+        split = not self.statistics["tile"] and 3 in outs_along
+        loop = not split and bm * bn > one_tile
+        if loop or split:
+            bn = min(bn, max(16, loop_tile // bm))
+        if not loop and not across:
             bm = max(1, min(config["short"] // bn, triton.next_power_of_2(max(rows, 1))))
-        along = [(bool(any(c))) + 2 * bool(any(r)) for r, c in zip(row, col)]
-        # An operand that does not vary at all counts as a row's: one value, loaded once per row.
-        ins_along = tuple(a or 2 for a in along[n:])
-        outs_along = tuple(3 if tuple(o.shape[d] for d in dims) == tuple(shape[d] for d in dims) else 2 for o in outs)
-        kernel, runtime = self._bind(named, operands, compute)
+        path = "loop" if loop else "tile"
+        by_element = {"col", *(o for o, a in zip(operands, along) if a != 2)}
+        kernel, runtime = self._bind(named, operands, compute, path)
         meta = dict(
             COMPUTE=TRITON[compute],
+            ROUND=TRITON[through or compute],
             KEEP=tuple(int(o in self.keep) for o in operands),
-            ALONG=ins_along,
+            ALONG=along,
             OUT_ALONG=outs_along,
-            PICK=tuple(pick if pick is not None else range(self.results)),
-            IDENTITY=tuple(tuple(identity_of(v, compute) for v in s.identity) for s in self.statistics),
+            PICK=tuple(pick if pick is not None else range(n)),
+            IDENTITY=tuple(tuple(identity_of(v, compute) for v in s.identity) for s in self.statistics[path]),
             LOOP=loop,
+            ONCE=3 not in outs_along and by_element.isdisjoint(parameters(self.formula)),
+            SPLIT=split,
             BM=bm,
             BN=bn,
             WIDE=_layout.is_wide(row_sizes, row) or _layout.is_wide(col_sizes, col) or _layout.is_wide(shape, full),
             num_warps=min(config["warps"], max(1, bm * bn // 512)),
         )
-        grid = triton.cdiv(rows, bm)
+        grid = triton.cdiv(rows, bm) * (triton.cdiv(cols, bn) if split else 1)
         strides = (tuple(row[:n]), tuple(col[:n]), tuple(row[n:]), tuple(col[n:]))
 
         def run(outs: Sequence[Tensor], named: Named) -> None:
-            if rows:
+            if grid:
                 ins = tuple([named[o] for o in operands])
                 scalars = slots([named[s] for s in runtime])
                 launch(kernel, (grid,), (tuple(outs), ins, row_sizes, col_sizes, *strides, *scalars, rows, cols), meta)
 
         return run
 
-    def _bind(self, named: Named, operands: Sequence[str], compute: torch.dtype) -> tuple[Any, tuple[str, ...]]:
+    def _bind(
+        self, named: Named, operands: Sequence[str], compute: torch.dtype, path: str
+    ) -> tuple[Any, tuple[str, ...]]:
+        statistics = self.statistics[path]
         reads = {o: f"v[{k}]" for k, o in enumerate(operands)}
-        known = [n for s in self.statistics for n in s.names]
+        known = [n for s in statistics for n in s.names]
         reads.update({n: f"stats[{k}]" for k, n in enumerate(known)}, col="col", cols="cols")
         given = {n: named.get(n) for n in self.names if n not in reads or n in operands}
         runtime, expressions = arguments(self.names, given, reads, compute)
-        key = (tuple(operands), tuple(expressions.items()), compute)
+        # Ints stay ints, so that one compared with indices is compared exactly.
+        types = annotations(runtime, compute) | {s: "i64" for s, n in zip(SCALARS, runtime) if isinstance(named[n], int)}
+        key = (tuple(operands), tuple(expressions.items()), tuple(types.items()), compute, path)
         if key not in self._bound:
             pool = f"v, stats, {', '.join(SCALARS)}, col, cols"
             observe, merge, combine = [], [], []
             functions: dict[str, Any] = {}
-            for k, s in enumerate(self.statistics):
+            for k, s in enumerate(statistics):
                 n = len(s.names)
                 one = "({},)" if n == 1 else "{}"
                 functions |= {f"O{k}": s.observe, f"F{k}": s.combine}
@@ -218,13 +265,19 @@ class Rows:
             self._bound[key] = fill(
                 _rows,
                 self.name,
-                annotations(runtime, compute),
+                types,
                 OBSERVE=_choice(f"{self.name}_observe", pool, observe, functions),
                 MERGE=_choice("merge", "a, b", merge, functions),
                 COMBINE=_choice("combine", "a", combine, functions),
                 FORMULA=adapter(f"{self.name}_formula", pool, self.formula, expressions, wrap),
             )
         return self._bound[key], runtime
+
+
+def _key(v: Any) -> Any:
+    if isinstance(v, Tensor):
+        return v.shape, v.stride(), v.dtype, v.device
+    return type(v) if is_number(v) else v
 
 
 def _choice(name: str, pool: str, expressions: Sequence[str], functions: dict[str, Any]) -> Any:

@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gemskit import language
+from gemskit._checks import describe
+from gemskit._dtypes import compute_type
+from gemskit.errors import ShapeError
 from gemskit.nn._drive import RowGradient, rowwise
 from gemskit.nn._rows import Rows, Statistic
 from gemskit.reduce._fold import Fold
@@ -19,7 +22,66 @@ from gemskit.reduce._fold import Fold
 Like = Mapping[str, Any]
 Shape = Sequence[int]
 
-# -- pieces shared by the norms; `x` is the row that is normalised --------------------------------------------------------
+# -- pieces shared by the norms: divisions by `cols` are of row values, one per row and not one per element ----------------
+
+
+@triton.jit
+def _affine(y, weight, bias):
+    if weight is not None:
+        y = y * weight
+    if bias is not None:
+        y = y + bias
+    return y
+
+
+@triton.jit
+def _weighted(grad, weight):
+    if weight is not None:
+        grad = grad * weight
+    return grad
+
+
+@triton.jit
+def _rstd(square, cols, eps):
+    if eps is not None:
+        return 1 / language.sqrt(square / cols + eps)
+    elif square.dtype == tl.float64:
+        return 1 / language.sqrt(square / cols + 2.220446049250313e-16)
+    else:
+        return 1 / language.sqrt(square / cols + 1.1920928955078125e-07)
+
+
+@triton.jit
+def _add2(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def _only_grad(grad):
+    return grad
+
+
+def _sum(x: Tensor, residual: Tensor, op: str) -> Tensor:
+    """``x + residual`` in the type computed in."""
+    if x.shape != residual.shape:
+        raise ShapeError(f"{op}: both summands must have one shape, given {describe(x)} and {describe(residual)}")
+    wide = compute_type(x.dtype)
+    return x.to(wide) + residual.to(wide)
+
+
+# -- layer norm -----------------------------------------------------------------------------------------------------------
+
+
+@rowwise(saves=("mean", "rstd"))
+def layer_norm(
+    input: Tensor, normalized_shape: Shape, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """``(input - mean) / sqrt(var + eps) * weight + bias`` over the trailing ``normalized_shape``; var is biased.
+
+    Mean and variance are taken in float32 for halves; weight and bias may have another float dtype than ``input`` on an
+    accelerator. Source: ``torch.nn.functional.layer_norm`` (Ba et al. 2016).
+    """
+    return F.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
 @triton.jit
@@ -33,34 +95,6 @@ def _deviation(input, total, cols):
     return d * d
 
 
-@triton.jit
-def _square(input):
-    return input * input
-
-
-@triton.jit
-def _affine(y, weight, bias):
-    if weight is not None:
-        y = y * weight
-    if bias is not None:
-        y = y + bias
-    return y
-
-
-# -- layer norm -----------------------------------------------------------------------------------------------------------
-
-
-@rowwise()
-def layer_norm(
-    input: Tensor, normalized_shape: Shape, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> Tensor:
-    """``(input - mean) / sqrt(var + eps) * weight + bias`` over the trailing ``normalized_shape``; var is biased.
-
-    Source: ``torch.nn.functional.layer_norm`` (Ba et al. 2016).
-    """
-    return F.layer_norm(input, normalized_shape, weight, bias, eps)
-
-
 layer_norm.statistic("total", combine=language.add)(_value)
 layer_norm.statistic("spread", combine=language.add)(_deviation)
 
@@ -68,29 +102,20 @@ layer_norm.statistic("spread", combine=language.add)(_deviation)
 @layer_norm.formula
 @triton.jit
 def _(input, weight, bias, total, spread, cols, eps):
-    y = (input - total / cols) * (1 / tl.sqrt(spread / cols + eps))
-    return _affine(y, weight, bias)
-
-
-@triton.jit
-def _weighted(grad, weight):
-    if weight is not None:
-        grad = grad * weight
-    return grad
-
-
-@triton.jit
-def _layer_norm_dots(grad, input, weight, total, cols):
-    g = _weighted(grad, weight)
-    return g, g * (input - total / cols)
-
-
-@triton.jit
-def _layer_norm_grad(grad, input, weight, total, spread, g_total, g_dot, cols, eps):
     mean = total / cols
-    rstd = 1 / tl.sqrt(spread / cols + eps)
-    x = (input - mean) * rstd
-    return (_weighted(grad, weight) - g_total / cols - x * (g_dot * rstd / cols)) * rstd, mean, rstd
+    rstd = _rstd(spread, cols, eps)
+    return _affine((input - mean) * rstd, weight, bias), mean, rstd
+
+
+@triton.jit
+def _layer_norm_dots(grad, input, weight, mean, rstd):
+    g = _weighted(grad, weight)
+    return g, g * (input - mean) * rstd
+
+
+@triton.jit
+def _layer_norm_grad(grad, input, weight, mean, rstd, total, dot, cols):
+    return (_weighted(grad, weight) - total / cols - (input - mean) * (rstd * dot / cols)) * rstd
 
 
 @triton.jit
@@ -98,91 +123,252 @@ def _layer_norm_weight(grad, input, mean, rstd):
     return grad * (input - mean) * rstd
 
 
-@triton.jit
-def _add2(a0, a1, b0, b1):
-    return a0 + b0, a1 + b1
-
-
-@triton.jit
-def _only_grad(grad):
-    return grad
-
-
 _LAYER_NORM_GRAD = RowGradient(
-    Rows(
-        "layer_norm_grad",
-        _layer_norm_grad,
-        [
-            Statistic(("total",), _value, language.add, (0,)),
-            Statistic(("spread",), _deviation, language.add, (0,)),
-            Statistic(("g_total", "g_dot"), _layer_norm_dots, _add2, (0, 0)),
-        ],
-        results=3,
-    ),
+    Rows("layer_norm_grad", _layer_norm_grad, [Statistic(("total", "dot"), _layer_norm_dots, _add2, (0, 0))]),
     {
         "weight": Fold("layer_norm_grad_weight", map=_layer_norm_weight, combine=language.add, identity=(0,)),
         "bias": Fold("layer_norm_grad_bias", map=_only_grad, combine=language.add, identity=(0,)),
     },
-    ("mean", "rstd"),
 )
 
 
 @layer_norm.gradient_by
 def _(
-    grad: Tensor, input: Tensor, normalized_shape: Shape, weight: Tensor | None, eps: float, needs: set[str], like: Like
-) -> dict[str, Tensor]:
-    named = dict(grad=grad, input=input, normalized_shape=normalized_shape, weight=weight, eps=eps)
-    dx, vectors = _LAYER_NORM_GRAD(named, input, needs, like)
-    return {"input": dx, **vectors}
+    grad: Tensor, input: Tensor, normalized_shape: Shape, weight: Tensor | None, mean: Tensor, rstd: Tensor,
+    needs: set[str], like: Like,
+) -> dict[str, Tensor]:  # fmt: skip
+    named = dict(grad=grad, input=input, normalized_shape=normalized_shape, weight=weight, mean=mean, rstd=rstd)
+    return _LAYER_NORM_GRAD(named, ("input",), needs, like)
+
+
+# -- layer norm of a sum --------------------------------------------------------------------------------------------------
+
+
+@rowwise(saves=("mean", "rstd"))
+def skip_layer_norm(
+    x: Tensor, residual: Tensor, normalized_shape: Shape, weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    """``layer_norm(x + residual)``; ``x`` and ``residual`` have one shape, and the sum of halves is kept in float32.
+
+    Source: the post-norm block of Vaswani et al. 2017.
+    """
+    s = _sum(x, residual, "skip_layer_norm")
+    weight, bias = (None if v is None else v.to(s.dtype) for v in (weight, bias))
+    return F.layer_norm(s, normalized_shape, weight, bias, eps).to(x.dtype)
+
+
+@triton.jit
+def _skip_value(x, residual):
+    return x + residual
+
+
+@triton.jit
+def _skip_deviation(x, residual, total, cols):
+    return _deviation(x + residual, total, cols)
+
+
+skip_layer_norm.statistic("total", combine=language.add)(_skip_value)
+skip_layer_norm.statistic("spread", combine=language.add)(_skip_deviation)
+
+
+@skip_layer_norm.formula
+@triton.jit
+def _(x, residual, weight, bias, total, spread, cols, eps):
+    mean = total / cols
+    rstd = _rstd(spread, cols, eps)
+    return _affine((x + residual - mean) * rstd, weight, bias), mean, rstd
+
+
+@triton.jit
+def _skip_dots(grad, x, residual, weight, mean, rstd):
+    return _layer_norm_dots(grad, x + residual, weight, mean, rstd)
+
+
+@triton.jit
+def _skip_grad(grad, x, residual, weight, mean, rstd, total, dot, cols):
+    return _layer_norm_grad(grad, x + residual, weight, mean, rstd, total, dot, cols)
+
+
+@triton.jit
+def _skip_weight(grad, x, residual, mean, rstd):
+    return grad * (x + residual - mean) * rstd
+
+
+_SKIP_GRAD = RowGradient(
+    Rows("skip_layer_norm_grad", _skip_grad, [Statistic(("total", "dot"), _skip_dots, _add2, (0, 0))]),
+    {
+        "weight": Fold("skip_layer_norm_grad_weight", map=_skip_weight, combine=language.add, identity=(0,)),
+        "bias": _LAYER_NORM_GRAD.folds["bias"],
+    },
+)
+
+
+@skip_layer_norm.gradient_by
+def _(
+    grad: Tensor, x: Tensor, residual: Tensor, normalized_shape: Shape, weight: Tensor | None, mean: Tensor, rstd: Tensor,
+    needs: set[str], like: Like,
+) -> dict[str, Tensor]:  # fmt: skip
+    named = dict(
+        grad=grad, x=x, residual=residual, normalized_shape=normalized_shape, weight=weight, mean=mean, rstd=rstd
+    )
+    return _SKIP_GRAD(named, ("x", "residual"), needs, like)
 
 
 # -- rms norm -------------------------------------------------------------------------------------------------------------
 
 
-@rowwise()
+@rowwise(saves=("rstd",))
 def rms_norm(input: Tensor, normalized_shape: Shape, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    """``input / sqrt(mean(input**2) + eps) * weight`` over the trailing ``normalized_shape``; eps None is the dtype's epsilon.
+    """``input / sqrt(mean(input**2) + eps) * weight`` over the trailing ``normalized_shape``, in ``input``'s dtype.
 
-    Source: ``torch.nn.functional.rms_norm`` (Zhang and Sennrich 2019).
+    ``eps=None`` is the machine epsilon of the type computed in: float32's for halves. Source:
+    ``torch.nn.functional.rms_norm`` (Zhang and Sennrich 2019).
     """
     return F.rms_norm(input, normalized_shape, weight, eps)
 
 
-@rowwise(writes=("x", "residual"), results=2)
-def fused_add_rms_norm(
-    x: Tensor, residual: Tensor, normalized_shape: Shape, weight: Tensor | None = None, eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
-    """``s = x + residual``; returns ``(s / sqrt(mean(s**2) + eps) * weight, s)``.
-
-    The statistic is of the float32 sum. ``fused_add_rms_norm_`` writes the norm into ``x`` and the sum into ``residual``.
-    """
-    s = x.to(_wide(x)) + residual.to(_wide(x))
-    y = s * torch.rsqrt(s.square().mean(_dims(normalized_shape), keepdim=True) + eps)
-    return (y if weight is None else y * weight).to(x.dtype), s.to(residual.dtype)
+@triton.jit
+def _square(input):
+    return input * input
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+rms_norm.statistic("square", combine=language.add)(_square)
 
 
-def _dims(normalized_shape: Shape) -> tuple[int, ...]:
-    return tuple(range(-len(normalized_shape), 0))
+@rms_norm.formula
+@triton.jit
+def _(input, weight, square, cols, eps):
+    rstd = _rstd(square, cols, eps)
+    return _affine(input * rstd, weight, None), rstd
 
 
 @triton.jit
-def _sum_square(x, residual):
+def _rms_norm_dot(grad, input, weight, rstd):
+    return _weighted(grad, weight) * input * rstd
+
+
+@triton.jit
+def _rms_norm_grad(grad, input, weight, rstd, dot, cols, grad_sum):
+    dx = (_weighted(grad, weight) - input * (rstd * dot / cols)) * rstd
+    if grad_sum is not None:
+        dx += grad_sum
+    return dx
+
+
+@triton.jit
+def _rms_norm_weight(grad, input, rstd):
+    return grad * input * rstd
+
+
+_RMS_NORM_GRAD = RowGradient(
+    Rows("rms_norm_grad", _rms_norm_grad, [Statistic(("dot",), _rms_norm_dot, language.add, (0,))]),
+    {"weight": Fold("rms_norm_grad_weight", map=_rms_norm_weight, combine=language.add, identity=(0,))},
+)
+
+
+@rms_norm.gradient_by
+def _(
+    grad: Tensor, input: Tensor, normalized_shape: Shape, weight: Tensor | None, rstd: Tensor, needs: set[str], like: Like
+) -> dict[str, Tensor]:
+    named = dict(grad=grad, input=input, normalized_shape=normalized_shape, weight=weight, rstd=rstd, grad_sum=None)
+    return _RMS_NORM_GRAD(named, ("input",), needs, like)
+
+
+# -- rms norm of a sum ----------------------------------------------------------------------------------------------------
+
+
+def _rms_norm_of(s: Tensor, normalized_shape: Shape, weight: Tensor | None, eps: float) -> Tensor:
+    return F.rms_norm(s, normalized_shape, None if weight is None else weight.to(s.dtype), eps)
+
+
+@triton.jit
+def _skip_square(x, residual):
     s = x + residual
     return s * s
 
 
-fused_add_rms_norm.statistic("square", combine=language.add)(_sum_square)
+@rowwise(saves=("rstd",))
+def add_rms_norm(
+    x: Tensor, residual: Tensor, normalized_shape: Shape, weight: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """``rms_norm(x + residual)``, in ``x``'s dtype; the sum of halves is kept in float32 and not returned."""
+    return _rms_norm_of(_sum(x, residual, "add_rms_norm"), normalized_shape, weight, eps).to(x.dtype)
+
+
+add_rms_norm.statistic("square", combine=language.add)(_skip_square)
+
+
+@add_rms_norm.formula
+@triton.jit
+def _(x, residual, weight, square, cols, eps):
+    rstd = _rstd(square, cols, eps)
+    return _affine((x + residual) * rstd, weight, None), rstd
+
+
+@triton.jit
+def _add_rms_norm_dot(grad, x, residual, weight, rstd):
+    return _rms_norm_dot(grad, x + residual, weight, rstd)
+
+
+@triton.jit
+def _add_rms_norm_grad(grad, x, residual, weight, rstd, dot, cols):
+    return _rms_norm_grad(grad, x + residual, weight, rstd, dot, cols, None)
+
+
+@triton.jit
+def _add_rms_norm_weight(grad, x, residual, rstd):
+    return grad * (x + residual) * rstd
+
+
+_ADD_RMS_NORM_GRAD = RowGradient(
+    Rows("add_rms_norm_grad", _add_rms_norm_grad, [Statistic(("dot",), _add_rms_norm_dot, language.add, (0,))]),
+    {"weight": Fold("add_rms_norm_grad_weight", map=_add_rms_norm_weight, combine=language.add, identity=(0,))},
+)
+
+
+@add_rms_norm.gradient_by
+def _(
+    grad: Tensor, x: Tensor, residual: Tensor, normalized_shape: Shape, weight: Tensor | None, rstd: Tensor,
+    needs: set[str], like: Like,
+) -> dict[str, Tensor]:  # fmt: skip
+    named = dict(grad=grad, x=x, residual=residual, normalized_shape=normalized_shape, weight=weight, rstd=rstd)
+    return _ADD_RMS_NORM_GRAD(named, ("x", "residual"), needs, like)
+
+
+@rowwise(writes=("x", "residual"), results=2, saves=("rstd",))
+def fused_add_rms_norm(
+    x: Tensor, residual: Tensor, normalized_shape: Shape, weight: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """``s = x + residual``; returns ``(s / sqrt(mean(s**2) + eps) * weight, s)`` in the dtypes of ``x`` and ``residual``.
+
+    The statistic is of the float32 sum. ``fused_add_rms_norm_`` writes the norm into ``x`` and the sum into ``residual``.
+    """
+    s = _sum(x, residual, "fused_add_rms_norm")
+    return _rms_norm_of(s, normalized_shape, weight, eps).to(x.dtype), s.to(residual.dtype)
+
+
+fused_add_rms_norm.statistic("square", combine=language.add)(_skip_square)
 
 
 @fused_add_rms_norm.formula
 @triton.jit
 def _(x, residual, weight, square, cols, eps):
     s = x + residual
-    return _affine(s * (1 / tl.sqrt(square / cols + eps)), weight, None), s
+    rstd = _rstd(square, cols, eps)
+    return _affine(s * rstd, weight, None), s, rstd
+
+
+@fused_add_rms_norm.gradient_by
+def _(
+    grads: tuple[Tensor, Tensor], out1: Tensor, normalized_shape: Shape, weight: Tensor | None, rstd: Tensor,
+    needs: set[str], like: Like,
+) -> dict[str, Tensor]:  # fmt: skip
+    # The sum that was returned is all that is saved, so the in-place variant needs no copy of its arguments.
+    named = dict(
+        grad=grads[0], input=out1, normalized_shape=normalized_shape, weight=weight, rstd=rstd, grad_sum=grads[1]
+    )
+    return _RMS_NORM_GRAD(named, ("x", "residual"), needs, like)
 
 
 fused_add_rms_norm_ = fused_add_rms_norm.inplace

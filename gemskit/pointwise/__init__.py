@@ -1,0 +1,53 @@
+"""Elementwise operators, and ``pointwise``, the decorator that declares one's own."""
+
+from __future__ import annotations
+
+from gemskit.pointwise._drive import pointwise as pointwise
+from gemskit.pointwise.activation import gelu as gelu
+from gemskit.pointwise.activation import relu as relu
+from gemskit.pointwise.activation import relu_ as relu_
+from gemskit.pointwise.activation import sigmoid as sigmoid
+from gemskit.pointwise.activation import sigmoid_ as sigmoid_
+from gemskit.pointwise.activation import silu as silu
+from gemskit.pointwise.activation import silu_ as silu_
+from gemskit.pointwise.activation import tanh as tanh
+from gemskit.pointwise.activation import tanh_ as tanh_
+from gemskit.pointwise.arithmetic import add as add
+from gemskit.pointwise.arithmetic import add_ as add_
+from gemskit.pointwise.arithmetic import clamp as clamp
+from gemskit.pointwise.arithmetic import clamp_ as clamp_
+from gemskit.pointwise.arithmetic import div as div
+from gemskit.pointwise.arithmetic import div_ as div_
+from gemskit.pointwise.arithmetic import maximum as maximum
+from gemskit.pointwise.arithmetic import minimum as minimum
+from gemskit.pointwise.arithmetic import mul as mul
+from gemskit.pointwise.arithmetic import mul_ as mul_
+from gemskit.pointwise.arithmetic import neg as neg
+from gemskit.pointwise.arithmetic import neg_ as neg_
+from gemskit.pointwise.arithmetic import pow as pow
+from gemskit.pointwise.arithmetic import pow_ as pow_
+from gemskit.pointwise.arithmetic import sub as sub
+from gemskit.pointwise.arithmetic import sub_ as sub_
+from gemskit.pointwise.arithmetic import where as where
+from gemskit.pointwise.compare import eq as eq
+from gemskit.pointwise.compare import eq_ as eq_
+from gemskit.pointwise.compare import ge as ge
+from gemskit.pointwise.compare import ge_ as ge_
+from gemskit.pointwise.compare import gt as gt
+from gemskit.pointwise.compare import gt_ as gt_
+from gemskit.pointwise.compare import le as le
+from gemskit.pointwise.compare import le_ as le_
+from gemskit.pointwise.compare import lt as lt
+from gemskit.pointwise.compare import lt_ as lt_
+from gemskit.pointwise.compare import ne as ne
+from gemskit.pointwise.compare import ne_ as ne_
+from gemskit.pointwise.math import exp as exp
+from gemskit.pointwise.math import exp_ as exp_
+from gemskit.pointwise.math import log as log
+from gemskit.pointwise.math import log_ as log_
+from gemskit.pointwise.math import rsqrt as rsqrt
+from gemskit.pointwise.math import rsqrt_ as rsqrt_
+from gemskit.pointwise.math import sqrt as sqrt
+from gemskit.pointwise.math import sqrt_ as sqrt_
+from gemskit.pointwise.random import dropout as dropout
+from gemskit.pointwise.random import dropout_ as dropout_

@@ -20,7 +20,6 @@ from gemskit._bind import SCALARS, adapter, annotations, arguments, fill, parame
 from gemskit._dtypes import TRITON, common_dtype, compute_type
 from gemskit._launch import launch
 from gemskit._op import Named, Op, P, R
-from gemskit.reduce._fold import Fold
 
 #: Filled in per operator: the formula, called by the names of its parameters.
 FORMULA: Any = None
@@ -39,9 +38,10 @@ def _outer(i, sizes, strides):
 @triton.jit
 def _tiles(
     outs, ins, sizes, out_strides, in_strides, s0, s1, s2, s3,
-    COMPUTE: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr, PICK: tl.constexpr,
+    COMPUTE: tl.constexpr, VIA: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr, PICK: tl.constexpr,
     B1: tl.constexpr, B0: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    # KEEP says per operand: 0 is cast to COMPUTE, 1 keeps its dtype, 2 is rounded to VIA on the way.
     # ALONG says per operand along which tiled dimensions it varies (1: last, 2: last but one): what is broadcast is read once.
     R: tl.constexpr = len(sizes)
     i = tl.program_id(0)
@@ -72,8 +72,10 @@ def _tiles(
             live = m0
         if k < len(ins):
             v = tl.load(ins[k] + at, live)
-            if not KEEP[k]:
+            if KEEP[k] != 1:
                 v = v.to(COMPUTE)
+            if KEEP[k] == 2:
+                v = v.to(VIA).to(COMPUTE)
         else:
             v = at  # the logical index
         values = values + (v,)
@@ -85,19 +87,30 @@ def _tiles(
 
 
 class Elementwise:
-    """A formula as a kernel: ``plan`` it for a layout, run it on tensors of that layout."""
+    """A formula as a kernel: ``plan`` it for a layout, run it on tensors of that layout.
 
-    def __init__(self, name: str, formula: Any, *, keep: Sequence[str] = (), results: int = 1) -> None:
-        self.name, self.formula, self.results = name, formula, results
+    Besides operands and scalars a formula may name ``index`` (the logical index) or ``position`` (along the argument ``dim``).
+    """
+
+    def __init__(
+        self, name: str, formula: Any, *, keep: Sequence[str] = (), results: int = 1, rounds: bool = False
+    ) -> None:
+        self.name, self.formula, self.results, self.rounds = name, formula, results, rounds
         #: Operands that keep their own dtype: conditions, seeds.
         self.keep = frozenset(keep)
         self.names = parameters(formula)
         self._bound: dict[Any, Any] = {}
 
     def plan(
-        self, named: Named, outs: Sequence[Tensor], compute: torch.dtype, pick: Sequence[int] | None = None
-    ) -> Callable[[Sequence[Tensor], Named], None]:
-        """The launch for operands ``named`` and ``outs`` (meta tensors suffice); ``pick`` says which results to store."""
+        self, named: Named, outs: Sequence[Tensor], compute: torch.dtype, pick: Sequence[int] | None = None,
+        via: torch.dtype | None = None,
+    ) -> Callable[[Sequence[Tensor], Named], None]:  # fmt: skip
+        """The launch for operands ``named`` and ``outs`` (meta tensors suffice).
+
+        ``pick`` says which results to store, ``via`` is the type that operands are promoted to where that is narrower than
+        ``compute``.
+        """
+        via = via or compute
         shape = tuple(outs[0].shape)
         if 0 in shape:
             return lambda outs, named: None
@@ -107,6 +120,8 @@ class Elementwise:
         strides += [_layout.broadcast_strides(named[n], shape) for n in operands]
         if "index" in self.names:
             strides.append(_layout.contiguous(shape))
+        elif "position" in self.names:
+            strides.append(tuple(int(d == named["dim"] % len(shape)) for d in range(len(shape))))
         sizes, flat = _layout.collapse([shape[d] for d in order], [tuple(s[d] for d in order) for s in strides])
         if len(sizes) == 1:
             sizes, flat = (1, *sizes), [(0, *s) for s in flat]
@@ -122,10 +137,11 @@ class Elementwise:
         grid = triton.cdiv(n0, b0) * triton.cdiv(n1, b1)
         for n in sizes[:-2]:
             grid *= n
-        kernel, runtime = self._bind(named, operands, compute)
+        kernel, runtime = self._bind(named, operands, compute, via)
         meta = dict(
             COMPUTE=TRITON[compute],
-            KEEP=tuple(int(n in self.keep) for n in operands),
+            VIA=TRITON[via],
+            KEEP=tuple(1 if n in self.keep else 2 * (via not in (compute, named[n].dtype)) for n in operands),
             ALONG=tuple((s[-1] != 0) + 2 * (s[-2] != 0) for s in flat[n_out:]),
             PICK=tuple(pick if pick is not None else range(self.results)),
             B1=b1,
@@ -142,10 +158,16 @@ class Elementwise:
 
         return run
 
-    def _bind(self, named: Named, operands: Sequence[str], compute: torch.dtype) -> tuple[Any, tuple[str, ...]]:
+    def _bind(
+        self, named: Named, operands: Sequence[str], compute: torch.dtype, via: torch.dtype
+    ) -> tuple[Any, tuple[str, ...]]:
         """The filled driver, and the names of its run-time scalars. Strings, None and bools become part of the code."""
         reads = {n: f"values[{k}]" for k, n in enumerate((*operands, "index"))}
+        reads["position"] = reads["index"]
         runtime, expressions = arguments(self.names, {n: named.get(n) for n in self.names}, reads, compute)
+        if self.rounds and via != compute:
+            cast = f".to(tl.{TRITON[via].name}).to(tl.{TRITON[compute].name})"
+            expressions.update({n: expressions[n] + cast for n in runtime})
         key = (tuple(operands), tuple(expressions.items()), compute)
         kernel = self._bound.get(key)
         if kernel is None:
@@ -162,16 +184,18 @@ class Pointwise(Op[P, R]):
     elementwise = True
     _formula: Elementwise | None = None
 
-    def __init__(self, meaning: Callable[P, R], *, keep: Sequence[str] = (), results: int = 1, **options: Any) -> None:
+    def __init__(
+        self, meaning: Callable[P, R], *, keep: Sequence[str] = (), results: int = 1, rounds: bool = False, **options: Any
+    ) -> None:
         super().__init__(meaning, **options)
-        self.keep, self.results = tuple(keep), results
+        self.keep, self.results, self.rounds = tuple(keep), results, rounds
 
     def formula(self, fn: Any) -> Any:
         """Attach the formula: a jit function that names the parameters it needs, or ``index`` (the logical index).
 
         Tensors and numbers arrive in the type computed in (float32 for halves); strings, bools and None are constants.
         """
-        self._formula = Elementwise(self.name, fn, keep=self.keep, results=self.results)
+        self._formula = Elementwise(self.name, fn, keep=self.keep, results=self.results, rounds=self.rounds)
         return fn
 
     def gradient(self, fn: Any) -> Any:
@@ -179,6 +203,9 @@ class Pointwise(Op[P, R]):
 
         It returns one value for each differentiable tensor parameter, in order (those not in ``keep``).
         """
+        # Reductions use Elementwise for their gradients: at the head of this file the two would import each other.
+        from gemskit.reduce._fold import Fold
+
         of = tuple(n for n in self.tensors if n not in self.keep)
         kernel = Elementwise(f"{self.name}_grad", fn, keep=self.keep, results=len(of))
         folds = {n: Fold.of_formula(f"{self.name}_grad_{n}", fn, len(of), k, keep=self.keep) for k, n in enumerate(of)}
@@ -186,6 +213,7 @@ class Pointwise(Op[P, R]):
 
         def vjp(needs: set[str], like: Mapping[str, Any], **named: Any) -> dict[str, Tensor]:
             compute = compute_type(common_dtype([named["grad"]]))
+            named = self._counted(named)
             shape = named["grad"].shape
             whole = [n for n in of if n in needs and like[n][0] == shape]
             found: dict[str, Tensor] = {}
@@ -206,18 +234,32 @@ class Pointwise(Op[P, R]):
             return super().plan(named, outs)
         values = [named[n] for n in self.tensors if n not in self.keep and named[n] is not None]
         common = common_dtype(values) if values else outs[0].dtype
-        meaning_dtype = self._result_dtype(named)
-        run = self._formula.plan(named, outs, compute_type(meaning_dtype if meaning_dtype.is_floating_point else common))
+        result = self._probe(named)
+        dtype = result if result.is_floating_point else common
+        # torch promotes operands before it computes: 70000 with a float16 tensor is inf.
+        via = dtype if dtype.is_floating_point else None
+        run = self._formula.plan(self._counted(named), outs, compute_type(dtype), via=via)
         return lambda outs, keep, arguments: run(outs, arguments)
 
-    def _result_dtype(self, named: Named) -> torch.dtype:
-        found: Any = self.meaning(**dict(named))  # type: ignore[call-arg]
+    def _counted(self, named: Named) -> dict[str, Any]:
+        """True and False as 1 and 0 where they stand for a tensor: passed at run time like other numbers."""
+        return {n: int(v) if isinstance(v, bool) and n in self.tensors else v for n, v in named.items()}
+
+    def _probe(self, named: Named) -> torch.dtype:
+        """The dtype of the result, from one element on the CPU: it refuses dtypes and numbers that ``meta`` lets pass."""
+        if not self.random:  # whose meaning would advance torch's generator
+            named = {
+                n: torch.ones([1] * v.ndim, dtype=v.dtype, device="cpu") if isinstance(v, Tensor) else v
+                for n, v in named.items()
+            }
+        found: Any = self._meaning(tuple(named.values()))
         first: Tensor = found[0] if isinstance(found, tuple) else found
         return first.dtype
 
 
 def pointwise(
-    *, aten: str | None = None, keep: Sequence[str] = (), results: int = 1, random: bool = False
+    *, aten: str | None = None, keep: Sequence[str] = (), results: int = 1, random: bool = False, floats: Sequence[str] = (),
+    rounds: bool = False,
 ) -> Callable[[Callable[P, R]], Pointwise[P, R]]:
     """Declare an elementwise operator. Attach its formula with ``@op.formula`` and its gradient with ``@op.gradient``.
 
@@ -226,5 +268,8 @@ def pointwise(
         keep: parameters that stay out of type promotion and arrive in their own dtype (conditions, seeds).
         results: how many outputs the formula returns.
         random: whether its values are drawn; such operators are tested statistically.
+        floats: parameters that take floating-point tensors only, where torch has no kernel for ints.
+        rounds: whether numbers are rounded to the promoted dtype first, as in torch's comparisons of half types; in
+            arithmetic they keep the precision computed in.
     """
-    return functools.partial(Pointwise, aten=aten, keep=keep, results=results, random=random)
+    return functools.partial(Pointwise, aten=aten, keep=keep, results=results, random=random, floats=floats, rounds=rounds)

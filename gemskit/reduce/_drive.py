@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import triton
 from torch import Tensor
 
 from gemskit._dtypes import compute_type
+from gemskit._checks import describe
 from gemskit._op import Named, Op, P, R
+from gemskit.errors import DimError
 from gemskit.reduce._fold import Fold
+from gemskit.reduce._scan import Scan
+
+
+#: One dimension, several, or all (None or empty).
+Dims: TypeAlias = int | Sequence[int] | None
 
 
 @triton.jit
@@ -26,13 +34,24 @@ def always(named: Named) -> bool:
     return True
 
 
-def dims_of(dim: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
+def floating(named: Named) -> bool:
+    """Serves a floating ``input``."""
+    input: Tensor = named["input"]
+    return input.dtype.is_floating_point
+
+
+def dims_of(dim: Dims, ndim: int) -> tuple[int, ...]:
     """The dimensions that ``dim`` names; None and the empty tuple name all of them."""
     given = (dim,) if isinstance(dim, int) else tuple(dim or ())
     return tuple(sorted(d % max(ndim, 1) for d in given)) or tuple(range(max(ndim, 1)))
 
 
-def spread(t: Tensor, dim: int | Sequence[int] | None, ndim: int, keepdim: bool) -> Tensor:
+def count_of(shape: Sequence[int], dim: Dims) -> int:
+    """How many elements are reduced to one."""
+    return math.prod(shape[d] for d in dims_of(dim, len(shape))) if shape else 1
+
+
+def spread(t: Tensor, dim: Dims, ndim: int, keepdim: bool) -> Tensor:
     """``t``, the result of a reduction, as a view with size 1 where dimensions were folded away."""
     if keepdim or not ndim:
         return t
@@ -80,19 +99,60 @@ class Reduction(Op[P, R]):
         dim, keepdim = named.get("dim"), bool(named.get("keepdim"))
         kept = [spread(o, dim, input.ndim, keepdim) for o in outs]
         shape = tuple(input.shape) or (1,)
-        run = fold.plan(named, shape, dims_of(dim, input.ndim), kept, compute_type(named.get("dtype") or input.dtype))
+        dims, cast = dims_of(dim, input.ndim), named.get("dtype") or input.dtype
+        if any(shape[d] == 0 for d in dims) and any(isinstance(v, str) for v in fold.identity):
+            raise DimError(f"{self.name}: {describe(input)} has no element along dim={dim}; accepted: a dim of non-zero size")
+        run = fold.plan(named, shape, dims, kept, compute_type(cast), cast)
         return lambda outs, keep, arguments: run(outs, arguments)
 
     def _tuple(self, outs: tuple[Tensor, ...]) -> Any:
         return outs[0] if len(outs) == 1 else self.results(outs) if self.results else outs
 
 
-def reduction(*, aten: str | None = None, results: Any = None) -> Callable[[Callable[P, R]], Reduction[P, R]]:
+def reduction(
+    *, aten: str | None = None, results: Any = None, floats: Sequence[str] = ()
+) -> Callable[[Callable[P, R]], Reduction[P, R]]:
     """Declare a reduction. Attach its monoid with ``@op.combine(identity=...)`` and its gradient with ``@op.gradient_by``."""
-    return functools.partial(Reduction, aten=aten, results=results)
+    return functools.partial(Reduction, aten=aten, results=results, floats=floats)
 
 
-def expand_to(grad: Tensor, like: tuple[Sequence[int], torch.dtype], dim: int | Sequence[int] | None, keepdim: bool) -> Tensor:
-    """The gradient of a sum: ``grad`` seen in the input's shape, nothing copied."""
-    shape, _ = like
-    return spread(grad, dim, len(shape), keepdim).expand(tuple(shape))
+class Scanning(Op[P, R]):
+    """An operator of running states along ``dim`` of its first parameter."""
+
+    family = "scan"
+    elementwise = True
+
+    def __init__(self, meaning: Callable[P, R], *, results: Any = None, **options: Any) -> None:
+        super().__init__(meaning, **options)
+        self.results = results
+        self._scan: Scan | None = None
+
+    def combine(
+        self, *, identity: float | str | Sequence[float | str], map: Any = element, state: Sequence[str] | None = None
+    ) -> Callable[[Any], Any]:
+        """Attach the associative step, a jit function of two states (see :class:`gemskit.reduce._scan.Scan`)."""
+        identities = identity if isinstance(identity, tuple) else (identity,)
+
+        def attach(fn: Any) -> Any:
+            self._scan = Scan(
+                self.name, map=map, combine=fn, identity=identities, state=state or ("accumulate",) * len(identities)
+            )
+            return fn
+
+        return attach
+
+    def plan(self, named: Named, outs: tuple[Tensor, ...]) -> Callable[..., None]:
+        input: Tensor = named[self.tensors[0]]
+        cast = named.get("dtype") or input.dtype
+        if self._scan is None or named.get("dtype") == torch.bool:
+            return super().plan(named, outs)
+        run = self._scan.plan(named, tuple(input.shape), named["dim"], outs, compute_type(cast), cast)
+        return lambda outs, keep, arguments: run(outs, arguments)
+
+    def _tuple(self, outs: tuple[Tensor, ...]) -> Any:
+        return outs[0] if len(outs) == 1 else self.results(outs) if self.results else outs
+
+
+def scan(*, aten: str | None = None, results: Any = None) -> Callable[[Callable[P, R]], Scanning[P, R]]:
+    """Declare a scan. Attach its monoid with ``@op.combine(identity=...)`` and its gradient with ``@op.gradient_by``."""
+    return functools.partial(Scanning, aten=aten, results=results)

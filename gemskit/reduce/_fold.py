@@ -33,7 +33,7 @@ FINISH: Any = None
 @triton.jit
 def _fold(
     outs, ins, row_sizes, col_sizes, out_strides, in_row_strides, in_col_strides, s0, s1, s2, s3, rows, cols, part, count,
-    COMPUTE: tl.constexpr, KEEP: tl.constexpr, STATE: tl.constexpr, IDENTITY: tl.constexpr,
+    CAST: tl.constexpr, COMPUTE: tl.constexpr, KEEP: tl.constexpr, STATE: tl.constexpr, IDENTITY: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
@@ -55,7 +55,7 @@ def _fold(
             at = offset(row, row_sizes, in_row_strides[k]) + offset(col, col_sizes, in_col_strides[k])
             v = tl.load(ins[k] + at, live)
             if not KEEP[k]:
-                v = v.to(COMPUTE)
+                v = v.to(CAST).to(COMPUTE)
             values = values + (v,)
         fresh = MAP(values, s0, s1, s2, s3, col)
         masked = ()
@@ -77,7 +77,9 @@ class Fold:
         combine: jit function of two states, flattened: ``(a0, a1, .., b0, b1, ..)``. Associative and commutative.
         identity: one value per state; ``"lowest"`` and ``"highest"`` are those of the type.
         finish: jit function of the states by name ``state0, state1 ..``, scalars and ``count``; the states themselves if None.
-        state: the type of each state: ``"accumulate"`` (float32 for halves, int64 for ints), ``"compute"`` or ``"index"``.
+        state: the type of each state: ``"accumulate"`` (float32 for halves, int64 for ints), ``"compute"`` or ``"index"``
+            (int32, or int64 where positions need it).
+        ordered: ``col`` counts the reduced dimensions in their logical order, for states that hold positions.
     """
 
     def __init__(
@@ -111,16 +113,18 @@ class Fold:
         return out
 
     def plan(
-        self, named: Named, shape: Sequence[int], dims: Sequence[int], outs: Sequence[Tensor], compute: torch.dtype
-    ) -> Callable[[Sequence[Tensor], Named], None]:
-        """The launch that folds ``dims`` of ``shape`` into ``outs``, which have size 1 there."""
+        self, named: Named, shape: Sequence[int], dims: Sequence[int], outs: Sequence[Tensor], compute: torch.dtype,
+        cast: torch.dtype | None = None,
+    ) -> Callable[[Sequence[Tensor], Named], None]:  # fmt: skip
+        """The launch that folds ``dims`` of ``shape`` into ``outs``, which have size 1 there.
+
+        Elements are converted to ``cast`` (a ``dtype=`` argument) before they are mapped in ``compute``.
+        """
         operands = [n for n in self.names if isinstance(named.get(n), Tensor)]
         full = [_layout.broadcast_strides(named[n], shape) for n in operands]
-        kept = [d for d in range(len(shape)) if d not in dims]
-        inner = list(dims)
-        if not self.ordered:
-            # Any order of the columns gives the same result; the one by memory gives the fewest dimensions.
-            inner = sorted(dims, key=lambda d: tuple(-s[d] for s in full[:1]))
+        # Any order of the rows, and mostly of the columns, gives the same result; the one by memory has the fewest dimensions.
+        kept = by_memory([d for d in range(len(shape)) if d not in dims], full)
+        inner = list(dims) if self.ordered else by_memory(dims, full)
         out_full = [tuple(o.stride()) for o in outs]
         row_sizes, row = _layout.collapse([shape[d] for d in kept], [tuple(s[d] for d in kept) for s in out_full + full])
         col_sizes, col = _layout.collapse([shape[d] for d in inner], [tuple(s[d] for d in inner) for s in full])
@@ -140,10 +144,9 @@ class Fold:
             pieces = min(triton.cdiv(cols, 2 * bn), triton.cdiv(config["split_below"], max(1, blocks)))
         part = triton.cdiv(triton.cdiv(cols, pieces), bn) * bn if cols else 0
         pieces = triton.cdiv(cols, part) if cols else 1
-        accumulate = accumulate_type(compute)
-        kinds = {"accumulate": accumulate, "compute": compute, "index": torch.int64, "input": compute}
-        states = [kinds[s] for s in self.state]
+        states = state_types(self.state, compute, cols)
         meta = dict(
+            CAST=TRITON[cast or compute],
             COMPUTE=TRITON[compute],
             KEEP=tuple(int(n in self.keep) for n in operands),
             STATE=tuple(TRITON[s] for s in states),
@@ -209,6 +212,18 @@ class Fold:
                 _fold, name, annotations(runtime, compute), MAP=mapped, MERGE=merge, COMBINE=combine, FINISH=finish
             )
         return self._bound[key], runtime
+
+
+def by_memory(dims: Sequence[int], strides: Sequence[_layout.Strides]) -> list[int]:
+    """``dims`` from the largest stride of the first operand to the smallest; expanded ones change slowest."""
+    return sorted(dims, key=lambda d: [-(abs(s[d]) or math.inf) for s in strides[:1]])
+
+
+def state_types(kinds: Sequence[str], compute: torch.dtype, cols: int) -> list[torch.dtype]:
+    """The types of states over ``cols`` columns. The largest index stands for none."""
+    index = torch.int64 if cols >= 2**31 - 1 else torch.int32
+    types = {"accumulate": accumulate_type(compute), "compute": compute, "index": index}
+    return [types[k] for k in kinds]
 
 
 def identity_of(v: float | str, dtype: torch.dtype) -> float:

@@ -1,0 +1,233 @@
+"""``python -m gemskit bench``: verify, then time operators against torch eager and torch.compile, beside the roofline.
+
+Every row runs in one process: gemskit, torch eager and torch.compile on the same tensors, medians of ``do_bench`` with a cold
+L2. The floor is the larger of bytes over the measured copy bandwidth and FLOPs over the measured rate of a large product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemskit import _bench_cases, backends
+from gemskit._bench_cases import BenchCase
+from gemskit._op import REGISTRY
+from gemskit._report import environment
+from gemskit.errors import DeviceError, MissingExtra
+from gemskit.testing import Make, Sample
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m gemskit bench", description=__doc__)
+    parser.add_argument("ops", nargs="*", help="operators to time (default: all)")
+    parser.add_argument("--report", type=Path, help="write JSON here; a Markdown table and SVG and PNG plots beside it")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--render", type=Path, help="only draw the table and plots of an existing JSON report")
+    options = parser.parse_args(argv)
+    if options.render:
+        render(options.render)
+        return 0
+    if backends.vendor.device_type == "cpu":
+        raise DeviceError("bench: times kernels on an accelerator, and none was found; python -m gemskit info says what was")
+    rows = [c for c in _bench_cases.cases() if not options.ops or c.op in options.ops]
+    if not rows:
+        parser.error(f"no benchmark for {', '.join(options.ops)}; there are {', '.join(sorted({c.op for c in _bench_cases.cases()}))}")
+    roof = Roof.measure()
+    print(f"copy {roof.bandwidth / 1e12:.2f} TB/s, bf16 product {roof.flops / 1e12:.0f} TFLOP/s")
+    found = []
+    for case in rows:
+        row = time_case(case, roof, not options.no_compile)
+        found.append(row)
+        print(_row(row), flush=True)
+    print(_summary(found))
+    if options.report:
+        options.report.parent.mkdir(parents=True, exist_ok=True)
+        facts = environment(torch.get_device_module(backends.device).get_device_name(0))
+        report = dict(**facts, bandwidth=roof.bandwidth, flops=roof.flops, rows=found)
+        options.report.write_text(json.dumps(report, indent=0) + "\n")
+        render(options.report)
+    return 0 if all(r["ok"] for r in found) else 1
+
+
+class Roof:
+    """The two ceilings of this machine, measured."""
+
+    def __init__(self, bandwidth: float, flops: float) -> None:
+        self.bandwidth, self.flops = bandwidth, flops
+
+    @classmethod
+    def measure(cls) -> Roof:
+        """A copy of 1 GiB and a bf16 product of 8192³, in bytes and FLOPs a second."""
+        a = torch.randn(1 << 28, device=backends.device)
+        b = torch.empty_like(a)
+        copy = _milliseconds(lambda: b.copy_(a))
+        x, y = (torch.randn(8192, 8192, device=backends.device, dtype=torch.bfloat16) for _ in range(2))
+        product = _milliseconds(lambda: torch.mm(x, y.t()))
+        return cls(2 * a.nbytes / copy * 1e3, 2 * 8192**3 / product * 1e3)
+
+    def floor(self, moved: int, flops: float) -> float:
+        """Milliseconds below which nothing can run."""
+        return max(moved / self.bandwidth, flops / self.flops) * 1e3
+
+
+def time_case(case: BenchCase, roof: Roof, compiled: bool) -> dict[str, Any]:
+    """One row: verified against float64, then timed."""
+    op = REGISTRY[case.op]
+    sample = case.build(Make(case.dtype, device=backends.device, fast=True))
+    candidates: dict[str, Callable[..., Any]] = {"gemskit": op, "eager": op.meaning}
+    if compiled:
+        torch._dynamo.reset()
+        candidates["compile"] = torch.compile(op.meaning, dynamic=False)
+    row: dict[str, Any] = dict(op=case.op, label=case.label, dtype=str(case.dtype).removeprefix("torch."), backward=case.backward)
+    tensors = [t for t in (*sample.args, *sample.kwargs.values()) if isinstance(t, Tensor)]
+    leaves = [t.requires_grad_() for t in tensors if case.backward and t.dtype.is_floating_point]
+    times: dict[str, float] = {}
+    outs: dict[str, list[Tensor]] = {}
+    for name, fn in candidates.items():
+        try:
+            call, result = _prepared(fn, sample, leaves)
+            outs[name] = [t.detach() for t in result]
+            times[name] = _milliseconds(call)
+        except (RuntimeError, NotImplementedError) as e:
+            row[f"{name}_error"] = f"{type(e).__name__}: {e}"[:300]
+    moved = sum(_bytes(t) for t in tensors) + sum(_bytes(t) for t in outs.get("eager", ()))
+    if case.backward:
+        moved += sum(_bytes(t) for t in leaves) // max(1, len(leaves))
+    flops = sample.flops * (2.5 if case.backward and "attention" in case.op else 1)
+    row.update(times=times, floor=roof.floor(moved, flops), flops=flops, bytes=moved)
+    row["ok"], row["error"] = _verify(outs)
+    return row
+
+
+def _prepared(fn: Callable[..., Any], sample: Sample, leaves: Sequence[Tensor]) -> tuple[Callable[[], Any], list[Tensor]]:
+    """What is timed (the call, or only its backward), and its results once."""
+    if not leaves:
+        with torch.no_grad():
+            first = _flat(fn(*sample.args, **sample.kwargs))
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return fn(*sample.args, **sample.kwargs)
+
+        return forward, first
+    outs = [o for o in _flat(fn(*sample.args, **sample.kwargs)) if o.requires_grad]
+    generator = torch.Generator(outs[0].device).manual_seed(1)
+    grads = [torch.randn(o.shape, generator=generator, device=o.device).to(o.dtype) for o in outs]
+
+    def backward() -> Any:
+        return torch.autograd.grad(outs, leaves, grads, retain_graph=True)
+
+    return backward, list(backward())
+
+
+def _verify(outs: dict[str, list[Tensor]]) -> tuple[bool, float]:
+    """Whether gemskit agrees with torch eager to what the dtype can hold; conformance to float64 is ``check``'s work."""
+    if "gemskit" not in outs or "eager" not in outs:
+        return False, math.nan
+    worst = 0.0
+    for g, t in zip(outs["gemskit"], outs["eager"]):
+        if not g.dtype.is_floating_point:
+            worst = max(worst, float((g != t).float().mean()))
+            continue
+        scale = t.float().square().mean().sqrt().clamp_min(1e-30)
+        different = (g.float() - t.float()).abs() / (t.float().abs() + scale)
+        worst = max(worst, float(torch.nan_to_num(different, nan=0.0, posinf=0.0).max()))
+    dtype = outs["gemskit"][0].dtype
+    return worst <= (0.05 if dtype.itemsize == 2 else 1e-3), worst
+
+
+def _milliseconds(fn: Callable[[], Any]) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(fn, warmup=20, rep=80, return_mode="median"))
+
+
+def _bytes(t: Tensor) -> int:
+    """Bytes that reading ``t`` once moves: what is expanded counts once."""
+    return math.prod(n for n, s in zip(t.shape, t.stride()) if s) * t.element_size()
+
+
+def _flat(result: Any) -> list[Tensor]:
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def _row(row: dict[str, Any]) -> str:
+    t = row["times"]
+    mine = t.get("gemskit", math.nan)
+    parts = [f"{row['op'][:22]:22} {row['label'][:28]:28} {mine:8.4f} ms {row['floor'] / mine:5.0%} of roof"]
+    parts += [f"{name} {t[name]:8.4f} ({t[name] / mine:4.2f}x)" for name in ("eager", "compile") if name in t]
+    return "  ".join(parts) + ("" if row["ok"] else f"  WRONG {row['error']:.3g} {row.get('gemskit_error', '')}")
+
+
+def _summary(rows: Sequence[dict[str, Any]]) -> str:
+    lines = []
+    for peer in ("eager", "compile"):
+        ratios = [r["times"][peer] / r["times"]["gemskit"] for r in rows if peer in r["times"] and "gemskit" in r["times"]]
+        if ratios:
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            lines.append(f"geometric mean against torch {peer}: {mean:.2f}x over {len(ratios)} rows, {sum(x < 0.95 for x in ratios)} under 0.95x")
+    return "\n".join(lines)
+
+
+def render(path: Path) -> None:
+    """The Markdown page and the plots of a JSON report."""
+    report = json.loads(path.read_text())
+    rows = report["rows"]
+    facts = {k: report[k] for k in ("machine", "date", "gemskit", "commit", "torch", "triton", "python", "command")}
+    lines = [
+        f"# Benchmarks on {report['machine']}", "", *(f"- {k}: {v}" for k, v in facts.items()),
+        f"- roof: copy {report['bandwidth'] / 1e12:.2f} TB/s, bf16 product {report['flops'] / 1e12:.0f} TFLOP/s, measured in the same run",
+        "", *(f"{line}.\n" for line in _summary(rows).splitlines()),
+        f"![speed against torch eager]({path.stem}.svg)", "",
+        "Milliseconds (medians, cold L2); ratios are the peer's time over ours, so above 1 gemskit is faster.", "",
+        "| operator | case | dtype | gemskit ms | of roof | torch eager ms | ratio | torch.compile ms | ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for r in rows:
+        t = r["times"]
+        mine = t.get("gemskit")
+        cells = [f"`{r['op']}`", r["label"], r["dtype"], f"{mine:.4f}" if mine else "failed", f"{r['floor'] / mine:.0%}" if mine else ""]
+        for peer in ("eager", "compile"):
+            cells += [f"{t[peer]:.4f}", f"{t[peer] / mine:.2f}" if mine else ""] if peer in t else ["", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    try:
+        plot(path, report)
+    except ImportError as e:
+        raise MissingExtra('bench: plots need matplotlib: pip install "gemskit[bench]"') from e
+
+
+def plot(path: Path, report: dict[str, Any]) -> None:
+    """Bars of time against torch eager, one a row, coloured by which side is faster."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [r for r in report["rows"] if {"gemskit", "eager"} <= set(r["times"])]
+    ratios = [r["times"]["eager"] / r["times"]["gemskit"] for r in rows]
+    roofs = [r["floor"] / r["times"]["gemskit"] for r in rows]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 1.2 + 0.21 * len(rows)), sharey=True)
+    places = range(len(rows))
+    left.barh(places, ratios, color=["#2a7f62" if x >= 1 else "#c0504d" for x in ratios])
+    left.axvline(1, color="black", linewidth=0.8)
+    left.set_xscale("log")
+    left.set_xlabel("torch eager time / gemskit time")
+    left.set_yticks(places, [f"{r['op']}  {r['label']}" for r in rows], fontsize=7)
+    left.invert_yaxis()
+    right.barh(places, roofs, color="#4f81bd")
+    right.axvline(1, color="black", linewidth=0.8)
+    right.set_xlabel("share of the roof reached by gemskit")
+    figure.suptitle(f"gemskit {report['gemskit']} on {report['machine']}, {report['date']}", fontsize=10)
+    figure.tight_layout()
+    for suffix in (".svg", ".png"):
+        figure.savefig(path.with_suffix(suffix), dpi=110)
+    pyplot.close(figure)

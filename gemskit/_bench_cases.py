@@ -1,0 +1,121 @@
+"""What ``python -m gemskit bench`` times: for each operator, calls of the sizes that models make.
+
+Bytes are counted from the tensors of the call (each read once, each output written once); FLOPs are given where arithmetic
+is the floor. Tests never run these; ``tests/test_compile_targets.py`` compiles them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gemskit.testing import Make, Sample
+
+Build = Callable[[Make], Sample]
+
+
+@dataclass(frozen=True)
+class BenchCase:
+    """One row of the table."""
+
+    op: str
+    label: str
+    build: Build
+    dtype: torch.dtype = torch.bfloat16
+    backward: bool = False
+
+
+def _call(*shapes: tuple[int, ...], **kwargs: Any) -> Build:
+    return lambda make: Sample(tuple(make(*s) for s in shapes), kwargs)
+
+
+def _norm(rows: int, cols: int, tensors: int = 1, vectors: int = 1) -> Build:
+    return lambda make: Sample(
+        (*(make(rows, cols) for _ in range(tensors)), (cols,), *(make(cols) for _ in range(vectors)))
+    )
+
+
+def _product(m: int, n: int, k: int) -> Build:
+    # Row-major A, column-major B: how a layer multiplies by its weight.
+    return lambda make: Sample((make(m, k), make(n, k).t()), flops=2.0 * m * n * k)
+
+
+def _attention(b: int, hq: int, hk: int, s: int, d: int, causal: bool) -> Build:
+    return lambda make: Sample(
+        (make(b, hq, s, d), make(b, hk, s, d), make(b, hk, s, d)),
+        dict(is_causal=causal, enable_gqa=hq != hk),
+        flops=4.0 * b * hq * s * s * d * (0.5 if causal else 1.0),
+    )
+
+
+BIG = 8192
+ELEMENTS = 1 << 26
+
+
+def cases() -> Iterator[BenchCase]:
+    """All rows, operator by operator."""
+    for op in ("neg", "exp", "log", "sqrt", "rsqrt", "sigmoid", "tanh", "relu", "gelu", "silu"):
+        yield BenchCase(op, "64M", _call((ELEMENTS,)))
+    for op in ("add", "sub", "mul", "div", "pow", "maximum", "lt"):
+        yield BenchCase(op, "64M", _call((ELEMENTS,), (ELEMENTS,)))
+    yield BenchCase("add", "4096x8192 + 4096x1", _call((4096, BIG), (4096, 1)))
+    yield BenchCase("add", "a + b.T 8192²", lambda make: Sample((make(BIG, BIG), make(BIG, BIG).t())))
+    yield BenchCase("where", "64M", lambda make: Sample((make(ELEMENTS, dtype=torch.bool), make(ELEMENTS), make(ELEMENTS))))
+    yield BenchCase("clamp", "64M", _call((ELEMENTS,), min=-1.0, max=1.0))
+    for op in ("silu", "gelu"):
+        yield BenchCase(op, "64M backward", _call((ELEMENTS,)), backward=True)
+    for op in ("sum", "mean", "amax", "argmax", "var"):
+        yield BenchCase(op, "8192² dim=1", _call((BIG, BIG), dim=1))
+        yield BenchCase(op, "8192² dim=0", _call((BIG, BIG), dim=0))
+    yield BenchCase("sum", "64M all", _call((ELEMENTS,)))
+    yield BenchCase("mean", "65536x1024 dim=0 f32", _call((65536, 1024), dim=0), torch.float32)
+    yield BenchCase("max", "8192² dim=1", _call((BIG, BIG), dim=1))
+    yield BenchCase("cumsum", "4096x16384 dim=1 f32", _call((4096, 16384), dim=1), torch.float32)
+    for op in ("softmax", "log_softmax"):
+        for rows, cols in ((8192, 4096), (4096, 16384), (256, 131072)):
+            yield BenchCase(op, f"{rows}x{cols}", _call((rows, cols), dim=1))
+        yield BenchCase(op, "8192x4096 backward", _call((8192, 4096), dim=1), backward=True)
+    for rows, cols in ((8192, 4096), (4096, 16384), (32768, 1024), (256, 131072)):
+        yield BenchCase("rms_norm", f"{rows}x{cols}", _norm(rows, cols))
+        yield BenchCase("layer_norm", f"{rows}x{cols}", _norm(rows, cols, vectors=2))
+    yield BenchCase("rms_norm", "8192x4096 backward", _norm(8192, 4096), backward=True)
+    yield BenchCase("layer_norm", "8192x4096 backward", _norm(8192, 4096, vectors=2), backward=True)
+    yield BenchCase("fused_add_rms_norm", "8192x4096", _norm(8192, 4096, tensors=2))
+    yield BenchCase("skip_layer_norm", "8192x4096", _norm(8192, 4096, tensors=2, vectors=2))
+    yield BenchCase("silu_and_mul", "8192x28672 packed", _call((BIG, 28672)))
+    yield BenchCase("gelu_and_mul", "8192x28672 packed", _call((BIG, 28672)))
+    yield BenchCase(
+        "apply_rotary_pos_emb", "8x4096 h32/8 d128",
+        lambda make: Sample((make(8, 4096, 32, 128), make(8, 4096, 8, 128), make(4096, 64), make(4096, 64))),
+    )  # fmt: skip
+    yield BenchCase(
+        "embedding", "16384 of 128256x4096",
+        lambda make: Sample((make(16384, dtype=torch.int64, low=0, high=128256), make(128256, 4096))),
+    )  # fmt: skip
+    yield BenchCase(
+        "cross_entropy", "8192x128256",
+        lambda make: Sample((make(8192, 128256), make(8192, dtype=torch.int64, low=0, high=128256))),
+    )  # fmt: skip
+    yield BenchCase(
+        "cross_entropy", "8192x128256 backward",
+        lambda make: Sample((make(8192, 128256), make(8192, dtype=torch.int64, low=0, high=128256))), backward=True,
+    )  # fmt: skip
+    for m, n, k in ((8192, 8192, 8192), (4096, 4096, 4096), (2048, 6144, 4096), (128, 4096, 14336), (16, 14336, 4096), (1, 4096, 4096)):
+        yield BenchCase("mm", f"{m}x{n}x{k}", _product(m, n, k))
+    yield BenchCase("bmm", "64x1024³", lambda make: Sample((make(64, 1024, 1024), make(64, 1024, 1024)), flops=2.0 * 64 * 1024**3))
+    yield BenchCase(
+        "addmm", "4096³", lambda make: Sample((make(4096), make(4096, 4096), make(4096, 4096)), flops=2.0 * 4096**3)
+    )
+    yield BenchCase(
+        "linear", "8192x4096 -> 14336",
+        lambda make: Sample((make(8192, 4096), make(14336, 4096)), flops=2.0 * 8192 * 4096 * 14336),
+    )  # fmt: skip
+    for b, hq, hk, s, d, causal in ((4, 32, 32, 4096, 128, True), (2, 32, 8, 8192, 128, True), (16, 16, 16, 1024, 64, False)):
+        label = f"b{b} h{hq}/{hk} s{s} d{d}{' causal' if causal else ''}"
+        yield BenchCase("scaled_dot_product_attention", label, _attention(b, hq, hk, s, d, causal))
+    yield BenchCase(
+        "scaled_dot_product_attention", "b4 h32/32 s4096 d128 causal backward", _attention(4, 32, 32, 4096, 128, True), backward=True
+    )

@@ -1,0 +1,37 @@
+"""What every report says about where its figures come from."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import triton
+
+
+def environment(machine: str) -> dict[str, str]:
+    """Date, machine, versions, commit and command."""
+    import gemskit
+
+    return {
+        "machine": machine,
+        "date": datetime.date.today().isoformat(),
+        "gemskit": gemskit.__version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "command": "python -m gemskit " + " ".join(sys.argv[1:]),
+    }
+
+
+def _commit() -> str:
+    root = Path(__file__).parent.parent
+    if "GEMSKIT_COMMIT" in os.environ:  # where the sources were copied without their history
+        return os.environ["GEMSKIT_COMMIT"]
+    found = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"

@@ -1,0 +1,322 @@
+"""Sums, products, quotients and powers; choosing and limiting."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+
+from gemskit import language
+from gemskit._dtypes import Number
+from gemskit.pointwise._drive import pointwise
+
+
+@pointwise(aten="add.Tensor")
+def add(input: Tensor | Number, other: Tensor | Number, *, alpha: Number = 1, out: Tensor | None = None) -> Tensor:
+    """``input + alpha * other``. Source: ``torch.add``."""
+    return torch.add(input, other, alpha=alpha)  # type: ignore[arg-type]
+
+
+@add.formula
+@triton.jit
+def _(input, other, alpha):
+    return input + other * alpha
+
+
+@add.gradient
+@triton.jit
+def _(grad, alpha):
+    return grad, grad * alpha
+
+
+add_ = add.inplace
+
+
+@pointwise(aten="sub.Tensor")
+def sub(input: Tensor | Number, other: Tensor | Number, *, alpha: Number = 1, out: Tensor | None = None) -> Tensor:
+    """``input - alpha * other``. Source: ``torch.sub``."""
+    return torch.sub(input, other, alpha=alpha)  # type: ignore[arg-type]
+
+
+@sub.formula
+@triton.jit
+def _(input, other, alpha):
+    return input - other * alpha
+
+
+@sub.gradient
+@triton.jit
+def _(grad, alpha):
+    return grad, -grad * alpha
+
+
+sub_ = sub.inplace
+
+
+@pointwise(aten="mul.Tensor")
+def mul(input: Tensor | Number, other: Tensor | Number, *, out: Tensor | None = None) -> Tensor:
+    """``input * other``. Source: ``torch.mul``."""
+    return torch.mul(input, other)  # type: ignore[arg-type]
+
+
+@mul.formula
+@triton.jit
+def _(input, other):
+    return input * other
+
+
+@mul.gradient
+@triton.jit
+def _(grad, input, other):
+    return grad * other, grad * input
+
+
+mul_ = mul.inplace
+
+
+@triton.jit
+def _floor_div(x, y):
+    if y.dtype.is_floating():
+        # The remainder decides, not the rounded quotient: floor(1 / 0.1) would be 10, and the answer is 9.
+        r = libdevice.fmod(x, y)
+        q = language.div(x - r, y)
+        q = tl.where((r != 0) & ((r < 0) != (y < 0)), q - 1, q)
+        whole = libdevice.floor(q)
+        whole = tl.where(q - whole > 0.5, whole + 1, whole)
+        zero = libdevice.copysign(q * 0, language.div(x, y))
+        return tl.where(y == 0, language.div(x, y), tl.where(q == 0, zero, whole))
+    else:
+        # Triton's // truncates.
+        q = x // y
+        return q - ((x - q * y != 0) & ((x < 0) != (y < 0))).to(q.dtype)
+
+
+@pointwise(aten="div.Tensor")
+def div(
+    input: Tensor | Number, other: Tensor | Number, *, rounding_mode: Literal["trunc", "floor"] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``input / other``, correctly rounded; or rounded toward zero (``"trunc"``) or down (``"floor"``).
+
+    Without ``rounding_mode`` ints divide as floats. Floats divided by zero give inf or NaN. Ints divided by zero in a
+    rounding mode: an error on CPU tensors and for a number 0; elements of an accelerator's tensor are undefined, as in torch.
+    The gradient of both rounding modes is zero. Source: ``torch.div``.
+    """
+    return torch.div(input, other, rounding_mode=rounding_mode)  # type: ignore[arg-type]
+
+
+@div.formula
+@triton.jit
+def _(input, other, rounding_mode):
+    if rounding_mode is None:
+        return language.div(input, other)
+    elif rounding_mode == "floor":
+        return _floor_div(input, other)
+    elif other.dtype.is_floating():
+        return libdevice.trunc(language.div(input, other))
+    else:
+        return input // other
+
+
+@div.gradient
+@triton.jit
+def _(grad, input, other, rounding_mode):
+    if rounding_mode is None:
+        return language.div(grad, other), -grad * language.div(language.div(input, other), other)
+    else:
+        return tl.zeros_like(grad), tl.zeros_like(grad)
+
+
+div_ = div.inplace
+
+
+@pointwise(aten="neg")
+def neg(input: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """``-input``. Source: ``torch.neg``."""
+    return torch.neg(input)
+
+
+@neg.formula
+@triton.jit
+def _(input):
+    # 0 - input would lose the sign of a zero.
+    return input * -1 if input.dtype.is_floating() else 0 - input
+
+
+@neg.gradient
+@triton.jit
+def _(grad):
+    return grad * -1
+
+
+neg_ = neg.inplace
+
+
+@triton.jit
+def _int_pow(base, exponent):
+    """Squaring, modulo the type's range. A negative exponent gives 0, or ±1 for a base of ±1."""
+    negative = exponent < 0
+    left = exponent
+    result = base * 0 + exponent * 0 + 1
+    power = base * result
+    for _ in range(base.dtype.primitive_bitwidth):
+        result = tl.where((left & 1) != 0, result * power, result)
+        power = power * power
+        left = left >> 1
+    sign = tl.where((exponent & 1) != 0, base, base * base)
+    unit = (base * base == 1) & ((base == 1) | (base + 1 == 0))
+    return tl.where(negative, tl.where(unit, sign, base * 0), result)
+
+
+@triton.jit
+def _number_pow(base, exponent):
+    """``base ** exponent`` where the exponent is one number: torch takes roots and products for these."""
+    result = base
+    if exponent == 2:
+        result = base * base
+    elif exponent == 0.5:
+        result = language.sqrt(base)
+    elif exponent == -0.5:
+        result = libdevice.rsqrt(base)
+    else:
+        result = language.pow(base, tl.zeros_like(base) + exponent)
+    return result
+
+
+@triton.jit
+def _pow(base, exponent):
+    if not exponent.dtype.is_floating():
+        return _int_pow(base, exponent)
+    elif len(exponent.shape) == 0:
+        return _number_pow(base, exponent)
+    else:
+        return language.pow(base + tl.zeros_like(exponent), exponent)
+
+
+@pointwise(aten="pow.Tensor_Tensor")
+def pow(input: Tensor | Number, exponent: Tensor | Number, *, out: Tensor | None = None) -> Tensor:
+    """``input ** exponent``. Ints are exact and wrap around; a tensor of ints refuses a negative number as exponent.
+
+    The gradient with respect to ``input`` is 0 where ``exponent`` is 0, and with respect to ``exponent`` where ``input`` is 0
+    and ``exponent`` is not negative. Source: ``torch.pow``.
+    """
+    return torch.pow(input, exponent)  # type: ignore[arg-type]
+
+
+@pow.formula
+@triton.jit
+def _(input, exponent):
+    return _pow(input, exponent)
+
+
+@pow.gradient
+@triton.jit
+def _(grad, input, exponent, out):
+    slope = tl.where(exponent == 0, 0, grad * (exponent * _pow(input, exponent - 1)))
+    return slope, tl.where((input == 0) & (exponent >= 0), 0, grad * (out * language.log(input)))
+
+
+pow_ = pow.inplace
+
+
+@pointwise(aten="where.self", keep=("condition",))
+def where(condition: Tensor, input: Tensor | Number, other: Tensor | Number, *, out: Tensor | None = None) -> Tensor:
+    """``input`` where the bool tensor ``condition`` is true, else ``other``. Source: ``torch.where``."""
+    return torch.where(condition, input, other)
+
+
+@where.formula
+@triton.jit
+def _(condition, input, other):
+    return tl.where(condition, input, other)
+
+
+@where.gradient
+@triton.jit
+def _(grad, condition):
+    return tl.where(condition, grad, 0), tl.where(condition, 0, grad)
+
+
+@pointwise(aten="clamp", rounds=True)
+def clamp(
+    input: Tensor, min: Tensor | Number | None = None, max: Tensor | Number | None = None, *, out: Tensor | None = None
+) -> Tensor:
+    """``input`` limited to ``[min, max]``, both numbers or both tensors; ``max`` where ``min > max``.
+
+    NaN, in the input or as a bound, gives NaN. The gradient passes on the bounds themselves. Source: ``torch.clamp``.
+    """
+    return torch.clamp(input, min, max)  # type: ignore[arg-type]
+
+
+@clamp.formula
+@triton.jit
+def _(input, min, max):
+    # A zero keeps its sign where the bound is the other zero, as in torch.
+    if min is not None:
+        input = tl.where((input < min) | ((min != min) & (input == input)), min, input)
+    if max is not None:
+        input = tl.where((input > max) | ((max != max) & (input == input)), max, input)
+    return input
+
+
+@clamp.gradient
+@triton.jit
+def _(grad, input, min, max):
+    inside = input == input
+    below = input != input
+    above = below
+    if min is not None:
+        inside = inside & (input >= min)
+        below = input < min
+    if max is not None:
+        inside = inside & (input <= max)
+        above = input > max
+    if min is not None and max is not None:
+        below = below & (min < max)
+        above = above | (max < min)
+    return tl.where(inside, grad, 0), tl.where(below, grad, 0), tl.where(above, grad, 0)
+
+
+clamp_ = clamp.inplace
+
+
+@pointwise(aten="maximum")
+def maximum(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """The larger of two, NaN if either is. Equal elements share the gradient. Source: ``torch.maximum``."""
+    return torch.maximum(input, other)
+
+
+@maximum.formula
+@triton.jit
+def _(input, other):
+    return language.maximum(input, other)
+
+
+@maximum.gradient
+@triton.jit
+def _(grad, input, other):
+    shared = tl.where(input == other, grad / 2, grad)
+    return tl.where(input < other, 0, shared), tl.where(input > other, 0, shared)
+
+
+@pointwise(aten="minimum")
+def minimum(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """The smaller of two, NaN if either is. Equal elements share the gradient. Source: ``torch.minimum``."""
+    return torch.minimum(input, other)
+
+
+@minimum.formula
+@triton.jit
+def _(input, other):
+    return language.minimum(input, other)
+
+
+@minimum.gradient
+@triton.jit
+def _(grad, input, other):
+    shared = tl.where(input == other, grad / 2, grad)
+    return tl.where(input > other, 0, shared), tl.where(input < other, 0, shared)

@@ -1,0 +1,278 @@
+"""Products beyond what the registry walk covers: raggedness, operand layouts, empty sides, epilogues and float32 precision."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional as F
+
+from gemskit import _launch, language
+from gemskit._interpret import interpret
+from gemskit._op import REGISTRY
+from gemskit.blas import addmm, addmm_, bmm, linear, mm
+from gemskit.blas._drive import Gemm, Product, gemm, tiles
+from gemskit.blas.matmul import plain
+from gemskit.errors import ArgumentError, DtypeError, NoKernel, ShapeError
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def close(found: Tensor, wanted: Tensor, scale: float = 1.0) -> None:
+    tolerance = TOLERANCE[found.dtype]
+    torch.testing.assert_close(found.double(), wanted.double(), rtol=tolerance, atol=tolerance * scale)
+
+
+def both(op: Callable[..., Tensor], torch_op: Callable[..., Tensor], *tensors: Tensor, **kwargs: Any) -> None:
+    """Forward and every gradient, against float64 torch."""
+    ours = [t.detach().requires_grad_() for t in tensors]
+    theirs = [t.detach().double().requires_grad_() for t in tensors]
+    with interpret():
+        found = op(*ours, **kwargs)
+    wanted = torch_op(*theirs, **kwargs)
+    assert found.shape == wanted.shape
+    assert found.dtype == tensors[0].dtype
+    close(found, wanted, scale=8)
+    seed = rand(*found.shape, dtype=found.dtype, seed=7)
+    with interpret():
+        found.backward(seed)
+    wanted.backward(seed.double())
+    for a, b in zip(ours, theirs):
+        assert a.grad is not None and b.grad is not None
+        assert a.grad.dtype == a.dtype
+        close(a.grad, b.grad, scale=8)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("m, k, n", [(1, 1, 1), (3, 17, 1), (1, 33, 130), (17, 64, 3), (65, 96, 70), (130, 5, 129)])
+def test_mm_is_exact_for_ragged_sides(m: int, k: int, n: int, dtype: torch.dtype) -> None:
+    both(mm, torch.mm, rand(m, k, dtype=dtype), rand(k, n, dtype=dtype, seed=1))
+
+
+def layouts(t: Tensor) -> Iterator[Tensor]:
+    yield t
+    yield t.mT.contiguous().mT
+    yield torch.stack((t, t), -1)[..., 0]
+    yield torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape)
+
+
+@pytest.mark.parametrize("a, b", list(itertools.product(range(4), repeat=2)))
+def test_mm_takes_every_layout_of_both_operands(a: int, b: int) -> None:
+    x, y = list(layouts(rand(33, 64)))[a], list(layouts(rand(64, 18)))[b]
+    both(mm, torch.mm, x, y)
+
+
+def test_mm_of_expanded_operands() -> None:
+    both(mm, torch.mm, rand(1, 20).expand(30, 20), rand(20, 1).expand(20, 40))
+
+
+@pytest.mark.parametrize("m, k, n", [(0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0, 0)])
+def test_empty_sides(m: int, k: int, n: int) -> None:
+    both(mm, torch.mm, rand(m, k), rand(k, n))
+    both(lambda i, a, b: addmm(i, a, b, beta=0.5), lambda i, a, b: torch.addmm(i, a, b, beta=0.5), rand(m, n), rand(m, k), rand(k, n))
+    both(bmm, torch.bmm, rand(2, m, k), rand(2, k, n))
+    both(linear, F.linear, rand(2, m, k), rand(n, k), rand(n))
+
+
+def test_an_empty_batch() -> None:
+    both(bmm, torch.bmm, rand(0, 3, 4), rand(0, 4, 5))
+
+
+@pytest.mark.parametrize("shape", [(9, 12), (12,), (1, 12), (9, 1), (1,), ()])
+@pytest.mark.parametrize("beta, alpha", [(1, 1), (2, 0.25), (0, -1.5), (0.5, 0)])
+def test_addmm_broadcasts_its_input(shape: tuple[int, ...], beta: float, alpha: float) -> None:
+    both(addmm, torch.addmm, rand(*shape), rand(9, 7), rand(7, 12), beta=beta, alpha=alpha)
+
+
+def test_addmm_ignores_an_input_that_does_not_count() -> None:
+    bad = torch.full((3, 5), torch.nan)
+    bad[0] = torch.inf
+    with interpret():
+        found = addmm(bad, rand(3, 4), rand(4, 5), beta=0)
+    close(found, rand(3, 4).double() @ rand(4, 5).double(), scale=8)
+
+
+def test_addmm_keeps_double_scalars() -> None:
+    a, b, c = (rand(4, 4, dtype=torch.float64, seed=s) for s in range(3))
+    with interpret():
+        found = addmm(a, b, c, beta=1 + 2**-40, alpha=1 / 3)
+    torch.testing.assert_close(found, torch.addmm(a, b, c, beta=1 + 2**-40, alpha=1 / 3), rtol=1e-14, atol=1e-14)
+
+
+def test_addmm_in_place_writes_its_input_only() -> None:
+    x, a, b = rand(6, 8), rand(6, 5), rand(5, 8)
+    wanted, version = torch.addmm(x, a, b, beta=2), x._version
+    before = a.clone(), b.clone()
+    with interpret():
+        assert addmm_(x, a, b, beta=2) is x
+    close(x, wanted, scale=8)
+    assert x._version == version + 1
+    assert torch.equal(a, before[0]) and torch.equal(b, before[1])
+    with interpret(), pytest.raises(ShapeError, match=r"addmm_: the result has shape \[6, 8\]"):
+        addmm_(rand(8), a, b)
+
+
+def test_out_may_be_a_factor() -> None:
+    x, y = rand(20, 20), rand(20, 20, seed=1)
+    wanted = x.double() @ y.double()
+    with interpret():
+        assert mm(x, y, out=x) is x
+    close(x, wanted, scale=8)
+
+
+def test_bmm_broadcast_and_transposed_batches() -> None:
+    x, y = rand(3, 17, 20), rand(20, 33)
+    both(bmm, torch.bmm, x, y.expand(3, 20, 33))
+    both(bmm, torch.bmm, x[:1].expand(5, 17, 20), rand(5, 33, 20).mT)
+    both(bmm, torch.bmm, rand(17, 3, 20).transpose(0, 1), rand(3, 20, 1))
+    both(bmm, torch.bmm, rand(4, 1, 20), rand(4, 20, 3))
+
+
+def test_a_batch_that_shares_its_second_factor_becomes_rows() -> None:
+    with interpret(), _launch.record() as calls:
+        linear(rand(64, 4, 8), rand(16, 8))
+    assert [c.grid for c in calls] == [(4,)]
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (2, 3), (2, 1, 4), (1, 1)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_of_any_rank(lead: tuple[int, ...], bias: bool) -> None:
+    tensors = [rand(*lead, 19), rand(21, 19), *([rand(21)] if bias else [])]
+    both(linear, F.linear, *tensors)
+
+
+def test_linear_of_rows_that_are_no_single_stride_apart() -> None:
+    weight, bias = rand(16, 12), rand(16)
+    both(linear, F.linear, rand(4, 3, 12).transpose(0, 1), weight, bias)
+    both(linear, F.linear, rand(4, 6, 24)[:, ::2, ::2], weight, bias)
+    both(linear, F.linear, rand(4, 1, 12).expand(4, 5, 12), rand(12, 16).mT, bias)
+
+
+def test_gradients_that_nobody_wants_are_not_computed() -> None:
+    x, w, b = rand(8, 6), rand(7, 6), rand(7).requires_grad_()
+    with interpret():
+        y = linear(x, w, b)
+        with _launch.record() as calls:
+            y.sum().backward()
+    assert [c.kernel for c in calls] == ["row_sum"]
+    assert b.grad is not None
+    close(b.grad, torch.full((7,), 8.0))
+
+
+def test_half_sums_accumulate_in_float32() -> None:
+    x, y = torch.full((1, 4096), 1.0, dtype=torch.float16), torch.full((4096, 1), 1.0, dtype=torch.float16)
+    with interpret():
+        assert mm(x, y).item() == 4096
+        assert mm(x * 0.001, y).item() == pytest.approx(4.1, rel=2e-3)
+
+
+def test_nan_stays_in_its_row() -> None:
+    x, y = rand(20, 20), rand(20, 20)
+    x[3, 4] = torch.nan
+    with interpret():
+        found = mm(x, y)
+    assert torch.isnan(found).any(1).nonzero().flatten().tolist() == [3]
+
+
+@pytest.fixture
+def bias_silu() -> Iterator[Gemm[..., Tensor]]:
+    @gemm(factors=("x", "w"))
+    def product_silu(x: Tensor, w: Tensor, bias: Tensor, factor: float = 1.0) -> Tensor:
+        """``silu(x @ w + factor * bias)``."""
+        return F.silu(x @ w + factor * bias)
+
+    @product_silu.epilogue
+    @triton.jit
+    def _(acc: Any, bias: Any, factor: Any) -> Any:
+        acc = acc + bias * factor
+        return acc * language.sigmoid(acc)
+
+    yield product_silu
+    del REGISTRY["product_silu"]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_declared_epilogue_runs_in_the_same_kernel(bias_silu: Gemm[..., Tensor], dtype: torch.dtype) -> None:
+    x, w, bias = rand(40, 30, dtype=dtype), rand(30, 70, dtype=dtype), rand(70, dtype=dtype)
+    with interpret(), _launch.record() as calls:
+        found = bias_silu(x, w, bias, 0.5)
+        batched = bias_silu(x.expand(2, 40, 30), w, bias, 0.5)
+    wanted = bias_silu.meaning(x.double(), w.double(), bias.double(), 0.5)
+    close(found, wanted, scale=8)
+    close(batched, wanted.expand(2, 40, 70), scale=8)
+    assert [c.kernel for c in calls] == ["product_silu", "product_silu"]
+
+
+def test_float32_obeys_torchs_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    from gemskit import backends
+
+    def receive(kernel: Any, grid: Any, args: Any, meta: dict[str, Any]) -> None:
+        seen.append(meta["PRECISION"])
+
+    for arch in ("sm_90", "gfx942"):
+        for precision in ("highest", "high"):
+            monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
+            with _launch.capturing(receive), backends.use_arch(arch):
+                mm(rand(4, 4), rand(4, 4))
+                mm(rand(4, 4).bfloat16(), rand(4, 4).bfloat16())
+    assert seen == ["ieee", "ieee", "tf32", "ieee", "ieee", "ieee", "ieee", "ieee"]
+
+
+def test_few_rows_take_a_low_tile() -> None:
+    config = {"m": 128, "n": 128, "k": 64, "warps": 8, "stages": 3, "group": 8}
+    assert tiles(config, 1, 4096, 4096, torch.bfloat16)["BM"] == 16
+    assert tiles(config, 4097, 4096, 4096, torch.bfloat16)["BM"] == 128
+    assert tiles(config, 4097, 4096, 0, torch.bfloat16)["BK"] == 16
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_wrong_shapes_name_the_operator_and_the_shapes(kernels: bool) -> None:
+    calls: list[tuple[str, Callable[[], Tensor]]] = [
+        (r"mm: .*float32\[3, 4\].*float32\[5, 6\]", lambda: mm(rand(3, 4), rand(5, 6))),
+        (r"addmm: .*float32\[7\].*", lambda: addmm(rand(7), rand(3, 4), rand(4, 6))),
+        (r"bmm: .*float32\[2, 3, 4\].*float32\[3, 4, 6\]", lambda: bmm(rand(2, 3, 4), rand(3, 4, 6))),
+        (r"linear: .*float32\[3, 4\].*float32\[5, 6\]", lambda: linear(rand(3, 4), rand(5, 6))),
+    ]
+    for pattern, call in calls:
+        with pytest.raises(ArgumentError, match=pattern):
+            if kernels:
+                with interpret():
+                    call()
+            else:
+                call()
+
+
+def test_dtypes_that_are_refused() -> None:
+    x = rand(4, 4)
+    with interpret():
+        with pytest.raises(NoKernel, match=r"mm: no kernel for torch.int64 products"):
+            mm(x.long(), x.long())
+        with pytest.raises(DtypeError, match="mm: all tensors must have one dtype"):
+            mm(x, x.bfloat16())
+        with pytest.raises(DtypeError, match="linear: all tensors must have one dtype"):
+            linear(x, x, x[0].double())
+        with pytest.raises(NoKernel, match="linear: no kernel for a weight"):
+            linear(x, x[0])
+    assert torch.equal(mm(x.long(), x.long()), x.long() @ x.long())
+
+
+def test_strides_beyond_int32_take_the_wide_kernel() -> None:
+    far, wide = 2**31 + 8, list[bool]()
+    x = torch.empty(0).as_strided((0, 4), (far, 1))
+    with _launch.capturing(lambda kernel, grid, args, meta: wide.append(meta["WIDE"])):
+        mm(rand(4, 0), x)
+        far_rows = torch.empty(4, device="meta").as_strided((4, 4), (far, 1))
+        plan = Product("wide", plain).plan(far_rows, far_rows, {}, torch.empty(4, 4, device="meta"))
+        plan(rand(4, 4), rand(4, 4), rand(4, 4), {})
+    assert wide == [False, True]

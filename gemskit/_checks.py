@@ -105,6 +105,13 @@ def dtypes(op: Op[..., Any], values: tuple[Any, ...]) -> None:
             raise DtypeError(f"{op.name}: {n} must be floating point (float16, bfloat16, float32, float64), given {describe(v)}")
 
 
+def results(op: Op[..., Any], specs: Sequence[tuple[Sequence[int], Sequence[int], torch.dtype]]) -> None:
+    """Refuse a result dtype that no kernel writes, such as that of a complex number among the arguments."""
+    for _, _, dtype in specs:
+        if dtype not in SERVED:
+            raise NoKernel(f"{op.name}: no kernel for a result of {dtype}; served are {NAMES}")
+
+
 def _stands_in(op: Op[..., Any], name: str, v: Any) -> bool:
     kind = str(op.signature.parameters[name].annotation)
     if v is None:
@@ -221,6 +228,14 @@ def inplace_targets(op: Op[..., Any], targets: Sequence[Any], needs_grad: bool) 
         _internal_overlap(op, name, t)
         if t.requires_grad and t.is_leaf and torch.is_grad_enabled():
             raise GradientError(f"{op.name}_: {name} is a leaf that requires a gradient; it cannot be overwritten in place")
+
+
+def inplace_overlap(op: Op[..., Any], targets: Sequence[Tensor], values: Sequence[Any]) -> None:
+    """An elementwise kernel may read the tensor that it overwrites, not other elements of its memory."""
+    for name, t in zip(op.writes, targets):
+        for n, v in zip(op.params, values):
+            if v is not t and isinstance(v, Tensor) and _overlap(t, v) == "partial":
+                raise ArgumentError(f"{op.name}_: {name} overlaps {n} in memory without being the same tensor; clone one of them")
 
 
 def inplace_results(

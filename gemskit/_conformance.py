@@ -4,7 +4,7 @@
 here names an operator except the two tables at the end, which give a reason for each entry.
 
 The reference is the operator's meaning in float64 on the CPU. A result passes if its largest error is at most 1.5 times that
-of torch in the same dtype, or two units of the dtype; ints, bools, NaNs and infinities must be equal.
+of torch in the same dtype, or a few units of the dtype (:func:`slack`); ints, bools, NaNs and infinities must be equal.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ def cases(op: Op[..., Any]) -> Iterator[Case]:
     for layout in LAYOUTS[1:]:
         yield Case(name, "forward", torch.float32, layout)
     yield Case(name, "forward", torch.bfloat16, "mixed")
-    for dtype in FLOATS:
-        yield Case(name, "special", dtype)
+    if (name, "special") not in EXEMPT:
+        for dtype in FLOATS:
+            yield Case(name, "special", dtype)
     if op.differentiable:
         for dtype in GRADIENTS:
             yield Case(name, "gradient", dtype)
@@ -117,7 +118,7 @@ def _forward(case: Case, op: Op[..., Any], make: Make) -> str:
             continue
         if isinstance(result, Exception):
             raise AssertionError(f"{_show(sample)}: {type(result).__name__}: {result}") from result
-        _compare(_flat(result), _flat(torch_result), _reference(op, sample), sample)
+        _compare(op, _flat(result), _flat(torch_result), _reference(op, sample), sample)
         if any(t.numel() for t in _flat(result)):
             assert _launch.LAUNCHES.total() > launches, f"{_show(sample)}: no kernel was launched"
         for old, new in zip(before, _tensors(sample)):
@@ -143,7 +144,7 @@ def _gradient(case: Case, op: Op[..., Any], make: Make) -> str:
         for name, g in got.items():
             assert (g is None) == (like[name] is None), f"{_show(sample)}: gradient of {name} is {g}, torch's {like[name]}"
             if g is not None:
-                _compare([g], [like[name]], [exact[name]], sample, f"gradient of {name}")
+                _compare(op, [g], [like[name]], [exact[name]], sample, f"gradient of {name}")
     return "passed"
 
 
@@ -154,9 +155,9 @@ def _out(case: Case, op: Op[..., Any], make: Make) -> str:
         outs = [o.mT.contiguous().mT if case.layout == "transposed" and o.ndim > 1 else o for o in shaped]
         result = _call(op, sample, outs)
         assert all(a is b for a, b in zip(_flat(result), outs)), f"{_show(sample)}: out was not returned"
-        _compare(outs, want, _reference(op, sample), sample)
+        _compare(op, outs, want, _reference(op, sample), sample)
         empty = [torch.empty(0, dtype=w.dtype, device=w.device) for w in want]
-        _compare(_flat(_call(op, sample, empty)), want, _reference(op, sample), sample)
+        _compare(op, _flat(_call(op, sample, empty)), want, _reference(op, sample), sample)
         if want[0].dtype.is_floating_point:
             wrong = [torch.empty(w.shape, dtype=torch.int32, device=w.device) for w in want]
             _raises(ArgumentError, lambda: _call(op, sample, wrong), f"{_show(sample)}: int32 out")
@@ -184,7 +185,7 @@ def _inplace(case: Case, op: Op[..., Any], make: Make) -> str:
         result = _flat(op.inplace(*sample.args, **sample.kwargs))
         assert all(r is t for r, t in zip(result, targets)), f"{_show(sample)}: the target was not returned"
         assert all(t._version > v for t, v in zip(targets, versions)), f"{_show(sample)}: the version was not bumped"
-        _compare(result, _flat(want), reference, sample)
+        _compare(op, result, _flat(want), reference, sample)
         ran += 1
         first = targets[0]
         if first.ndim and first.shape[0] > 1:
@@ -209,6 +210,17 @@ def _errors(case: Case, op: Op[..., Any], make: Make) -> str:
     if len(others) > 1:
         _raises(ArgumentError, lambda: op(*mixed.args, **mixed.kwargs), "tensors on two devices")
     return "passed"
+
+
+def slack(op: Op[..., Any], dtype: torch.dtype) -> float:
+    """The error that always passes, relative to an element plus the root mean square.
+
+    Elementwise: 2 units. Where sums are taken in another order than torch's: 32 units of float32 and float64 (torch is its own
+    reference in float64; on these small samples its luck with one order is no bound, and an exponential turns the rounding
+    of a score s into s units); 4 of the halves, whose intermediate products are rounded to the input type by matrix units.
+    """
+    units = 2 if op.family == "pointwise" else 4 if dtype.itemsize == 2 else 32
+    return units * torch.finfo(dtype).eps
 
 
 # -- pieces ---------------------------------------------------------------------------------------------------------------
@@ -275,8 +287,9 @@ def _grads(op: Op[..., Any], fn: Callable[..., Any], args: Any, kwargs: Any, lay
 
 
 def _compare(
-    got: Sequence[Tensor], like: Sequence[Tensor], exact: Sequence[Tensor], sample: Sample, what: str = "result"
-) -> None:
+    op: Op[..., Any], got: Sequence[Tensor], like: Sequence[Tensor], exact: Sequence[Tensor], sample: Sample,
+    what: str = "result",
+) -> None:  # fmt: skip
     assert len(got) == len(like), f"{_show(sample)}: {len(got)} outputs, torch gives {len(like)}"
     for k, (g, t, e) in enumerate(zip(got, like, exact)):
         label = f"{_show(sample)}: {what} {k}"
@@ -297,9 +310,11 @@ def _compare(
         if not live.any():
             continue
         g64, t64, e64 = g64[live], t64[live], e64[live]
-        scale = e64.abs() + e64.square().mean().sqrt() + torch.finfo(g.dtype).tiny
+        # Gradients that cancel to nothing are measured against the incoming ones, which have unit size.
+        unit = 1.0 if what != "result" and op.family != "pointwise" else torch.finfo(g.dtype).tiny
+        scale = e64.abs() + e64.square().mean().sqrt().clamp_min(unit)
         mine, torchs = ((g64 - e64).abs() / scale).max().item(), ((t64 - e64).abs() / scale).max().item()
-        allowed = max(1.5 * torchs, 2 * torch.finfo(g.dtype).eps)
+        allowed = max(1.5 * torchs, slack(op, g.dtype))
         assert mine <= allowed, f"{label}: error {mine:.3g}, torch's {torchs:.3g}, allowed {allowed:.3g}; {_first(g, t)}"
 
 
@@ -369,6 +384,12 @@ def _show(sample: Sample) -> str:
 REFUSED: tuple[tuple[tuple[str, ...], tuple[torch.dtype, ...], str], ...] = (
     (("mm", "addmm", "bmm", "linear"), INTS, "no integer products; torch refuses them on CUDA too"),
 )
+
+#: Checks that say nothing, and why: (operator, kind) -> reason.
+EXEMPT: dict[tuple[str, str], str] = {
+    ("scaled_dot_product_attention", "special"): "torch's backends differ among each other on NaN and inf (the CPU one turns a "
+    "NaN row into zeros, the math one spreads a NaN that causality skips); tests/test_attention.py pins ours",
+}
 
 #: Checks that fail for a known reason: case name, or operator and kind -> reason. An unexpected pass fails the run.
 EXPECTED: dict[str, str] = {}

@@ -91,6 +91,8 @@ class Interpreted(Generic[K]):
         return launch
 
     def __getattr__(self, name: str) -> Any:
+        if name == "kernel":  # not there yet: an instance that copy or pickle is making
+            raise AttributeError(name)
         return getattr(self.kernel, name)
 
 
@@ -159,7 +161,7 @@ def cpu_tensors(bound: Mapping[str, Any]) -> None:
 
 
 class _Rewriter(ast.NodeTransformer):
-    """Gives Python the compiler's meaning of assignment, conditions, ``and``, ``or``, ``not``, chains and ``assert``."""
+    """Gives Python statements the compiler's meaning: assignment, conditions, ``and``, ``or``, ``not``, ``assert``."""
 
     def _runtime(self, function: str, *args: ast.expr) -> ast.expr:
         target = ast.Attribute(ast.Name("__gemskit__", ast.Load()), function, ast.Load())
@@ -190,12 +192,11 @@ class _Rewriter(ast.NodeTransformer):
         pairs = [ast.Compare(a, [op], [b]) for a, op, b in zip(left, node.ops, node.comparators, strict=False)]
         return self._runtime("all_of", *map(self._thunk, pairs))
 
-    def _condition(self, node: ast.If | ast.While | ast.IfExp) -> ast.AST:
-        self.generic_visit(node)
-        node.test = self._runtime("decide", node.test)
-        return node
-
-    visit_If = visit_While = visit_IfExp = _condition
+    def visit(self, node: ast.AST) -> Any:
+        new = super().visit(node)
+        if isinstance(new, (ast.If, ast.While, ast.IfExp)):
+            new.test = self._runtime("decide", new.test)
+        return new
 
     def visit_Assert(self, node: ast.Assert) -> ast.AST:
         self.generic_visit(node)
@@ -304,7 +305,10 @@ class _Language:
     def _patches(self) -> Iterator[tuple[Any, str, Any]]:
         engine = self.engine
         for owner in (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base):
-            for name, member in inspect.getmembers(owner):
+            for name in dir(owner):
+                if name == "__annotations__":  # looking at it would create it
+                    continue
+                member = getattr(owner, name)
                 if tl.core.is_builtin(member):
                     yield owner, name, self._bound(member)
                 elif owner is tl.tensor and isinstance(member, JITFunction):
@@ -363,9 +367,13 @@ class _Language:
         return known
 
     def __enter__(self) -> None:
-        for owner, name, value in self.patches:
-            self.saved.append((owner, name, vars(owner).get(name, self)))
-            setattr(owner, name, value)
+        try:
+            for owner, name, value in self.patches:
+                self.saved.append((owner, name, vars(owner).get(name, self)))
+                setattr(owner, name, value)
+        except BaseException:
+            self.__exit__()
+            raise
         self.running = threading.get_ident()
 
     def __exit__(self, *_: object) -> None:
@@ -463,7 +471,7 @@ def _descriptor(engine: Any, value: Any, name: str) -> Any:
 def _name(kernel: Any) -> str:
     try:
         return str(kernel.repr(None)).removeprefix(f"{kernel.fn.__module__}.")
-    except (AttributeError, TypeError, KeyError):  # a `repr=` that looks at the specialisation, which there is none of here
+    except (AttributeError, TypeError, KeyError):  # a `repr=` that reads a specialisation
         return str(kernel.__name__)
 
 

@@ -1,6 +1,6 @@
 """The engine of the interpreter: Triton's operations on numpy arrays, for a group of programs at once.
 
-It stands where the compiler's IR builder stands: Triton's own semantics call it, so types and shapes are the compiler's.
+It stands in the place of the compiler's IR builder: Triton's own semantics call it, so types and shapes are the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as stock
 
 from . import _interpret_numerics as numerics
-from ._interpret_memory import Memory, Origin, Split, Storage, keep_origin, same_length, uniform
+from ._interpret_memory import Memory, Origin, Storage, keep_origin, same_length, uniform
 from .errors import DtypeError
 
 Array = Any
@@ -122,8 +122,8 @@ class GridBuilder(Memory, stock.InterpreterBuilder):  # type: ignore[misc]
         holds = condition.data.reshape(condition.data.shape[0], -1).all(1)
         if not holds.all():
             file, line = self.where()
-            program = tuple(int(i) for i in self.pid[:, int(holds.argmin())])
-            raise AssertionError(f"{message or 'assertion failed'}: kernel {self.kernel}, {file}:{line}, program {program}")
+            at = f"kernel {self.kernel}, {file}:{line}, program {self.program(int(self.number[int(holds.argmin())]))}"
+            raise AssertionError(f"{message or 'assertion failed'}: {at}")
 
     def create_assume(self, condition: Any) -> None:
         self.create_assert(condition, "tl.assume does not hold")
@@ -142,8 +142,10 @@ class GridBuilder(Memory, stock.InterpreterBuilder):  # type: ignore[misc]
 
     def create_bitcast(self, src: Any, dst: Any) -> Any:
         out = Handle(src.data.view(np_dtype(dst)), dst.scalar)
-        same_size = dst.is_ptr() and out.get_element_ty().primitive_bitwidth // 8 == src.get_element_ty().primitive_bitwidth // 8
-        return keep_origin(out, src) if same_size else out
+        if not dst.is_ptr():
+            return out
+        same = len({h.get_element_ty().primitive_bitwidth // 8 for h in (src, out)}) == 1
+        return keep_origin(out, src) if same else out
 
     create_int_to_ptr = create_ptr_to_int = create_bitcast
 
@@ -232,7 +234,8 @@ class GridBuilder(Memory, stock.InterpreterBuilder):  # type: ignore[misc]
         n = len(d.block_shape)
         size = d.base.dtype.element_ty.primitive_bitwidth // 8
         column = (-1, *(1,) * n)
-        address, mask = d.base.data.reshape(column), np.ones((1,) * (n + 1), bool)
+        address: Array = d.base.data.reshape(column)
+        mask: Array = np.ones((1,) * (n + 1), bool)
         for axis, off in enumerate(offsets):
             if off.ndim == 1:
                 off = off.reshape(column).astype(np.int64)
@@ -270,7 +273,8 @@ class GridBuilder(Memory, stock.InterpreterBuilder):  # type: ignore[misc]
 
     @staticmethod
     def _rows(d: Descriptor, x: Any, y: Any) -> list[Array]:
-        return [x.data.astype(np.int64)[:, :, None], y.data.astype(np.int64)[:, None, None] + np.arange(d.block_shape[-1])]
+        rows, first = x.data.astype(np.int64)[:, :, None], y.data.astype(np.int64)[:, None, None]
+        return [rows, first + np.arange(d.block_shape[-1])]
 
     def create_descriptor_gather(self, d: Descriptor, x: Any, y: Any, *_: Any) -> Any:
         return self._descriptor_load(d, self._rows(d, x, y))

@@ -249,7 +249,7 @@ class Memory:
         if origin is None:  # no lane is active
             out = np.zeros(p.shape, storage_type)
         else:
-            # What the first group does not write is read-only, as a rule: remembering those reads would double the time.
+            # Arguments that the first group only reads are taken for read-only: remembering all reads doubles the time.
             if self.check and not (self.settled and origin.storage.writer is None):
                 self.reads.append((origin, size, index, mask, self._identity(), self.where()))
             out = origin.storage.view(size).take(index).view(storage_type)
@@ -297,7 +297,8 @@ class Memory:
             clash = (other != mine) & (other > 0) & (mine > 0)
             if clash.any():
                 one, two = sorted(int(a[clash][0]) - 1 for a in (other, mine))
-                self.fail(f"race: store to an element that program {self.program(one)} also stores to", origin.name, two)
+                what = f"race: store to an element that program {self.program(one)} also stores to"
+                self.fail(what, origin.name, two)
 
     def racing_reads(self, reads: list[tuple[Any, ...]]) -> None:
         """Raise for a read of an element that another program of the launch stored to."""

@@ -176,10 +176,13 @@ def _leading_zeros(a: Array) -> Array:
     return np.where(bits.any(-1), bits.argmax(-1), a.dtype.itemsize * 8)
 
 
-_LIBDEVICE: dict[str, Callable[..., Array]] = {
-    name: _by_torch(getattr(torch, name))
-    for name in "erf erfc erfinv lgamma tanh sinh cosh asinh acosh atanh log1p expm1 rsqrt".split()
-}
+_OF_TORCH = "erf erfc erfinv lgamma tanh sinh cosh asinh acosh atanh log1p expm1 rsqrt"
+_OF_NUMPY = (
+    "exp exp2 log log2 log10 sqrt floor ceil trunc rint sin cos tan cbrt isnan isinf signbit fmod hypot copysign "
+    "nextafter ldexp fmax fmin abs"
+)
+_LIBDEVICE: dict[str, Callable[..., Array]] = {name: getattr(np, name) for name in _OF_NUMPY.split()}
+_LIBDEVICE |= {name: _by_torch(getattr(torch, name)) for name in _OF_TORCH.split()}
 _LIBDEVICE |= {
     name: _by_torch(getattr(torch.special, special))
     for name, special in {
@@ -187,11 +190,6 @@ _LIBDEVICE |= {
         "cyl_bessel_i0": "i0", "cyl_bessel_i1": "i1", "normcdf": "ndtr", "normcdfinv": "ndtri",
     }.items()
 }  # fmt: skip
-_LIBDEVICE |= {
-    name: getattr(np, name)
-    for name in "exp exp2 log log2 log10 sqrt floor ceil trunc rint sin cos tan cbrt isnan isinf signbit fmod hypot "
-    "copysign nextafter ldexp fmax fmin abs".split()
-}
 _LIBDEVICE |= {
     "asin": np.arcsin, "acos": np.arccos, "atan": np.arctan, "atan2": np.arctan2, "pow": np.power, "powi": np.power,
     "nearbyint": np.rint, "fabs": np.abs, "llabs": np.abs, "max": np.maximum, "min": np.minimum,
@@ -203,7 +201,8 @@ _LIBDEVICE |= {
     "sub": np.subtract, "mul": np.multiply, "finite": np.isfinite, "isfinite": np.isfinite,
     "fma": lambda a, b, c: fma(a, b, c, tl.float64 if a.dtype == np.float64 else tl.float32),
     "popc": _bit_count, "popcll": _bit_count, "clz": _leading_zeros, "clzll": _leading_zeros, "umulhi": umulhi,
-    "rhypot": lambda a, b: 1 / np.hypot(a, b), "ilogb": lambda a: np.frexp(a)[1] - 1, "logb": lambda a: np.frexp(a)[1] - 1,
+    "rhypot": lambda a, b: 1 / np.hypot(a, b), "ilogb": lambda a: np.frexp(a)[1] - 1,
+    "logb": lambda a: np.frexp(a)[1] - 1,
     "saturate": lambda a: np.clip(np.nan_to_num(a, nan=0.0), 0, 1),
 }  # fmt: skip
 
@@ -212,7 +211,8 @@ def libdevice(symbol: str) -> Callable[..., Array]:
     """The CPU function of a device library symbol such as ``__nv_erff`` or ``__ocml_erf_f32``."""
     name = re.sub(r"^__(nv|ocml)_(native_|fast_)?|_f(16|32|64)$", "", symbol)
     rounded = re.sub(r"_r[nzud]$", "", name)
-    for candidate in (name, name[:-1] if name[-1] in "fd" else name, rounded, rounded[1:] if rounded[0] in "fd" else rounded):
+    # The type is written behind the name (erff), and before it where a rounding mode follows (ddiv_rn).
+    for candidate in (name, re.sub("[fd]$", "", name), rounded, re.sub("^[fd]", "", rounded)):
         if candidate in _LIBDEVICE:
             return _LIBDEVICE[candidate]
     raise NotImplementedError(f"libdevice function {symbol} has no CPU counterpart in the interpreter")

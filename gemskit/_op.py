@@ -165,6 +165,8 @@ class Op(Generic[P, R]):
         targets = tuple(values[self.params.index(w)] for w in self.writes)
         kernels, needs_grad, values = _checks.inspect_tensors(self, values)
         _checks.inplace_targets(self, targets, needs_grad and torch.is_grad_enabled())
+        if kernels and self.elementwise:
+            _checks.inplace_overlap(self, targets, values)
         if not kernels:
             found = self._meaning(values)
             flat = found if isinstance(found, tuple) else (found,)
@@ -175,6 +177,8 @@ class Op(Generic[P, R]):
         if needs_grad and self._has_gradient(values):
             found = _Differentiable.apply(self, True, *values)  # type: ignore[no-untyped-call]
             return found if isinstance(found, Tensor) else self._tuple(found)
+        if needs_grad and any(t.requires_grad for t in targets):
+            raise GradientError(f"{self.name}_: its result has no gradient, but what it overwrites takes part in autograd; detach it")
         self.forward(values, targets)
         return targets[0] if len(targets) == 1 else targets
 
@@ -243,6 +247,7 @@ class Op(Generic[P, R]):
         )
         if outs:
             _checks.inplace_results(self, outs, [(s, d) for s, _, d in specs])
+        _checks.results(self, specs)
         layouts = tuple(map(_layout, outs)) if outs else specs
         device = next(v.device for v in values if isinstance(v, Tensor))
         # Stand-ins on meta: a plan must not keep a tensor alive. The device is current, its architecture sets the numbers.
@@ -272,7 +277,7 @@ def _layout(t: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
 def _key(name: str, v: Any, scalar: bool) -> Any:
     if isinstance(v, Tensor):
         return v.shape, v.stride(), v.dtype, v.device
-    if scalar or isinstance(v, float):
+    if isinstance(v, float) or (scalar and not isinstance(v, bool)):
         return type(v)
     # 1, 1.0 and True are equal as keys but not as arguments; a list is as good a shape as a tuple.
     return type(v), tuple(v) if isinstance(v, list) else v
@@ -338,7 +343,7 @@ class _Differentiable(torch.autograd.Function):
         if "outs" in op._saves:
             have["outs"] = tuple(v for n, v in have.items() if n.startswith("out"))
         assert op._vjp is not None
-        found = op._vjp(**{n: have[n] for n in op._saves})
+        found = op._vjp(**{n: have.get(n) for n in op._saves})
         return (None, None, *(found.get(n) if n in needs else None for n in op.params))
 
 

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 
 from gemskit.backends._table import COMPILE_TEST, Arch, Override, Vendor
 
+# 256 registers a lane and no accumulators apart: larger attention tiles spill.
+RDNA = {"attention": {"m": 64, "n": 16, "warps": 8, "wide": 8, "stages": 1}}
+
 OVERRIDES: Mapping[str, Override] = {}
 
 VENDOR = Vendor(
@@ -22,8 +25,8 @@ VENDOR = Vendor(
         Arch("gfx90a", ("hip", "gfx90a", 64), 65536, "compiles", COMPILE_TEST),
         Arch("gfx942", ("hip", "gfx942", 64), 65536, "compiles", COMPILE_TEST),
         Arch("gfx950", ("hip", "gfx950", 64), 163840, "compiles", COMPILE_TEST),
-        Arch("gfx1100", ("hip", "gfx1100", 32), 65536, "compiles", COMPILE_TEST),
-        Arch("gfx1201", ("hip", "gfx1201", 32), 65536),
+        Arch("gfx1100", ("hip", "gfx1100", 32), 65536, "compiles", COMPILE_TEST, RDNA),
+        Arch("gfx1201", ("hip", "gfx1201", 32), 65536, launch=RDNA),
     ),
     overrides=OVERRIDES,
 )

@@ -1,0 +1,9 @@
+from .embedding import embedding as embedding
+from .gates import gelu_and_mul as gelu_and_mul
+from .gates import silu_and_mul as silu_and_mul
+from .modules import LayerNorm as LayerNorm
+from .modules import RMSNorm as RMSNorm
+from .modules import RotaryEmbedding as RotaryEmbedding
+from .modules import SiluAndMul as SiluAndMul
+from .rotary import apply_rotary_pos_emb as apply_rotary_pos_emb
+from .rotary import apply_rotary_pos_emb_ as apply_rotary_pos_emb_

@@ -11,28 +11,16 @@ Every sum has a fixed order, so results are bitwise repeatable.
 
 from __future__ import annotations
 
-import contextlib
-import math
-import struct
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from gemskit.errors import NoKernel
-
-Launch = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _tile(base, start, rows, row_stride, cols, col_stride, limit, WIDTH: tl.constexpr, PADDED: tl.constexpr,
-          EDGE: tl.constexpr, WIDE: tl.constexpr):
+def _tile(base, start, rows, row_stride, cols, col_stride, limit, WIDTH: tl.constexpr, PADDED: tl.constexpr, EDGE:
+        tl.constexpr, WIDE: tl.constexpr):
     """Rows ``start + rows`` below ``limit`` and columns below WIDTH of a matrix, zero elsewhere."""
     if WIDE:  # int64 costs two registers an offset: only where one tile reaches past 2^31 elements
         rows_wide, cols_wide = rows.to(tl.int64), cols.to(tl.int64)
@@ -74,8 +62,8 @@ def _factor(scale, scale_low, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _masked(scores, rows, cols, mask, mask_m, mask_n, length, size, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-            EDGE: tl.constexpr):
+def _masked(scores, rows, cols, mask, mask_m, mask_n, length, size, MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE:
+        tl.constexpr):
     """Scores in base 2 with the mask applied: MASK 1 is boolean, 2 is added; EDGE bounds columns and the diagonal."""
     if MASK != 0:
         at = mask + (rows.to(tl.int64) * mask_m + cols.to(tl.int64) * mask_n)
@@ -99,11 +87,10 @@ def _kept(seed, plane, rows, cols, length, size, dropout):
 
 
 @triton.jit
-def _forward_steps(acc, total, peak, query, key, k_n, k_d, value, v_n, v_d, mask, mask_m, mask_n, seed, plane,
-                   rows, first, last, length, size, factor, dropout,
-                   HEAD: tl.constexpr, E: tl.constexpr, VALUE: tl.constexpr, EV: tl.constexpr, N: tl.constexpr,
-                   MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr,
-                   PRECISION: tl.constexpr, WIDE: tl.constexpr):
+def _forward_steps(acc, total, peak, query, key, k_n, k_d, value, v_n, v_d, mask, mask_m, mask_n, seed, plane, rows,
+        first, last, length, size, factor, dropout, HEAD: tl.constexpr, E: tl.constexpr, VALUE: tl.constexpr, EV:
+        tl.constexpr, N: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr, DROPOUT:
+        tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr):
     local, e, ev = tl.arange(0, N), tl.arange(0, E), tl.arange(0, EV)
     for start in range(first, last, N):
         keys = _tile(key, start, local[None, :], k_n, e[:, None], k_d, size, HEAD, E, EDGE, WIDE)
@@ -127,12 +114,11 @@ def _forward_steps(acc, total, peak, query, key, k_n, k_d, value, v_n, v_d, mask
 
 
 @triton.jit
-def forward_kernel(query, key, value, mask, out, lse, seed,
-                   q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_b, mask_h, mask_m, mask_n,
-                   o_b, o_h, o_m, o_d, heads, group, length, size, scale, scale_low, dropout, kept_scale,
-                   HEAD: tl.constexpr, E: tl.constexpr, VALUE: tl.constexpr, EV: tl.constexpr, M: tl.constexpr,
-                   N: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-                   PRECISION: tl.constexpr, WIDE: tl.constexpr):
+def forward_kernel(query, key, value, mask, out, lse, seed, q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
+        mask_b, mask_h, mask_m, mask_n, o_b, o_h, o_m, o_d, heads, group, length, size, scale, scale_low, dropout,
+        kept_scale, HEAD: tl.constexpr, E: tl.constexpr, VALUE: tl.constexpr, EV: tl.constexpr, M: tl.constexpr, N:
+        tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE:
+        tl.constexpr):
     TYPE: tl.constexpr = lse.dtype.element_ty
     tiles = tl.cdiv(length, M)
     plane = tl.program_id(0) // tiles
@@ -157,12 +143,12 @@ def forward_kernel(query, key, value, mask, out, lse, seed,
     if CAUSAL:
         last = tl.minimum(size, start + M)
         whole = tl.minimum(whole, (start + 1) // N * N)
-    acc, total, peak = _forward_steps(
-        acc, total, peak, queries, key, k_n, k_d, value, v_n, v_d, mask, mask_m, mask_n, number, plane, rows, 0, whole,
-        length, size, factor, dropout, HEAD, E, VALUE, EV, N, MASK, CAUSAL, False, DROPOUT, PRECISION, WIDE)
-    acc, total, peak = _forward_steps(
-        acc, total, peak, queries, key, k_n, k_d, value, v_n, v_d, mask, mask_m, mask_n, number, plane, rows, whole,
-        last, length, size, factor, dropout, HEAD, E, VALUE, EV, N, MASK, CAUSAL, True, DROPOUT, PRECISION, WIDE)
+    acc, total, peak = _forward_steps(acc, total, peak, queries, key, k_n, k_d, value, v_n, v_d, mask, mask_m, mask_n,
+            number, plane, rows, 0, whole, length, size, factor, dropout, HEAD, E, VALUE, EV, N, MASK, CAUSAL, False,
+            DROPOUT, PRECISION, WIDE)
+    acc, total, peak = _forward_steps(acc, total, peak, queries, key, k_n, k_d, value, v_n, v_d, mask, mask_m, mask_n,
+            number, plane, rows, whole, last, length, size, factor, dropout, HEAD, E, VALUE, EV, N, MASK, CAUSAL, True,
+            DROPOUT, PRECISION, WIDE)
     safe = tl.where(total == 0.0, 1.0, total)  # a row with no key gives 0, as torch's safe softmax
     result = acc * (1.0 / safe)[:, None]
     if DROPOUT:
@@ -172,16 +158,17 @@ def forward_kernel(query, key, value, mask, out, lse, seed,
 
 
 @triton.jit
-def delta_kernel(out, grad, delta, o_b, o_h, o_m, o_d, g_b, g_h, g_m, g_d, heads, length,
-                 VALUE: tl.constexpr, EV: tl.constexpr, M: tl.constexpr, WIDE: tl.constexpr):
+def delta_kernel(out, grad, delta, o_b, o_h, o_m, o_d, g_b, g_h, g_m, g_d, heads, length, VALUE: tl.constexpr, EV:
+        tl.constexpr, M: tl.constexpr, WIDE: tl.constexpr):
     TYPE: tl.constexpr = delta.dtype.element_ty
     tiles = tl.cdiv(length, M)
     plane, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * M
     batch, head = (plane // heads).to(tl.int64), (plane % heads).to(tl.int64)
     local, ev = tl.arange(0, M), tl.arange(0, EV)
-    left = _tile(out + batch * o_b + head * o_h, start, local[:, None], o_m, ev[None, :], o_d, length, VALUE, EV, True, WIDE)
+    left = _tile(out + batch * o_b + head * o_h, start, local[:, None], o_m, ev[None, :], o_d, length, VALUE, EV, True,
+            WIDE)
     right = _tile(grad + batch * g_b + head * g_h, start, local[:, None], g_m, ev[None, :], g_d, length, VALUE, EV,
-                  True, WIDE)
+            True, WIDE)
     rows = start + local
     total = tl.sum(left.to(TYPE) * right.to(TYPE), 1)
     tl.store(delta + tl.cast(plane, tl.int64) * length + rows, total, mask=rows < length)
@@ -196,10 +183,10 @@ def _weights(scores, lse):
 
 @triton.jit
 def _key_steps(grad_key, grad_value, keys, values, query, q_h, q_m, q_d, grad, g_h, g_m, g_d, mask, mask_h, mask_m,
-               mask_n, lse, delta, seed, plane, cols, group, first, count, diagonal, jump, length, size, factor, dropout, kept_scale,
-               HEAD: tl.constexpr, E: tl.constexpr, VALUE: tl.constexpr, EV: tl.constexpr, M: tl.constexpr,
-               MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr,
-               PRECISION: tl.constexpr, WIDE: tl.constexpr, KEY_GRAD: tl.constexpr, VALUE_GRAD: tl.constexpr):
+        mask_n, lse, delta, seed, plane, cols, group, first, count, diagonal, jump, length, size, factor, dropout,
+        kept_scale, HEAD: tl.constexpr, E: tl.constexpr, VALUE: tl.constexpr, EV: tl.constexpr, M: tl.constexpr, MASK:
+        tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE:
+        tl.constexpr, KEY_GRAD: tl.constexpr, VALUE_GRAD: tl.constexpr):
     TYPE: tl.constexpr = grad_key.dtype
     local, e, ev = tl.arange(0, M), tl.arange(0, E), tl.arange(0, EV)
     # One loop over heads and row tiles: a nested one would keep a second set of pointers in registers.
@@ -216,7 +203,8 @@ def _key_steps(grad_key, grad_value, keys, values, query, q_h, q_m, q_d, grad, g
         queries = _tile(queries_at, start, local[:, None], q_m, e[None, :], q_d, length, HEAD, E, EDGE, WIDE)
         scores = tl.zeros((cols.shape[0], M), TYPE)
         scores = tl.dot(keys, queries.T, scores, input_precision=PRECISION, out_dtype=TYPE) * factor
-        scores = _masked(scores, rows[None, :], cols[:, None], mask_at, mask_m, mask_n, length, size, MASK, CAUSAL, EDGE)
+        scores = _masked(scores, rows[None, :], cols[:, None], mask_at, mask_m, mask_n, length, size, MASK, CAUSAL,
+                EDGE)
         weights = _weights(scores, _line(lse + number * length, start, local, length, EDGE)[None, :])
         grads = _tile(grads_at, start, local[:, None], g_m, ev[None, :], g_d, length, VALUE, EV, EDGE, WIDE)
         if DROPOUT:
@@ -235,13 +223,12 @@ def _key_steps(grad_key, grad_value, keys, values, query, q_h, q_m, q_d, grad, g
 
 
 @triton.jit
-def key_value_kernel(query, key, value, mask, grad, lse, delta, grad_key, grad_value, seed,
-                     q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_b, mask_h, mask_m, mask_n,
-                     g_b, g_h, g_m, g_d, gk_b, gk_h, gk_n, gk_d, gv_b, gv_h, gv_n, gv_d,
-                     heads, group, length, size, scale, scale_low, dropout, kept_scale,
-                     HEAD: tl.constexpr, E: tl.constexpr, VALUE: tl.constexpr, EV: tl.constexpr, M: tl.constexpr,
-                     N: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-                     PRECISION: tl.constexpr, WIDE: tl.constexpr, KEY_GRAD: tl.constexpr, VALUE_GRAD: tl.constexpr):
+def key_value_kernel(query, key, value, mask, grad, lse, delta, grad_key, grad_value, seed, q_b, q_h, q_m, q_d, k_b,
+        k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_b, mask_h, mask_m, mask_n, g_b, g_h, g_m, g_d, gk_b, gk_h, gk_n, gk_d,
+        gv_b, gv_h, gv_n, gv_d, heads, group, length, size, scale, scale_low, dropout, kept_scale, HEAD: tl.constexpr,
+        E: tl.constexpr, VALUE: tl.constexpr, EV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr,
+        CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, KEY_GRAD:
+        tl.constexpr, VALUE_GRAD: tl.constexpr):
     """Gradients of one tile of keys and values, summed over the query heads that share them; either can be left out."""
     TYPE: tl.constexpr = lse.dtype.element_ty
     tiles, owners = tl.cdiv(size, N), heads // group
@@ -252,7 +239,7 @@ def key_value_kernel(query, key, value, mask, grad, lse, delta, grad_key, grad_v
     cols = start + local
     keys = _tile(key + wide * k_b + head * k_h, start, local[:, None], k_n, e[None, :], k_d, size, HEAD, E, True, WIDE)
     values = _tile(value + wide * v_b + head * v_h, start, local[:, None], v_n, ev[None, :], v_d, size, VALUE, EV,
-                   True, WIDE)
+            True, WIDE)
     factor = _factor(scale, scale_low, TYPE)
     number = owner
     if DROPOUT:
@@ -271,25 +258,25 @@ def key_value_kernel(query, key, value, mask, grad, lse, delta, grad_key, grad_v
     grad += wide * g_b + inner * g_h
     if MASK != 0:
         mask += wide * mask_b + inner * mask_h
-    acc_key, acc_value = _key_steps(
-        acc_key, acc_value, keys, values, query, q_h, q_m, q_d, grad, g_h, g_m, g_d, mask, mask_h, mask_m, mask_n, lse,
-        delta, number, plane, cols, group, first, whole - first, 0, 0, length, size, factor, dropout, kept_scale,
-        HEAD, E, VALUE, EV, M, MASK, CAUSAL, False, DROPOUT, PRECISION, WIDE, KEY_GRAD, VALUE_GRAD)
-    acc_key, acc_value = _key_steps(
-        acc_key, acc_value, keys, values, query, q_h, q_m, q_d, grad, g_h, g_m, g_d, mask, mask_h, mask_m, mask_n, lse,
-        delta, number, plane, cols, group, above, tl.maximum(edges - above, 0), first, jump, length, size, factor,
-        dropout, kept_scale, HEAD, E, VALUE, EV, M, MASK, CAUSAL, True, DROPOUT, PRECISION, WIDE, KEY_GRAD, VALUE_GRAD)
+    acc_key, acc_value = _key_steps(acc_key, acc_value, keys, values, query, q_h, q_m, q_d, grad, g_h, g_m, g_d, mask,
+            mask_h, mask_m, mask_n, lse, delta, number, plane, cols, group, first, whole - first, 0, 0, length, size,
+            factor, dropout, kept_scale, HEAD, E, VALUE, EV, M, MASK, CAUSAL, False, DROPOUT, PRECISION, WIDE,
+            KEY_GRAD, VALUE_GRAD)
+    acc_key, acc_value = _key_steps(acc_key, acc_value, keys, values, query, q_h, q_m, q_d, grad, g_h, g_m, g_d, mask,
+            mask_h, mask_m, mask_n, lse, delta, number, plane, cols, group, above, tl.maximum(edges - above, 0), first,
+            jump, length, size, factor, dropout, kept_scale, HEAD, E, VALUE, EV, M, MASK, CAUSAL, True, DROPOUT,
+            PRECISION, WIDE, KEY_GRAD, VALUE_GRAD)
     if KEY_GRAD:
         acc_key *= factor * _LN2
         _put(grad_key + wide * gk_b + head * gk_h, start, local[:, None], gk_n, e[None, :], gk_d, size, acc_key, HEAD)
     if VALUE_GRAD:
         _put(grad_value + wide * gv_b + head * gv_h, start, local[:, None], gv_n, ev[None, :], gv_d, size, acc_value,
-             VALUE)
+                VALUE)
 
 
 @triton.jit
-def _slopes(scores, grads, values, lse, delta, seed, plane, rows, cols, length, size, dropout, kept_scale,
-            DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
+def _slopes(scores, grads, values, lse, delta, seed, plane, rows, cols, length, size, dropout, kept_scale, DROPOUT:
+        tl.constexpr, PRECISION: tl.constexpr):
     """Gradient of the masked, scaled scores (natural units) of one tile; values come transposed."""
     weights = _weights(scores, lse[:, None])
     product = tl.dot(grads, values, tl.zeros_like(scores), input_precision=PRECISION, out_dtype=scores.dtype)
@@ -301,10 +288,9 @@ def _slopes(scores, grads, values, lse, delta, seed, plane, rows, cols, length, 
 
 @triton.jit
 def _query_steps(acc, queries, grads, lse, delta, key, k_n, k_d, value, v_n, v_d, mask, mask_m, mask_n, seed, plane,
-                 rows, first, last, length, size, factor, dropout, kept_scale,
-                 HEAD: tl.constexpr, E: tl.constexpr, VALUE: tl.constexpr, EV: tl.constexpr, N: tl.constexpr,
-                 MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr,
-                 PRECISION: tl.constexpr, WIDE: tl.constexpr):
+        rows, first, last, length, size, factor, dropout, kept_scale, HEAD: tl.constexpr, E: tl.constexpr, VALUE:
+        tl.constexpr, EV: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr,
+        DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr):
     local, e, ev = tl.arange(0, N), tl.arange(0, E), tl.arange(0, EV)
     for start in range(first, last, N):
         cols = start + local
@@ -314,19 +300,17 @@ def _query_steps(acc, queries, grads, lse, delta, key, k_n, k_d, value, v_n, v_d
         scores = tl.dot(queries, keys.T, scores, input_precision=PRECISION, out_dtype=acc.dtype) * factor
         scores = _masked(scores, rows[:, None], cols[None, :], mask, mask_m, mask_n, length, size, MASK, CAUSAL, EDGE)
         slopes = _slopes(scores, grads, values, lse, delta, seed, plane, rows, cols, length, size, dropout, kept_scale,
-                         DROPOUT, PRECISION)
+                DROPOUT, PRECISION)
         acc = tl.dot(slopes.to(keys.dtype), keys, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     return acc
 
 
 @triton.jit
-def query_kernel(query, key, value, mask, grad, lse, delta, grad_query, seed,
-                 q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_b, mask_h, mask_m, mask_n,
-                 g_b, g_h, g_m, g_d, gq_b, gq_h, gq_m, gq_d,
-                 heads, group, length, size, scale, scale_low, dropout, kept_scale,
-                 HEAD: tl.constexpr, E: tl.constexpr, VALUE: tl.constexpr, EV: tl.constexpr, M: tl.constexpr,
-                 N: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-                 PRECISION: tl.constexpr, WIDE: tl.constexpr):
+def query_kernel(query, key, value, mask, grad, lse, delta, grad_query, seed, q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d,
+        v_b, v_h, v_n, v_d, mask_b, mask_h, mask_m, mask_n, g_b, g_h, g_m, g_d, gq_b, gq_h, gq_m, gq_d, heads, group,
+        length, size, scale, scale_low, dropout, kept_scale, HEAD: tl.constexpr, E: tl.constexpr, VALUE: tl.constexpr,
+        EV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT:
+        tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr):
     TYPE: tl.constexpr = lse.dtype.element_ty
     tiles = tl.cdiv(length, M)
     plane = tl.program_id(0) // tiles
@@ -342,9 +326,9 @@ def query_kernel(query, key, value, mask, grad, lse, delta, grad_query, seed,
     local, e, ev = tl.arange(0, M), tl.arange(0, E), tl.arange(0, EV)
     rows = start + local
     queries = _tile(query + batch * q_b + head * q_h, start, local[:, None], q_m, e[None, :], q_d, length, HEAD, E,
-                    True, WIDE)
+            True, WIDE)
     grads = _tile(grad + batch * g_b + head * g_h, start, local[:, None], g_m, ev[None, :], g_d, length, VALUE, EV,
-                  True, WIDE)
+            True, WIDE)
     line = tl.cast(plane, tl.int64) * length
     row_lse = tl.load(lse + line + rows, mask=rows < length, other=0.0)
     row_delta = tl.load(delta + line + rows, mask=rows < length, other=0.0)
@@ -355,23 +339,22 @@ def query_kernel(query, key, value, mask, grad, lse, delta, grad_query, seed,
         whole = tl.minimum(whole, (start + 1) // N * N)
     acc = tl.zeros((M, E), TYPE)
     acc = _query_steps(acc, queries, grads, row_lse, row_delta, key, k_n, k_d, value, v_n, v_d, mask, mask_m, mask_n,
-                       number, plane, rows, 0, whole, length, size, factor, dropout, kept_scale,
-                       HEAD, E, VALUE, EV, N, MASK, CAUSAL, False, DROPOUT, PRECISION, WIDE)
+            number, plane, rows, 0, whole, length, size, factor, dropout, kept_scale, HEAD, E, VALUE, EV, N, MASK,
+            CAUSAL, False, DROPOUT, PRECISION, WIDE)
     acc = _query_steps(acc, queries, grads, row_lse, row_delta, key, k_n, k_d, value, v_n, v_d, mask, mask_m, mask_n,
-                       number, plane, rows, whole, last, length, size, factor, dropout, kept_scale,
-                       HEAD, E, VALUE, EV, N, MASK, CAUSAL, True, DROPOUT, PRECISION, WIDE)
+            number, plane, rows, whole, last, length, size, factor, dropout, kept_scale, HEAD, E, VALUE, EV, N, MASK,
+            CAUSAL, True, DROPOUT, PRECISION, WIDE)
     acc *= factor * _LN2
     _put(grad_query + batch * gq_b + head * gq_h, start, local[:, None], gq_m, e[None, :], gq_d, length, acc, HEAD)
 
 
 @triton.jit
-def mask_kernel(query, key, value, mask, grad, lse, delta, grad_mask, seed,
-                q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_b, mask_h, mask_m, mask_n,
-                g_b, g_h, g_m, g_d, gm_b, gm_h, gm_m, gm_n,
-                batches, heads, group, length, size, scale, scale_low, dropout, kept_scale,
-                HEAD: tl.constexpr, E: tl.constexpr, VALUE: tl.constexpr, EV: tl.constexpr, M: tl.constexpr,
-                N: tl.constexpr, ONE_BATCH: tl.constexpr, ONE_HEAD: tl.constexpr, ONE_ROW: tl.constexpr,
-                ONE_COL: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr):
+def mask_kernel(query, key, value, mask, grad, lse, delta, grad_mask, seed, q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d,
+        v_b, v_h, v_n, v_d, mask_b, mask_h, mask_m, mask_n, g_b, g_h, g_m, g_d, gm_b, gm_h, gm_m, gm_n, batches, heads,
+        group, length, size, scale, scale_low, dropout, kept_scale, HEAD: tl.constexpr, E: tl.constexpr, VALUE:
+        tl.constexpr, EV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ONE_BATCH: tl.constexpr, ONE_HEAD:
+        tl.constexpr, ONE_ROW: tl.constexpr, ONE_COL: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+        PRECISION: tl.constexpr, WIDE: tl.constexpr):
     """Gradient of an added mask: one program an output tile, which sums over every axis that the mask broadcasts."""
     TYPE: tl.constexpr = lse.dtype.element_ty
     rounds_m, rounds_n = tl.cdiv(length, M), tl.cdiv(size, N)
@@ -403,23 +386,22 @@ def mask_kernel(query, key, value, mask, grad, lse, delta, grad_mask, seed,
             for i in range(m_first, m_last):
                 rows = i * M + m
                 queries = _tile(query + batch * q_b + head * q_h, i * M, m[:, None], q_m, e[None, :], q_d, length,
-                                HEAD, E, True, WIDE)
-                grads = _tile(grad + batch * g_b + head * g_h, i * M, m[:, None], g_m, ev[None, :], g_d, length,
-                              VALUE, EV, True, WIDE)
+                        HEAD, E, True, WIDE)
+                grads = _tile(grad + batch * g_b + head * g_h, i * M, m[:, None], g_m, ev[None, :], g_d, length, VALUE,
+                        EV, True, WIDE)
                 row_lse = tl.load(lse + plane * length + rows, mask=rows < length, other=0.0)
                 row_delta = tl.load(delta + plane * length + rows, mask=rows < length, other=0.0)
                 for j in range(n_first, n_last):
                     cols = j * N + n
                     keys = _tile(key + batch * k_b + head // group * k_h, j * N, n[None, :], k_n, e[:, None], k_d,
-                                 size, HEAD, E, True, WIDE)
-                    values = _tile(value + batch * v_b + head // group * v_h, j * N, n[None, :], v_n, ev[:, None],
-                                   v_d, size, VALUE, EV, True, WIDE)
+                            size, HEAD, E, True, WIDE)
+                    values = _tile(value + batch * v_b + head // group * v_h, j * N, n[None, :], v_n, ev[:, None], v_d,
+                            size, VALUE, EV, True, WIDE)
                     scores = tl.dot(queries, keys, tl.zeros((M, N), TYPE), input_precision=PRECISION, out_dtype=TYPE)
-                    scores = _masked(scores * factor, rows[:, None], cols[None, :],
-                                     mask + batch * mask_b + head * mask_h, mask_m, mask_n, length, size, 2, CAUSAL,
-                                     True)
+                    scores = _masked(scores * factor, rows[:, None], cols[None, :], mask + batch * mask_b + head *
+                            mask_h, mask_m, mask_n, length, size, 2, CAUSAL, True)
                     acc += _slopes(scores, grads, values, row_lse, row_delta, number, plane, rows, cols, length, size,
-                                   dropout, kept_scale, DROPOUT, PRECISION)
+                            dropout, kept_scale, DROPOUT, PRECISION)
     base, row, col, limit_m, limit_n = grad_mask, m_first * M, n_first * N, length, size
     if not ONE_BATCH:
         base += tl.cast(batch_first, tl.int64) * gm_b
@@ -434,196 +416,3 @@ def mask_kernel(query, key, value, mask, grad, lse, delta, grad_mask, seed,
     rows, cols = row + m, col + n
     at = base + (rows.to(tl.int64)[:, None] * gm_m + cols.to(tl.int64)[None, :] * gm_n)
     tl.store(at, acc.to(grad_mask.dtype.element_ty), mask=(rows[:, None] < limit_m) & (cols[None, :] < limit_n))
-
-_SPLIT = 128  # above this head size the accumulators of both gradients together spill registers: two launches then
-
-
-def blocks(head_size: int, config: Mapping[str, int], *, itemsize: int = 2, kernel: str = "forward") -> dict[str, int]:
-    """Block sizes of one kernel, as the keyword arguments of its launch.
-
-    ``config`` is the launch table's row: rows ``m`` of a query block and columns ``n`` of a key block in the forward at
-    head size 64, ``warps`` and ``stages``. ``kernel`` is "forward", "key_value" or "query". Wider heads and 4 or 8 byte
-    elements take smaller blocks, so that accumulators stay in registers and tiles in shared memory.
-    """
-    wide = max(16, triton.next_power_of_2(head_size))
-    m, n, warps, stages = config["m"], config["n"], config["warps"], config["stages"]
-    if itemsize > 2:  # no matrix unit takes these at full precision: operands live in registers
-        side = max(16, min(32, 4096 // (wide * itemsize)))
-        return {"M": min(m, side), "N": min(n, side), "num_warps": 4, "num_stages": 1}
-    fewer = max(1, stages - 1)
-    if wide > 128:
-        warps = config.get("wide", warps)
-    if kernel == "forward":
-        return {"M": min(m, max(16, 16384 // wide)), "N": n if wide <= 128 else min(n, 32),
-                "num_warps": warps, "num_stages": stages if wide <= 128 else fewer}
-    if kernel == "query":
-        rows = min(m, max(16, 16384 // wide))
-        return {"M": rows, "N": min(n, 524288 // (rows * wide)), "num_warps": warps, "num_stages": fewer}
-    if wide <= 128:
-        return {"M": min(n, 32), "N": 64, "num_warps": warps, "num_stages": fewer}
-    return {"M": min(n, 4 * warps), "N": 8 * warps, "num_warps": warps, "num_stages": fewer}
-
-
-class _Problem:
-    """One call brought to 4-D: (batch, heads, rows, columns) views, and the arguments that all kernels share."""
-
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float,
-                 is_causal: bool, scale: float | None, enable_gqa: bool, precision: str) -> None:
-        if query.shape[-1] > 256 or value.shape[-1] > 256:
-            raise NoKernel(f"scaled_dot_product_attention: head sizes {query.shape[-1]} and {value.shape[-1]} given, "
-                           "up to 256 accepted")
-        heads_q, heads_k, heads_v = (t.shape[-3] if t.dim() > 2 else 1 for t in (query, key, value))
-        owners = max(heads_k, heads_v)
-        self.heads = heads_q if enable_gqa else max(heads_q, owners)
-        if heads_k not in (1, owners) or heads_v not in (1, owners) or self.heads % owners:
-            raise NoKernel(f"scaled_dot_product_attention: {heads_q} query, {heads_k} key and {heads_v} value heads "
-                           "given; key and value need the same number (or one of them 1), which divides query's")
-        self.owners = owners
-        self.lead = torch.broadcast_shapes(*(t.shape[:-3] for t in (query, key, value)))
-        self.batch = math.prod(self.lead)
-        self.length, self.size = query.shape[-2], key.shape[-2]
-        self.query, self.key, self.value = self.view(query, self.heads), self.view(key, owners), self.view(value, owners)
-        self.mask = None
-        if mask is not None:
-            # float64 products reject an operand that depends on a one-byte load (Triton 3.6).
-            if mask.dtype == torch.bool and query.dtype == torch.float64:
-                mask = torch.zeros_like(mask, dtype=torch.float64).masked_fill_(~mask, -math.inf)
-            self.mask = self.view(mask.expand(*mask.shape[:-2], self.length, self.size), self.heads)
-        self.type = torch.float64 if query.dtype == torch.float64 else torch.float32
-        factor = float(scale) if scale is not None else 1 / math.sqrt(query.shape[-1] or 1)
-        (short,) = struct.unpack("f", struct.pack("f", factor))
-        self.sizes = (self.heads, self.heads // owners, self.length, self.size)
-        self.scalars = (short, factor - short, float(dropout_p), 1 / (1 - dropout_p) if dropout_p < 1 else 0.0)
-        self.meta: dict[str, Any] = {
-            "HEAD": query.shape[-1], "E": max(16, triton.next_power_of_2(query.shape[-1])),
-            "VALUE": value.shape[-1], "EV": max(16, triton.next_power_of_2(value.shape[-1])),
-            "CAUSAL": is_causal, "DROPOUT": dropout_p > 0,
-            "PRECISION": precision if query.dtype == torch.float32 else "ieee", "WIDE": False,
-        }
-        self.reach(self.query, self.key, self.value)
-        self.kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
-
-    def view(self, t: Tensor, heads: int) -> Tensor:
-        """(batch, heads, rows, columns); a copy only where five or more dimensions do not collapse."""
-        return t.expand(*self.lead, heads, *t.shape[-2:]).reshape(self.batch, heads, *t.shape[-2:])
-
-    def reach(self, *tensors: Tensor) -> None:
-        """Note whether a tile of 256 rows and columns of any of these reaches past 2^31 elements."""
-        self.meta["WIDE"] |= any(256 * (t.stride(-2) + t.stride(-1)) >= 2**31 for t in tensors)
-
-    @contextlib.contextmanager
-    def target(self, t: Tensor, heads: int) -> Iterator[Tensor]:
-        """The 4-D tensor to write for the result ``t``; where that cannot be a view, ``t`` gets its sum at the end."""
-        whole = (*self.lead, heads, *t.shape[-2:])
-        if t.numel() == math.prod(whole) and (t.dim() <= 4 or t.is_contiguous()):
-            yield self.view(t, heads)
-            return
-        wide = torch.empty(whole, dtype=self.type, device=t.device)
-        yield self.view(wide, heads)
-        t.copy_(wide.sum_to_size(t.shape))
-
-    def blocks(self, config: Mapping[str, int], kernel: str) -> dict[str, int]:
-        """Block sizes for this call."""
-        wide = max(self.meta["E"], self.meta["EV"])
-        return blocks(wide, config, itemsize=self.query.element_size(), kernel=kernel)
-
-    def mask_strides(self) -> tuple[int, ...]:
-        """Strides of the 4-D mask, 0 without one."""
-        return (0, 0, 0, 0) if self.mask is None else self.mask.stride()
-
-
-def forward(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
-            scale: float | None, enable_gqa: bool, *, out: Tensor, lse: Tensor, seed: Tensor | None, launch: Launch,
-            config: Mapping[str, int], precision: str = "ieee") -> None:
-    """Write ``softmax(scale * query @ key.T + attn_mask) @ value`` and the logarithm of every row's sum.
-
-    Shapes: query (..., Hq, L, E), key (..., H, S, E), value (..., H, S, Ev), all broadcast in front; ``out``
-    (..., Hq, L, Ev) with any strides; ``lse`` contiguous (batch, Hq, L), float32 (float64 for float64).
-    ``seed`` holds one int64 when ``dropout_p`` is above 0.
-
-    Raises:
-        NoKernel: a head size above 256, or key and value head numbers that one loop cannot serve.
-    """
-    p = _Problem(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, precision)
-    if p.size == 0:
-        lse.fill_(-math.inf)
-        out.zero_()
-        return
-    if out.numel() == 0:
-        return
-    block = p.blocks(config, "forward")
-    with p.target(out, p.heads) as result:
-        launch(
-            forward_kernel, (triton.cdiv(p.length, block["M"]) * p.batch * p.heads,),
-            (p.query, p.key, p.value, p.mask, result, lse, seed, *p.query.stride(), *p.key.stride(), *p.value.stride(),
-             *p.mask_strides(), *result.stride(), *p.sizes, *p.scalars),
-            {**p.meta, "MASK": p.kind, **block},
-        )
-
-
-def backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, out: Tensor,
-             lse: Tensor, dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool, *,
-             grad_query: Tensor | None, grad_key: Tensor | None, grad_value: Tensor | None,
-             grad_mask: Tensor | None = None, seed: Tensor | None, launch: Launch, config: Mapping[str, int],
-             precision: str = "ieee") -> None:
-    """Write the gradients that are not None, each with the shape of its input, from what `forward` wrote.
-
-    ``grad_mask`` has the shape of an added ``attn_mask`` and sums over the axes that it broadcasts.
-    """
-    p = _Problem(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, precision)
-    wanted = [t for t in (grad_query, grad_key, grad_value, grad_mask) if t is not None]
-    if 0 in (p.batch, p.heads, p.length, p.size, value.shape[-1]):
-        for t in wanted:
-            t.zero_()
-        return
-    grad, out = p.view(grad, p.heads), p.view(out, p.heads)
-    p.reach(grad, out)
-    delta = torch.empty_like(lse)
-    launch(
-        delta_kernel, (triton.cdiv(p.length, 32) * p.batch * p.heads,),
-        (out, grad, delta, *out.stride(), *grad.stride(), p.heads, p.length),
-        {"VALUE": p.meta["VALUE"], "EV": p.meta["EV"], "M": 32, "WIDE": p.meta["WIDE"], "num_warps": 4},
-    )
-    tensors = (p.query, p.key, p.value, p.mask, grad, lse, delta)
-    strides = (*p.query.stride(), *p.key.stride(), *p.value.stride(), *p.mask_strides(), *grad.stride())
-    if grad_key is not None or grad_value is not None:
-        keys = torch.empty_like(key) if grad_key is None else grad_key
-        values = torch.empty_like(value) if grad_value is None else grad_value
-        block, both = p.blocks(config, "key_value"), [(grad_key is not None, grad_value is not None)]
-        if max(p.meta["E"], p.meta["EV"]) > _SPLIT and both == [(True, True)]:
-            both = [(True, False), (False, True)]
-        with p.target(keys, p.owners) as to_key, p.target(values, p.owners) as to_value:
-            for with_key, with_value in both:
-                launch(
-                    key_value_kernel, (triton.cdiv(p.size, block["N"]) * p.batch * p.owners,),
-                    (*tensors, to_key, to_value, seed, *strides, *to_key.stride(), *to_value.stride(), *p.sizes,
-                     *p.scalars),
-                    {**p.meta, "MASK": p.kind, **block, "KEY_GRAD": with_key, "VALUE_GRAD": with_value},
-                )
-    if grad_query is not None:
-        block = p.blocks(config, "query")
-        with p.target(grad_query, p.heads) as to_query:
-            launch(
-                query_kernel, (triton.cdiv(p.length, block["M"]) * p.batch * p.heads,),
-                (*tensors, to_query, seed, *strides, *to_query.stride(), *p.sizes, *p.scalars),
-                {**p.meta, "MASK": p.kind, **block},
-            )
-    if grad_mask is not None:
-        _mask_gradient(p, grad_mask, tensors, strides, seed, launch,
-                       {**p.blocks(config, "query"), "num_stages": 1})
-
-
-def _mask_gradient(p: _Problem, grad_mask: Tensor, tensors: tuple[Any, ...], strides: tuple[int, ...],
-                   seed: Tensor | None, launch: Launch, block: dict[str, int]) -> None:
-    while grad_mask.dim() < 4:
-        grad_mask = grad_mask.unsqueeze(0)
-    if grad_mask.dim() > 4:
-        raise NoKernel(f"scaled_dot_product_attention: the gradient of an attn_mask of {grad_mask.dim()} dimensions "
-                       "was asked for, up to 4 accepted")
-    counts = (p.batch, p.heads, triton.cdiv(p.length, block["M"]), triton.cdiv(p.size, block["N"]))
-    single = [n == 1 for n in grad_mask.shape]
-    launch(
-        mask_kernel, (math.prod(1 if one else n for one, n in zip(single, counts, strict=True)),),
-        (*tensors, grad_mask, seed, *strides, *grad_mask.stride(), p.batch, *p.sizes, *p.scalars),
-        {**p.meta, **dict(zip(("ONE_BATCH", "ONE_HEAD", "ONE_ROW", "ONE_COL"), single, strict=True)), **block},
-    )

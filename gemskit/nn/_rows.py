@@ -187,18 +187,20 @@ class Rows:
         col_sizes, col = _layout.collapse([shape[d] for d in dims], [tuple(s[d] for d in dims) for s in full])
         rows, cols = math.prod(shape[d] for d in kept), math.prod(shape[d] for d in dims)
         n = len(outs)
-        # An operand that does not vary at all counts as a row's: one value, loaded once per row.
-        along = tuple((bool(any(c)) + 2 * bool(any(r))) or 2 for r, c in zip(row[n:], col[n:]))
+        # An operand that does not vary at all counts as a row's: one value, loaded once per row. An empty one has no value.
+        vary = [bool(any(c)) + 2 * bool(any(r)) for r, c in zip(row[n:], col[n:])]
+        along = tuple(a or 2 if named[o].numel() else 3 for o, a in zip(operands, vary))
         padded = [(1,) * (len(shape) - o.ndim) + tuple(o.shape) for o in outs]
         outs_along = tuple(3 if all(o[d] == shape[d] for d in dims) else 2 for o in padded)
 
         config = backends.arch().config("rowwise")
-        one_tile, loop_tile = config["one_tile_max"], config["loop_tile"]
+        # The tile lives in registers: 16,384 floats in 16 warps just do not spill, so doubles get half of that.
+        one_tile, loop_tile = config["one_tile_max"] * 4 // max(4, compute.itemsize), config["loop_tile"]
         bn = triton.next_power_of_2(max(cols, 1))
         # The first operand that is read by element says which way memory runs.
         lead = n + next((k for k, a in enumerate(along) if a == 3), 0)
         across = rows > 1 and row[lead][-1] == 1 and col[lead][-1] != 1
-        bm = min(config["across"], triton.next_power_of_2(rows)) if across else 1
+        bm = min(max(config["across"], config["short"] // bn), triton.next_power_of_2(rows)) if across else 1
         split = not self.statistics["tile"] and 3 in outs_along
         loop = not split and bm * bn > one_tile
         if loop or split:
@@ -224,7 +226,7 @@ class Rows:
             WIDE=_layout.is_wide(row_sizes, row) or _layout.is_wide(col_sizes, col) or _layout.is_wide(shape, full),
             num_warps=min(config["warps"], max(1, bm * bn // 512)),
         )
-        grid = triton.cdiv(rows, bm) * (triton.cdiv(cols, bn) if split else 1)
+        grid = triton.cdiv(rows, bm) * (triton.cdiv(cols, bn) if split else 1) if any(o.numel() for o in outs) else 0
         strides = (tuple(row[:n]), tuple(col[:n]), tuple(row[n:]), tuple(col[n:]))
 
         def run(outs: Sequence[Tensor], named: Named) -> None:

@@ -166,8 +166,9 @@ class Elementwise:
         reads["position"] = reads["index"]
         runtime, expressions = arguments(self.names, {n: named.get(n) for n in self.names}, reads, compute)
         if self.rounds and via != compute:
-            cast = f".to(tl.{TRITON[via].name}).to(tl.{TRITON[compute].name})"
-            expressions.update({n: expressions[n] + cast for n in runtime})
+            cast = "{}.to(tl.{}).to(tl.{})"
+            names = [str(d).removeprefix("torch.") for d in (via, compute)]
+            expressions.update({n: cast.format(expressions[n], *names) for n in runtime})
         key = (tuple(operands), tuple(expressions.items()), compute)
         kernel = self._bound.get(key)
         if kernel is None:

@@ -183,7 +183,7 @@ def _number_pow(base, exponent):
     elif exponent == -0.5:
         result = libdevice.rsqrt(base)
     else:
-        result = language.pow(base, tl.zeros_like(base) + exponent)
+        result = language.pow(base, exponent)
     return result
 
 
@@ -194,7 +194,7 @@ def _pow(base, exponent):
     elif len(exponent.shape) == 0:
         return _number_pow(base, exponent)
     else:
-        return language.pow(base + tl.zeros_like(exponent), exponent)
+        return language.pow(base, exponent)
 
 
 @pointwise(aten="pow.Tensor_Tensor")
@@ -204,7 +204,8 @@ def pow(input: Tensor | Number, exponent: Tensor | Number, *, out: Tensor | None
     The gradient with respect to ``input`` is 0 where ``exponent`` is 0, and with respect to ``exponent`` where ``input`` is 0
     and ``exponent`` is not negative. Source: ``torch.pow``.
     """
-    return torch.pow(input, exponent)  # type: ignore[arg-type]
+    # torch takes True as 1, except on meta.
+    return torch.pow(input, int(exponent) if isinstance(exponent, bool) else exponent)  # type: ignore[arg-type]
 
 
 @pow.formula

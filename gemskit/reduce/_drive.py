@@ -11,16 +11,15 @@ import torch
 import triton
 from torch import Tensor
 
-from gemskit._dtypes import compute_type
 from gemskit._checks import describe
+from gemskit._dtypes import compute_type
 from gemskit._op import Named, Op, P, R
 from gemskit.errors import DimError
 from gemskit.reduce._fold import Fold
 from gemskit.reduce._scan import Scan
 
-
 #: One dimension, several, or all (None or empty).
-Dims: TypeAlias = int | Sequence[int] | None
+Dims: TypeAlias = int | tuple[int, ...] | list[int] | None
 
 
 @triton.jit
@@ -101,7 +100,9 @@ class Reduction(Op[P, R]):
         shape = tuple(input.shape) or (1,)
         dims, cast = dims_of(dim, input.ndim), named.get("dtype") or input.dtype
         if any(shape[d] == 0 for d in dims) and any(isinstance(v, str) for v in fold.identity):
-            raise DimError(f"{self.name}: {describe(input)} has no element along dim={dim}; accepted: a dim of non-zero size")
+            raise DimError(
+                f"{self.name}: {describe(input)} has no element along dim={dim}; accepted: a dim of non-zero size"
+            )
         run = fold.plan(named, shape, dims, kept, compute_type(cast), cast)
         return lambda outs, keep, arguments: run(outs, arguments)
 
@@ -112,7 +113,7 @@ class Reduction(Op[P, R]):
 def reduction(
     *, aten: str | None = None, results: Any = None, floats: Sequence[str] = ()
 ) -> Callable[[Callable[P, R]], Reduction[P, R]]:
-    """Declare a reduction. Attach its monoid with ``@op.combine(identity=...)`` and its gradient with ``@op.gradient_by``."""
+    """Declare a reduction. Attach the monoid by ``@op.combine(identity=..)``, the gradient by ``@op.gradient_by``."""
     return functools.partial(Reduction, aten=aten, results=results, floats=floats)
 
 
@@ -154,5 +155,5 @@ class Scanning(Op[P, R]):
 
 
 def scan(*, aten: str | None = None, results: Any = None) -> Callable[[Callable[P, R]], Scanning[P, R]]:
-    """Declare a scan. Attach its monoid with ``@op.combine(identity=...)`` and its gradient with ``@op.gradient_by``."""
+    """Declare a scan. Attach the monoid by ``@op.combine(identity=..)``, the gradient by ``@op.gradient_by``."""
     return functools.partial(Scanning, aten=aten, results=results)

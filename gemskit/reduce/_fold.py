@@ -1,8 +1,8 @@
 """The kernel behind every reduction: fold the columns of a (rows, columns) space by a monoid.
 
-Rows and columns are each a collapsed set of dimensions, so no input is ever copied. A tile of rows and columns keeps one
-running state per lane and folds the lanes at the end; few long rows are split over programs, whose partial states a second
-launch of the same kernel folds in order, so results do not depend on timing.
+Rows and columns are each a collapsed set of dimensions, so no input is ever copied. A tile of rows and columns keeps
+one running state per lane and folds the lanes at the end; few long rows are split over programs, whose partial states a
+second launch of the same kernel folds in order, so results do not depend on timing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ FINISH: Any = None
 
 @triton.jit
 def _fold(
-    outs, ins, row_sizes, col_sizes, out_strides, in_row_strides, in_col_strides, s0, s1, s2, s3, rows, cols, part, count,
+    outs, ins, row_sizes, col_sizes, out_strides, in_row_strides, in_col_strides, s0, s1, s2, s3,
+    rows, cols, part, count,
     CAST: tl.constexpr, COMPUTE: tl.constexpr, KEEP: tl.constexpr, STATE: tl.constexpr, IDENTITY: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -73,19 +74,19 @@ class Fold:
     """A reduction as a kernel: ``map`` each element to a state, ``combine`` states, ``finish`` the last one.
 
     Args:
-        map: jit function of operands by name (and ``col``, the position along the reduced dimensions), returning the state.
+        map: jit function of operands by name and ``col``, the position along the reduced dimensions; returns the state.
         combine: jit function of two states, flattened: ``(a0, a1, .., b0, b1, ..)``. Associative and commutative.
         identity: one value per state; ``"lowest"`` and ``"highest"`` are those of the type.
-        finish: jit function of the states by name ``state0, state1 ..``, scalars and ``count``; the states themselves if None.
-        state: the type of each state: ``"accumulate"`` (float32 for halves, int64 for ints), ``"compute"`` or ``"index"``
-            (int32, or int64 where positions need it).
+        finish: jit function of ``state0, state1 ..``, scalars and ``count``; the states themselves if None.
+        state: the type of each state: ``"accumulate"`` (float32 for halves, int64 for ints), ``"compute"`` or
+            ``"index"`` (int32, or int64 where positions need it).
         ordered: ``col`` counts the reduced dimensions in their logical order, for states that hold positions.
     """
 
     def __init__(
         self, name: str, *, map: Any, combine: Any, identity: Sequence[float | str], finish: Any = None,
-        state: Sequence[str] = ("accumulate",), results: int | None = None, keep: Sequence[str] = (), wrap: str | None = None,
-        ordered: bool = False,
+        state: Sequence[str] = ("accumulate",), results: int | None = None, keep: Sequence[str] = (),
+        wrap: str | None = None, ordered: bool = False,
     ) -> None:  # fmt: skip
         self.name, self.map, self.combine, self.finish = name, map, combine, finish
         self.identity, self.state, self.keep, self.ordered = tuple(identity), tuple(state), frozenset(keep), ordered
@@ -122,11 +123,13 @@ class Fold:
         """
         operands = [n for n in self.names if isinstance(named.get(n), Tensor)]
         full = [_layout.broadcast_strides(named[n], shape) for n in operands]
-        # Any order of the rows, and mostly of the columns, gives the same result; the one by memory has the fewest dimensions.
+        # Any order of rows, and mostly of columns, gives the same result; the one by memory has the fewest dimensions.
         kept = by_memory([d for d in range(len(shape)) if d not in dims], full)
         inner = list(dims) if self.ordered else by_memory(dims, full)
         out_full = [tuple(o.stride()) for o in outs]
-        row_sizes, row = _layout.collapse([shape[d] for d in kept], [tuple(s[d] for d in kept) for s in out_full + full])
+        row_sizes, row = _layout.collapse(
+            [shape[d] for d in kept], [tuple(s[d] for d in kept) for s in out_full + full]
+        )
         col_sizes, col = _layout.collapse([shape[d] for d in inner], [tuple(s[d] for d in inner) for s in full])
         rows, cols = math.prod(row_sizes), math.prod(shape[d] for d in inner)
         out_rows, in_rows = tuple(row[: len(outs)]), tuple(row[len(outs) :])
@@ -153,7 +156,9 @@ class Fold:
             IDENTITY=tuple(identity_of(v, s) for v, s in zip(self.identity, states)),
             BM=bm,
             BN=bn,
-            WIDE=_layout.is_wide(row_sizes, list(row)) or _layout.is_wide(col_sizes, col) or _layout.is_wide(shape, full),
+            WIDE=_layout.is_wide(row_sizes, list(row))
+            or _layout.is_wide(col_sizes, col)
+            or _layout.is_wide(shape, full),
             num_warps=config["warps"],
         )
         split = pieces > 1
@@ -181,7 +186,9 @@ class Fold:
 
         return run
 
-    def _bind(self, named: Named, operands: Sequence[str], compute: torch.dtype, step: str) -> tuple[Any, tuple[str, ...]]:
+    def _bind(
+        self, named: Named, operands: Sequence[str], compute: torch.dtype, step: str
+    ) -> tuple[Any, tuple[str, ...]]:
         """The filled driver for the whole fold, or for the first or the last step of a split one."""
         names = (*self.names, *(parameters(self.finish) if self.finish else ()))
         reads = {n: f"values[{k}]" for k, n in enumerate(operands)}
@@ -200,13 +207,17 @@ class Fold:
             both = ", ".join([f"a[{k}]" for k in range(n)] + [f"b[{k}]" for k in range(n)])
             merge = generated("merge", "a, b", f"    return {one.format(f'F({both})')}", F=self.combine)
             lanes = "a[0]" if n == 1 else "a"
-            combine = generated("combine", "a", f"    return {one.format(f'tl.reduce({lanes}, 1, F, keep_dims=True)')}", F=self.combine)
+            combine = generated(
+                "combine", "a", f"    return {one.format(f'tl.reduce({lanes}, 1, F, keep_dims=True)')}", F=self.combine
+            )
             if step == "first" or self.finish is None:
                 finish = generated("finish", f"total, {scalars}, count", "    return total")
             else:
                 states = {f"state{k}": f"total[{k}]" for k in range(n)}
                 wrap = "({},)" if self.results == 1 else "{}"
-                finish = adapter(f"{self.name}_finish", f"total, {scalars}, count", self.finish, {**expressions, **states}, wrap)
+                finish = adapter(
+                    f"{self.name}_finish", f"total, {scalars}, count", self.finish, {**expressions, **states}, wrap
+                )
             name = self.name + {"whole": "", "first": "_part", "last": "_join"}[step]
             self._bound[key] = fill(
                 _fold, name, annotations(runtime, compute), MAP=mapped, MERGE=merge, COMBINE=combine, FINISH=finish

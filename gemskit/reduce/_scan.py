@@ -1,7 +1,7 @@
 """The kernel behind every scan: running states along the columns of a (rows, columns) space.
 
-A program walks the tiles of its columns and carries the state of what came before. Few long rows are cut into pieces: one
-launch takes the state of each piece, one scans those, one scans the pieces, each from the state before it. What is
+A program walks the tiles of its columns and carries the state of what came before. Few long rows are cut into pieces:
+one launch takes the state of each piece, one scans those, one scans the pieces, each from the state before it. What is
 combined with what depends on the shape alone, so results do not depend on timing.
 """
 
@@ -173,9 +173,19 @@ class Scan:
                 totals = tuple(torch.empty((pieces, rows), dtype=s, device=ins[0].device) for s in states)
                 carries = tuple(torch.empty_like(t) for t in totals)
                 only_ins = (row_sizes, zeros, layout[2], steps, layout[4])
-                launch(kernel, (blocks * pieces,), (totals, ins, None, *only_ins, rows, cols, part), dict(meta, TOTALS=True))
+                launch(
+                    kernel,
+                    (blocks * pieces,),
+                    (totals, ins, None, *only_ins, rows, cols, part),
+                    dict(meta, TOTALS=True),
+                )
                 dense = ((rows,), ones, ones, steps, steps)
-                launch(join, (triton.cdiv(rows, again["BM"]),), (carries, totals, None, *dense, rows, pieces, pieces), again)
+                launch(
+                    join,
+                    (triton.cdiv(rows, again["BM"]),),
+                    (carries, totals, None, *dense, rows, pieces, pieces),
+                    again,
+                )
             launch(kernel, (blocks * pieces,), (tuple(outs), ins, carries, *layout, rows, cols, part), meta)
 
         return run

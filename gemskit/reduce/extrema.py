@@ -19,14 +19,18 @@ from gemskit.reduce._fold import Fold
 
 
 @reduction(aten="amax")
-def amax(input: Tensor, dim: int | tuple[int, ...] | list[int] = (), keepdim: bool = False, *, out: Tensor | None = None) -> Tensor:
-    """Largest element over ``dim`` (all dimensions if empty). The gradient is shared by ties. Source: ``torch.amax``."""
+def amax(
+    input: Tensor, dim: int | tuple[int, ...] | list[int] = (), keepdim: bool = False, *, out: Tensor | None = None
+) -> Tensor:
+    """Largest element over ``dim`` (all if empty). The gradient is shared by ties. Source: ``torch.amax``."""
     return torch.amax(input, dim, keepdim)
 
 
 @reduction(aten="amin")
-def amin(input: Tensor, dim: int | tuple[int, ...] | list[int] = (), keepdim: bool = False, *, out: Tensor | None = None) -> Tensor:
-    """Smallest element over ``dim`` (all dimensions if empty). The gradient is shared by ties. Source: ``torch.amin``."""
+def amin(
+    input: Tensor, dim: int | tuple[int, ...] | list[int] = (), keepdim: bool = False, *, out: Tensor | None = None
+) -> Tensor:
+    """Smallest element over ``dim`` (all if empty). The gradient is shared by ties. Source: ``torch.amin``."""
     return torch.amin(input, dim, keepdim)
 
 
@@ -42,10 +46,10 @@ def min_all(input: Tensor, *, out: Tensor | None = None) -> Tensor:
     return torch.min(input)
 
 
-for _op in (amax, max_all):
-    _op.combine(identity="lowest", state=("compute",))(language.maximum)
-for _op in (amin, min_all):
-    _op.combine(identity="highest", state=("compute",))(language.minimum)
+amax.combine(identity="lowest", state=("compute",))(language.maximum)
+max_all.combine(identity="lowest", state=("compute",))(language.maximum)
+amin.combine(identity="highest", state=("compute",))(language.minimum)
+min_all.combine(identity="highest", state=("compute",))(language.minimum)
 
 
 @triton.jit
@@ -100,8 +104,12 @@ def min_dim(
 
 
 _PAIR = ("compute", "index")
-argmax.combine(identity=("lowest", "highest"), map=_located, finish=_place, state=_PAIR, results=1, when=_ranked)(language.better_max)
-argmin.combine(identity=("highest", "highest"), map=_located, finish=_place, state=_PAIR, results=1, when=_ranked)(better_min)
+argmax.combine(identity=("lowest", "highest"), map=_located, finish=_place, state=_PAIR, results=1, when=_ranked)(
+    language.better_max
+)
+argmin.combine(identity=("highest", "highest"), map=_located, finish=_place, state=_PAIR, results=1, when=_ranked)(
+    better_min
+)
 max_dim.combine(identity=("lowest", "highest"), map=_located, state=_PAIR)(language.better_max)
 min_dim.combine(identity=("highest", "highest"), map=_located, state=_PAIR)(better_min)
 
@@ -115,7 +123,7 @@ def max(
 @overload
 def max(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor: ...
 def max(input: Tensor, *args: Any, out: Any = None, **kwargs: Any) -> Any:
-    """Largest of all elements; with ``dim`` (values, indices) along it; with ``other`` :func:`maximum`. Source: ``torch.max``.
+    """Largest element; with ``dim`` (values, indices) along it; with ``other`` :func:`maximum`. Source: ``torch.max``.
 
     NaN wins, of equal elements the first index is given. The gradient of ``max(input)`` is shared by ties, that of the
     values along ``dim`` goes to the element at the index.
@@ -137,7 +145,7 @@ def min(
 @overload
 def min(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor: ...
 def min(input: Tensor, *args: Any, out: Any = None, **kwargs: Any) -> Any:
-    """Smallest of all elements; with ``dim`` (values, indices) along it; with ``other`` :func:`minimum`. Source: ``torch.min``.
+    """Smallest element; with ``dim`` (values, indices) along it; with ``other`` :func:`minimum`. Source: ``torch.min``.
 
     NaN wins, of equal elements the first index is given. Gradients as of :func:`max`.
     """
@@ -175,8 +183,14 @@ def _at(grad, indices, position):
 
 
 # amax takes no NaN for a hit, so such rows get NaN gradients; max() gives the gradient to the NaNs.
-_AMAX = Fold("amax_hits", map=_equal, combine=language.add, identity=(0,), state=("index",)), Elementwise("amax_grad", _shared)
-_MAX = Fold("max_hits", map=_same, combine=language.add, identity=(0,), state=("index",)), Elementwise("max_grad", _given)
+_AMAX = (
+    Fold("amax_hits", map=_equal, combine=language.add, identity=(0,), state=("index",)),
+    Elementwise("amax_grad", _shared),
+)
+_MAX = (
+    Fold("max_hits", map=_same, combine=language.add, identity=(0,), state=("index",)),
+    Elementwise("max_grad", _given),
+)
 _AT = Elementwise("max_dim_grad", _at, keep=("indices",))
 
 
@@ -200,7 +214,9 @@ def _extreme_all(grad: Tensor, input: Tensor, out: Tensor) -> dict[str, Tensor]:
     return _to_ties(_MAX, spread(grad, None, input.ndim, False), input, spread(out, None, input.ndim, False))
 
 
-def _at_index(grads: tuple[Tensor, ...], dim: int, keepdim: bool, out1: Tensor, like: Mapping[str, Any]) -> dict[str, Tensor]:
+def _at_index(
+    grads: tuple[Tensor, ...], dim: int, keepdim: bool, out1: Tensor, like: Mapping[str, Any]
+) -> dict[str, Tensor]:
     shape, dtype = like["input"]
     n = len(shape)
     named = {"grad": spread(grads[0], dim, n, keepdim), "indices": spread(out1, dim, n, keepdim), "dim": dim}
@@ -211,9 +227,9 @@ def _at_index(grads: tuple[Tensor, ...], dim: int, keepdim: bool, out1: Tensor, 
     return {"input": dx}
 
 
-for _op in (amax, amin):
-    _op.gradient_by(_extreme)
-for _op in (max_all, min_all):
-    _op.gradient_by(_extreme_all)
-for _op in (max_dim, min_dim):
-    _op.gradient_by(_at_index)
+amax.gradient_by(_extreme)
+amin.gradient_by(_extreme)
+max_all.gradient_by(_extreme_all)
+min_all.gradient_by(_extreme_all)
+max_dim.gradient_by(_at_index)
+min_dim.gradient_by(_at_index)

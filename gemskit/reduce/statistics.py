@@ -22,7 +22,8 @@ def var(
 ) -> Tensor:
     """``sum((input - mean)**2) / max(0, n - correction)`` over ``dim`` (all if None or empty). Source: ``torch.var``.
 
-    One pass that merges means, so a mean far from 0 costs no accuracy. inf or NaN where ``correction >= n``; None means 1.
+    One pass that merges means, so a mean far from 0 costs no accuracy. inf or NaN where ``correction >= n``; None is 1.
+    With ``dim=()`` the gradient is that of ``dim=None`` (torch divides by 0 there).
     """
     return torch.var(input, dim, correction=correction, keepdim=keepdim)
 

@@ -18,7 +18,12 @@ from gemskit.reduce._drive import Dims, count_of, reduction, spread
 
 @reduction(aten="sum.dim_IntList")
 def sum(
-    input: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: torch.dtype | None = None, out: Tensor | None = None
+    input: Tensor,
+    dim: Dims = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Sum over ``dim`` (all dimensions if None or empty); 0 for no elements. Source: ``torch.sum``.
 
@@ -32,7 +37,12 @@ sum.combine(identity=0)(language.add)
 
 @reduction(aten="mean.dim")
 def mean(
-    input: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: torch.dtype | None = None, out: Tensor | None = None
+    input: Tensor,
+    dim: Dims = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``sum(input) / n`` over ``dim`` (all dimensions if None or empty); NaN for no elements. Source: ``torch.mean``.
 

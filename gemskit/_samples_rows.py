@@ -1,0 +1,98 @@
+"""Samples of the row-wise operators: softmax, normalisations, cross entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from gemskit.testing import Make, Sample, samples
+
+#: Around the tile sizes: one element, odd, a whole tile, just more than one, several tiles of a looped row.
+_LENGTHS = (1, 3, 17, 4097, 20001)
+
+
+@samples("softmax", "log_softmax")
+def _(make: Make) -> Iterator[Sample]:
+    for n in _LENGTHS:
+        yield Sample((make(3, n), 1))
+    for n in (1, 33, 20001):
+        yield Sample((make(n, 3), 0))
+    for dim in (0, 1, 2, -2):
+        yield Sample((make(3, 33, 5), dim))
+    yield Sample((make(), 0), note="0-dim")
+    yield Sample((make(), -1), note="0-dim")
+    for shape in ((0, 3), (3, 0), (2, 0, 3)):
+        yield Sample((make(*shape), 1), note="nothing")
+    yield Sample((make(3, 33), 1, torch.float32))
+    yield Sample((make(3, 33), 1), {"dtype": torch.float64})
+
+
+@samples("layer_norm")
+def _(make: Make) -> Iterator[Sample]:
+    for n in _LENGTHS[1:]:
+        yield Sample((make(3, n), (n,), make(n), make(n)))
+    yield Sample((make(4, 33), [33]))
+    yield Sample((make(4, 33), (33,), make(33)))
+    yield Sample((make(4, 33), (33,), None, make(33)), {"eps": 0.1})
+    yield Sample((make(3, 2, 5, 26), (5, 26), make(5, 26), make(5, 26)), note="two dimensions")
+    yield Sample((make(5, 26), (5, 26), make(5, 26), make(5, 26)), note="one row")
+    yield Sample((make(0, 5), (5,), make(5), make(5)), note="no rows")
+    yield Sample((make(5, 0), (0,), make(0), make(0)), note="no columns")
+
+
+@samples("rms_norm")
+def _(make: Make) -> Iterator[Sample]:
+    for n in _LENGTHS:
+        yield Sample((make(3, n), (n,), make(n)))
+    yield Sample((make(4, 33), [33]))
+    yield Sample((make(4, 33), (33,), make(33), 1e-6))
+    yield Sample((make(4, 33), (33,)), {"eps": 0.1})
+    yield Sample((make(3, 2, 5, 26), (5, 26), make(5, 26)), note="two dimensions")
+    yield Sample((make(0, 5), (5,), make(5)), note="no rows")
+    yield Sample((make(5, 0), (0,), make(0)), note="no columns")
+
+
+@samples("add_rms_norm", "fused_add_rms_norm")
+def _(make: Make) -> Iterator[Sample]:
+    for n in (1, 33, 4097, 20001):
+        yield Sample((make(3, n), make(3, n), (n,), make(n)))
+    yield Sample((make(4, 33), make(4, 33), [33]))
+    yield Sample((make(4, 33), make(4, 33), (33,), make(33)), {"eps": 0.1})
+    yield Sample((make(3, 2, 5, 26), make(3, 2, 5, 26), (5, 26), make(5, 26)), note="two dimensions")
+    yield Sample((make(0, 5), make(0, 5), (5,), make(5)), note="no rows")
+
+
+@samples("skip_layer_norm")
+def _(make: Make) -> Iterator[Sample]:
+    for n in (3, 33, 4097, 20001):
+        yield Sample((make(3, n), make(3, n), (n,), make(n), make(n)))
+    yield Sample((make(4, 33), make(4, 33), [33]))
+    yield Sample((make(4, 33), make(4, 33), (33,), None, make(33)), {"eps": 0.1})
+    yield Sample((make(3, 2, 5, 26), make(3, 2, 5, 26), (5, 26), make(5, 26), make(5, 26)), note="two dimensions")
+    yield Sample((make(0, 5), make(0, 5), (5,), make(5), make(5)), note="no rows")
+
+
+@samples("cross_entropy")
+def _(make: Make) -> Iterator[Sample]:
+    def classes(*shape: int, n: int) -> torch.Tensor:
+        return make(*shape, dtype=torch.int64, low=0, high=n)
+
+    yield Sample((make(5, 33), classes(5, n=33)))
+    if not make.dtype.is_floating_point:
+        return
+    for reduction in ("none", "sum", "mean"):
+        more = {"reduction": reduction}
+        yield Sample((make(4, 20001), classes(4, n=20001)), more)
+        yield Sample((make(3, 6, 4, 5), classes(3, 4, 5, n=6)), {**more, "ignore_index": 2})
+        yield Sample((make(7), classes(n=7)), more)
+        yield Sample((make(5, 33), classes(5, n=33), make(33, low=0.1, high=2)), {**more, "label_smoothing": 0.1})
+        yield Sample((make(5, 33), make(5, 33, low=0, high=0.1)), more)
+        yield Sample((make(3, 6, 4), make(3, 6, 4, low=0, high=0.5), make(6, low=0.1, high=2)), {**more, "label_smoothing": 0.2})
+    if make.dtype != torch.float16:  # torch sums 20,001 logarithms in float16, which overflows
+        yield Sample((make(4, 20001), classes(4, n=20001)), {"label_smoothing": 0.1})
+    yield Sample((make(7), make(7, low=0, high=0.2)))
+    yield Sample((make(5, 33), make(5, dtype=torch.uint8, low=0, high=33)))
+    yield Sample((make(4, 3), torch.full((4,), -100)), note="all ignored")
+    yield Sample((make(0, 3), classes(0, n=3)), note="no rows")
+    yield Sample((make(0, 3), classes(0, n=3)), {"reduction": "none"}, "no rows")

@@ -1,0 +1,138 @@
+"""Gated activations: one half gates the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from gemskit import language
+from gemskit._dtypes import compute_type
+from gemskit._op import Named, P, R
+from gemskit.errors import DtypeError, ShapeError
+from gemskit.pointwise._drive import Elementwise, Pointwise
+
+
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The first and the second half of the last dimension, as views."""
+    d = x.shape[-1] // 2
+    return x.narrow(-1, 0, d), x.narrow(-1, d, d)
+
+
+class _Gate(Pointwise[P, R]):
+    """An elementwise operator of ``x`` and ``y``, which are the halves of ``x`` where ``y`` is None."""
+
+    # A packed input has another shape than the result: it cannot be overwritten.
+    elementwise = False
+
+    def plan(self, named: Named, outs: tuple[Tensor, ...]) -> Callable[..., None]:
+        if named["y"] is not None:
+            return super().plan(named, outs)
+        run = super().plan(_unpacked(named), outs)
+        return lambda outs, keep, arguments: run(outs, keep, _unpacked(arguments))
+
+    def gradient(self, fn: Any) -> Any:
+        super().gradient(fn)
+        two, names = self._vjp, self._saves
+        assert two is not None
+        kernel = Elementwise(f"{self.name}_grad", fn, results=2)
+
+        def vjp(**named: Any) -> Mapping[str, Tensor | None]:
+            if named["y"] is not None:
+                return two(**named)
+            grad, x = named["grad"], named["x"]
+            dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            outs: Sequence[Tensor] = halves(dx)
+            named = _unpacked(named)
+            kernel.plan(named, outs, compute_type(grad.dtype))(outs, named)
+            return {"x": dx}
+
+        self.set_gradient(vjp, names, self.differentiable)
+        return fn
+
+
+def _unpacked(named: Named) -> dict[str, Any]:
+    x, y = halves(named["x"])
+    return {**named, "x": x, "y": y}
+
+
+def _operands(name: str, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Gate and factor in the type computed in, and the dtype of the result."""
+    if y is None:
+        if not x.ndim or x.shape[-1] % 2:
+            raise ShapeError(f"{name}: packed x must have a last dimension of even size, given shape {list(x.shape)}")
+        x, y = halves(x)
+    dtype = torch.result_type(x, y)
+    if not x.is_floating_point() or not y.is_floating_point():
+        raise DtypeError(f"{name}: x and y must be floating point, given {x.dtype} and {y.dtype}")
+    return x.to(compute_type(dtype)), y.to(compute_type(dtype)), dtype
+
+
+def _gate(meaning: Callable[P, R]) -> _Gate[P, R]:
+    return _Gate(meaning)
+
+
+@_gate
+def silu_and_mul(x: Tensor, y: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """``silu(x) * y``; without ``y`` the last dimension of ``x`` holds both: ``silu(x[..., :d]) * x[..., d:]``.
+
+    Computed in float32 (float64 for float64) and rounded once; ``x`` and ``y`` broadcast. Source: SwiGLU (Shazeer 2020).
+    """
+    gate, up, dtype = _operands("silu_and_mul", x, y)
+    return (F.silu(gate) * up).to(dtype)
+
+
+@silu_and_mul.formula
+@triton.jit
+def _(x, y):
+    return x * language.sigmoid(x) * y
+
+
+@silu_and_mul.gradient
+@triton.jit
+def _(grad, x, y):
+    s = language.sigmoid(x)
+    return grad * y * (s * (1 + x * (1 - s))), grad * (x * s)
+
+
+@_gate
+def gelu_and_mul(x: Tensor, y: Tensor | None = None, *, approximate: str = "none", out: Tensor | None = None) -> Tensor:
+    """``gelu(x) * y``; without ``y`` the last dimension of ``x`` holds both: ``gelu(x[..., :d]) * x[..., d:]``.
+
+    ``approximate`` is ``"none"`` or ``"tanh"``. Computed in float32 (float64 for float64) and rounded once; ``x`` and ``y``
+    broadcast. Source: GEGLU (Shazeer 2020).
+    """
+    gate, up, dtype = _operands("gelu_and_mul", x, y)
+    return (F.gelu(gate, approximate=approximate) * up).to(dtype)
+
+
+@triton.jit
+def _share(x, approximate: tl.constexpr):
+    """``gelu(x) = x * share`` and the slope of the share."""
+    if approximate == "tanh":
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        t = language.tanh(inner)
+        # Where tanh is flat its slope is 0, however steep the inner polynomial is (0 * inf would be NaN).
+        steep = tl.where(t * t == 1, 0, 0.7978845608028654 * (1 + 3 * 0.044715 * x * x))
+        return 0.5 * (1 + t), 0.5 * (1 - t * t) * steep
+    else:
+        return 0.5 * (1 + language.erf(x * 0.7071067811865476)), 0.3989422804014327 * language.exp(-0.5 * x * x)
+
+
+@gelu_and_mul.formula
+@triton.jit
+def _(x, y, approximate):
+    share, _slope = _share(x, approximate)
+    return x * share * y
+
+
+@gelu_and_mul.gradient
+@triton.jit
+def _(grad, x, y, approximate):
+    share, slope = _share(x, approximate)
+    return grad * y * (share + x * slope), grad * (x * share)

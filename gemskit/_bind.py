@@ -65,7 +65,7 @@ def arguments(
     return runtime, {**expressions, **operands}
 
 
-def annotations(runtime: Sequence[str], compute: torch.dtype) -> dict[str, str]:
+def scalar_types(runtime: Sequence[str], compute: torch.dtype) -> dict[str, str]:
     """The Triton types of the scalar slots in use."""
     return {s: scalar_annotation(compute) for s in SCALARS[: len(runtime)]}
 

@@ -9,7 +9,6 @@ of torch in the same dtype, or a few units of the dtype (:func:`slack`); ints, b
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from torch import Tensor
 from gemskit import _launch
 from gemskit._op import REGISTRY, Op
 from gemskit.errors import ArgumentError, GemskitError, GradientError, NoKernel
-from gemskit.testing import LAYOUTS, SAMPLES, Make, Sample
+from gemskit.testing import LAYOUTS, Make, Sample, load
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int32, torch.int64, torch.int8, torch.uint8, torch.int16, torch.bool)
@@ -96,7 +95,7 @@ def poisoned() -> Iterator[None]:
 
 def samples_of(op: Op[..., Any], make: Make) -> Iterator[Sample]:
     """The samples that are run (not those for benchmarks)."""
-    return (s for s in SAMPLES[op.name](make) if s.note != "big")
+    return (s for s in load()[op.name](make) if s.note != "big")
 
 
 # -- the checks -----------------------------------------------------------------------------------------------------------
@@ -161,7 +160,7 @@ def _out(case: Case, op: Op[..., Any], make: Make) -> str:
         if want[0].dtype.is_floating_point:
             wrong = [torch.empty(w.shape, dtype=torch.int32, device=w.device) for w in want]
             _raises(ArgumentError, lambda: _call(op, sample, wrong), f"{_show(sample)}: int32 out")
-            leaf = [torch.empty_like(w).requires_grad_() for w in want]
+            leaf = [torch.empty_like(w).requires_grad_(w.dtype.is_floating_point) for w in want]
             _raises(GradientError, lambda: _call(op, sample, leaf), f"{_show(sample)}: out that requires a gradient")
     return "passed"
 
@@ -188,7 +187,7 @@ def _inplace(case: Case, op: Op[..., Any], make: Make) -> str:
         _compare(op, result, _flat(want), reference, sample)
         ran += 1
         first = targets[0]
-        if first.ndim and first.shape[0] > 1:
+        if first.ndim and first.shape[0] > 1 and first.numel():
             wide = _replaced(op, sample, position[0], first[:1].expand(first.shape))
             _raises(ArgumentError, lambda: op.inplace(*wide.args, **wide.kwargs), f"{_show(wide)}: expanded target")
         if first.dtype.is_floating_point:
@@ -212,14 +211,14 @@ def _errors(case: Case, op: Op[..., Any], make: Make) -> str:
     return "passed"
 
 
-def slack(op: Op[..., Any], dtype: torch.dtype) -> float:
+def slack(op: Op[..., Any], dtype: torch.dtype, gradient: bool) -> float:
     """The error that always passes, relative to an element plus the root mean square.
 
-    Elementwise: 2 units. Where sums are taken in another order than torch's: 32 units of float32 and float64 (torch is its own
+    Elementwise: 2 units, 4 for a gradient formula, which rounds more often. Where sums are taken in another order than torch's: 32 units of float32 and float64 (torch is its own
     reference in float64; on these small samples its luck with one order is no bound, and an exponential turns the rounding
     of a score s into s units); 4 of the halves, whose intermediate products are rounded to the input type by matrix units.
     """
-    units = 2 if op.family == "pointwise" else 4 if dtype.itemsize == 2 else 32
+    units = (4 if gradient else 2) if op.family == "pointwise" else 4 if dtype.itemsize == 2 else 32
     return units * torch.finfo(dtype).eps
 
 
@@ -227,10 +226,12 @@ def slack(op: Op[..., Any], dtype: torch.dtype) -> float:
 
 
 def _each(op: Op[..., Any], make: Make) -> Iterator[Sample]:
-    assert op.name in SAMPLES, f"{op.name} has no samples"
-    found = itertools.chain(samples_of(op, make))
-    for sample in found:
-        yield sample
+    assert op.name in load(), f"{op.name} has no samples"
+    # Long rows take another path through a driver, the same one for every dtype and layout: float32 and one half stand for all.
+    whole = make.layout == "contiguous" and make.dtype in (torch.float32, torch.bfloat16) and not make.special
+    for sample in samples_of(op, make):
+        if whole or not sample.note.startswith("long"):
+            yield sample
 
 
 def _call(op: Op[..., Any], sample: Sample, outs: Sequence[Tensor]) -> Any:
@@ -301,10 +302,13 @@ def _compare(
             continue
         g64, t64, e64 = g.double(), t.double(), e.detach().cpu().double()
         nan = torch.isnan(t64)
-        assert torch.equal(torch.isnan(g64), nan), f"{label}: NaN where torch has none or the reverse, {_first(g, t)}"
+        # torch's vectorised CPU code turns gelu(inf) into NaN where its float64 does not: there either answer is right.
+        sure = nan == torch.isnan(e64)
+        assert torch.equal(torch.isnan(g64)[sure], nan[sure]), f"{label}: NaN where torch has none or the reverse, {_first(g, t)}"
+        nan |= torch.isnan(g64)
         inf = torch.isinf(t64) | torch.isinf(g64)
         # Where float64 is finite and torch's dtype overflows, rounding decides; both answers are right.
-        firm = inf & ~(torch.isfinite(e64) & (e64.abs() > torch.finfo(g.dtype).max * 0.99))
+        firm = inf & ~nan & ~(torch.isfinite(e64) & (e64.abs() > torch.finfo(g.dtype).max * 0.99))
         assert torch.equal(g64[firm], t64[firm]), f"{label}: infinities differ, {_first(g, t)}"
         live = ~(nan | inf | ~torch.isfinite(e64))
         if not live.any():
@@ -314,7 +318,7 @@ def _compare(
         unit = 1.0 if what != "result" and op.family != "pointwise" else torch.finfo(g.dtype).tiny
         scale = e64.abs() + e64.square().mean().sqrt().clamp_min(unit)
         mine, torchs = ((g64 - e64).abs() / scale).max().item(), ((t64 - e64).abs() / scale).max().item()
-        allowed = max(1.5 * torchs, slack(op, g.dtype))
+        allowed = max(1.5 * torchs, slack(op, g.dtype, what != "result"))
         assert mine <= allowed, f"{label}: error {mine:.3g}, torch's {torchs:.3g}, allowed {allowed:.3g}; {_first(g, t)}"
 
 

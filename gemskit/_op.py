@@ -29,6 +29,12 @@ R = TypeVar("R")
 #: Every declared operator by name. Tests, docs, benchmarks and the ATen adapter walk this.
 REGISTRY: dict[str, Op[..., Any]] = {}
 
+
+def operators() -> tuple[str, ...]:
+    """The names of all declared operators."""
+    return tuple(REGISTRY)
+
+
 #: Distinct layouts an operator remembers; when full it forgets all, which costs a re-plan and no compilation.
 PLANS = 2048
 

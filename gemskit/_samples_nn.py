@@ -31,13 +31,20 @@ def _(make: Make) -> Iterator[Sample]:
         return make(*shape, dtype=torch.float32 if make.dtype != torch.float64 else torch.float64, low=-1, high=1)
 
     for interleaved in (False, True):
-        yield Sample((make(2, 5, 4, 8), make(2, 5, 2, 8), table(9, 4), table(9, 4), None, interleaved), note="default rows")
+        yield Sample(
+            (make(2, 5, 4, 8), make(2, 5, 2, 8), table(9, 4), table(9, 4), None, interleaved), note="default rows"
+        )
         ids = make(2, 5, dtype=torch.int64, low=0, high=9)
         yield Sample((make(2, 5, 3, 8), make(2, 5, 3, 8), table(9, 2), table(9, 2), ids, interleaved), note="partial")
     full = table(2, 5, 4)
     full = torch.cat((full, full), -1)
-    yield Sample((make(2, 4, 5, 8), make(2, 1, 5, 8), full, full.flip(-1)), {"layout": "bhsd"}, note="rows of the tokens")
-    yield Sample((make(7, 2, 6), make(7, 1, 6), table(7, 3), table(7, 3), make(7, dtype=torch.int32, low=0, high=7)), note="no batch")
+    yield Sample(
+        (make(2, 4, 5, 8), make(2, 1, 5, 8), full, full.flip(-1)), {"layout": "bhsd"}, note="rows of the tokens"
+    )
+    yield Sample(
+        (make(7, 2, 6), make(7, 1, 6), table(7, 3), table(7, 3), make(7, dtype=torch.int32, low=0, high=7)),
+        note="no batch",
+    )
     yield Sample((make(0, 2, 6), make(0, 1, 6), table(7, 3), table(7, 3)), note="no tokens")
 
 

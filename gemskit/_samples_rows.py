@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from gemskit.testing import Make, Sample, samples
 
 #: Around the tile sizes: one element, odd, a whole tile, just more than one, several tiles of a looped row.
 _LENGTHS = (1, 3, 17, 4097, 20001)
+
+
+def _vector(make: Make, n: int) -> Tensor:
+    """A vector that keeps its values in every layout: with equal weights a gradient can be 0, and its error unbounded."""
+    return make(1, n)[0]
 
 
 @samples("softmax", "log_softmax")
@@ -31,10 +37,10 @@ def _(make: Make) -> Iterator[Sample]:
 @samples("layer_norm")
 def _(make: Make) -> Iterator[Sample]:
     for n in _LENGTHS[1:]:
-        yield Sample((make(3, n), (n,), make(n), make(n)))
+        yield Sample((make(3, n), (n,), _vector(make, n), _vector(make, n)))
     yield Sample((make(4, 33), [33]))
-    yield Sample((make(4, 33), (33,), make(33)))
-    yield Sample((make(4, 33), (33,), None, make(33)), {"eps": 0.1})
+    yield Sample((make(4, 33), (33,), _vector(make, 33)))
+    yield Sample((make(4, 33), (33,), None, _vector(make, 33)), {"eps": 0.1})
     yield Sample((make(3, 2, 5, 26), (5, 26), make(5, 26), make(5, 26)), note="two dimensions")
     yield Sample((make(5, 26), (5, 26), make(5, 26), make(5, 26)), note="one row")
     yield Sample((make(0, 5), (5,), make(5), make(5)), note="no rows")
@@ -43,7 +49,7 @@ def _(make: Make) -> Iterator[Sample]:
 
 @samples("rms_norm")
 def _(make: Make) -> Iterator[Sample]:
-    for n in _LENGTHS:
+    for n in _LENGTHS[1:]:  # the gradient of one element is all cancellation
         yield Sample((make(3, n), (n,), make(n)))
     yield Sample((make(4, 33), [33]))
     yield Sample((make(4, 33), (33,), make(33), 1e-6))
@@ -55,7 +61,7 @@ def _(make: Make) -> Iterator[Sample]:
 
 @samples("add_rms_norm", "fused_add_rms_norm")
 def _(make: Make) -> Iterator[Sample]:
-    for n in (1, 33, 4097, 20001):
+    for n in (3, 33, 4097, 20001):
         yield Sample((make(3, n), make(3, n), (n,), make(n)))
     yield Sample((make(4, 33), make(4, 33), [33]))
     yield Sample((make(4, 33), make(4, 33), (33,), make(33)), {"eps": 0.1})
@@ -66,16 +72,16 @@ def _(make: Make) -> Iterator[Sample]:
 @samples("skip_layer_norm")
 def _(make: Make) -> Iterator[Sample]:
     for n in (3, 33, 4097, 20001):
-        yield Sample((make(3, n), make(3, n), (n,), make(n), make(n)))
+        yield Sample((make(3, n), make(3, n), (n,), _vector(make, n), _vector(make, n)))
     yield Sample((make(4, 33), make(4, 33), [33]))
-    yield Sample((make(4, 33), make(4, 33), (33,), None, make(33)), {"eps": 0.1})
+    yield Sample((make(4, 33), make(4, 33), (33,), None, _vector(make, 33)), {"eps": 0.1})
     yield Sample((make(3, 2, 5, 26), make(3, 2, 5, 26), (5, 26), make(5, 26), make(5, 26)), note="two dimensions")
     yield Sample((make(0, 5), make(0, 5), (5,), make(5), make(5)), note="no rows")
 
 
 @samples("cross_entropy")
 def _(make: Make) -> Iterator[Sample]:
-    def classes(*shape: int, n: int) -> torch.Tensor:
+    def classes(*shape: int, n: int) -> Tensor:
         return make(*shape, dtype=torch.int64, low=0, high=n)
 
     yield Sample((make(5, 33), classes(5, n=33)))
@@ -88,8 +94,11 @@ def _(make: Make) -> Iterator[Sample]:
         yield Sample((make(7), classes(n=7)), more)
         yield Sample((make(5, 33), classes(5, n=33), make(33, low=0.1, high=2)), {**more, "label_smoothing": 0.1})
         yield Sample((make(5, 33), make(5, 33, low=0, high=0.1)), more)
-        yield Sample((make(3, 6, 4), make(3, 6, 4, low=0, high=0.5), make(6, low=0.1, high=2)), {**more, "label_smoothing": 0.2})
-    if make.dtype != torch.float16:  # torch sums 20,001 logarithms in float16, which overflows
+        yield Sample(
+            (make(3, 6, 4), make(3, 6, 4, low=0, high=0.5), make(6, low=0.1, high=2)), {**more, "label_smoothing": 0.2}
+        )
+    # torch's own sum over the classes overflows in float16 and loses 100 units of float64, so it is no reference there.
+    if make.dtype in (torch.float32, torch.bfloat16):
         yield Sample((make(4, 20001), classes(4, n=20001)), {"label_smoothing": 0.1})
     yield Sample((make(7), make(7, low=0, high=0.2)))
     yield Sample((make(5, 33), make(5, dtype=torch.uint8, low=0, high=33)))

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +53,8 @@ class Make:
         self.made += 1
         if self.empty:
             return torch.empty(shape, dtype=dtype, device=self.device)
+        if math.prod(shape) > LARGEST and not self.fast:
+            return torch.empty((), dtype=dtype).expand(shape)
         values = self._values(shape, dtype, low, high)
         if self.special and dtype.is_floating_point and low is None and values.numel() > 4:
             flat = values.view(-1)
@@ -75,6 +78,9 @@ class Make:
         lo, hi = (0.0 if low is None else low), (1.0 if high is None else high)
         return (torch.rand(shape, generator=self.generator, dtype=torch.float64) * (hi - lo) + lo).to(dtype)
 
+
+#: Larger tensors belong to samples that only compile tests use; they get no memory.
+LARGEST = 1 << 21
 
 LAYOUTS = ("contiguous", "transposed", "sliced", "strided", "expanded", "mixed")
 
@@ -110,3 +116,17 @@ def samples(*names: str) -> Callable[[Callable[[Make], Iterator[Sample]]], Calla
         return fn
 
     return register
+
+
+def load() -> dict[str, Callable[[Make], Iterator[Sample]]]:
+    """The samples of gemskit's own operators, by name."""
+    from gemskit import (  # noqa: F401
+        _samples_attention,
+        _samples_blas,
+        _samples_nn,
+        _samples_pointwise,
+        _samples_reduce,
+        _samples_rows,
+    )
+
+    return SAMPLES

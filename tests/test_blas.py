@@ -1,4 +1,4 @@
-"""Products beyond what the registry walk covers: raggedness, operand layouts, empty sides, epilogues and float32 precision."""
+"""Products beyond what the registry walk covers: raggedness, operand layouts, empty sides, epilogues, precision."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from gemskit import _launch, language
+from gemskit import _launch, backends, language
 from gemskit._interpret import interpret
 from gemskit._op import REGISTRY
 from gemskit.blas import addmm, addmm_, bmm, linear, mm
@@ -79,7 +79,7 @@ def test_mm_of_expanded_operands() -> None:
 @pytest.mark.parametrize("m, k, n", [(0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0, 0)])
 def test_empty_sides(m: int, k: int, n: int) -> None:
     both(mm, torch.mm, rand(m, k), rand(k, n))
-    both(lambda i, a, b: addmm(i, a, b, beta=0.5), lambda i, a, b: torch.addmm(i, a, b, beta=0.5), rand(m, n), rand(m, k), rand(k, n))
+    both(addmm, torch.addmm, rand(m, n), rand(m, k), rand(k, n), beta=0.5)
     both(bmm, torch.bmm, rand(2, m, k), rand(2, k, n))
     both(linear, F.linear, rand(2, m, k), rand(n, k), rand(n))
 
@@ -215,17 +215,17 @@ def test_a_declared_epilogue_runs_in_the_same_kernel(bias_silu: Gemm[..., Tensor
 
 def test_float32_obeys_torchs_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    from gemskit import backends
 
     def receive(kernel: Any, grid: Any, args: Any, meta: dict[str, Any]) -> None:
         seen.append(meta["PRECISION"])
 
-    for arch in ("sm_90", "gfx942"):
+    for n, arch in enumerate(("sm_90", "gfx942"), 4):
         for precision in ("highest", "high"):
             monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
             with _launch.capturing(receive), backends.use_arch(arch):
-                mm(rand(4, 4), rand(4, 4))
-                mm(rand(4, 4).bfloat16(), rand(4, 4).bfloat16())
+                # Another shape for each architecture: a plan is made once.
+                mm(rand(n, n), rand(n, n))
+                mm(rand(n, n).bfloat16(), rand(n, n).bfloat16())
     assert seen == ["ieee", "ieee", "tf32", "ieee", "ieee", "ieee", "ieee", "ieee"]
 
 

@@ -23,7 +23,7 @@ def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-# -- gates -----------------------------------------------------------------------------------------------------------------
+# -- gates --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gate", [silu_and_mul, gelu_and_mul])
@@ -43,17 +43,18 @@ def test_gates_round_once(dtype: torch.dtype) -> None:
     with interpret():
         found = silu_and_mul(x)
     exact = F.silu(x[:, :32].double()) * x[:, 32:].double()
-    assert torch.equal(found, exact.to(dtype)) or (found - exact.to(dtype)).abs().max() <= 2**-7 * exact.abs().max()
     assert ((found.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() * 0.51 + 1e-6).all()
 
 
 @pytest.mark.parametrize("gate, reference", [(silu_and_mul, F.silu), (gelu_and_mul, F.gelu)])
 def test_gates_at_special_values(gate: Callable[..., Tensor], reference: Callable[..., Tensor]) -> None:
-    x = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 0.0, 1e30, -1e30, 88.0, -88.0, -110.0])
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 0.0, 1e30, -1e30, 88.0, -88.0])
     y = torch.tensor([1.0, -1.0, 0.0, torch.inf, torch.nan])
     with interpret():
         found = gate(x[:, None], y)
-    torch.testing.assert_close(found, reference(x)[:, None] * y, rtol=1e-5, atol=1e-37, equal_nan=True)
+    # In float64: torch's float32 gelu(inf) is NaN on the CPU and inf on a GPU.
+    wanted = reference(x.double())[:, None] * y.double()
+    torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-37, equal_nan=True)
 
 
 def test_gates_promote_and_write_out() -> None:
@@ -73,13 +74,13 @@ def test_gates_refuse() -> None:
             silu_and_mul(rand(3, 5))
         with pytest.raises(DtypeError, match="gelu_and_mul: x and y must be floating point"):
             gelu_and_mul(torch.arange(4))
-        with pytest.raises(GemskitError, match="gelu_and_mul: .*approximate"):
+        with pytest.raises(GemskitError, match=r"gelu_and_mul: .*approximate"):
             gelu_and_mul(rand(4), approximate="erf")
         with pytest.raises(ShapeError, match="silu_and_mul"):
             silu_and_mul(rand(3, 4), rand(3, 5))
 
 
-# -- rotary ----------------------------------------------------------------------------------------------------------------
+# -- rotary -------------------------------------------------------------------------------------------------------------
 
 
 def tables(rows: int, width: int) -> tuple[Tensor, Tensor]:
@@ -176,7 +177,7 @@ def test_rotary_refuses() -> None:
             apply_rotary_pos_emb(q.long(), k, cos, sin)
 
 
-# -- embedding -------------------------------------------------------------------------------------------------------------
+# -- embedding ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=[False, True], ids=["atomic", "ordered"])
@@ -187,10 +188,10 @@ def ordered(request: pytest.FixtureRequest) -> Iterator[bool]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("options", [{}, {"padding_idx": 3}, {"scale_grad_by_freq": True}, {"padding_idx": -1, "scale_grad_by_freq": True}])
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 3}, {"padding_idx": -4, "scale_grad_by_freq": True}])
 def test_embedding_gradient(options: dict[str, int], dtype: torch.dtype, ordered: bool) -> None:
-    index = torch.randint(0, 9, (7, 300), generator=torch.Generator().manual_seed(0))[:, ::2]
-    seed = rand(7, 150, 5, dtype=dtype)
+    index = torch.randint(0, 9, (7, 16), generator=torch.Generator().manual_seed(0))[:, ::2]
+    seed = rand(7, 8, 5, dtype=dtype)
     a = rand(11, 5, dtype=dtype).requires_grad_()
     b = a.detach().double().requires_grad_()
     with interpret(), _launch.record() as calls:
@@ -230,18 +231,18 @@ def test_embedding_index_outside_the_table() -> None:
 def test_embedding_refuses() -> None:
     index, weight = torch.tensor([1]), rand(4, 3)
     with interpret():
-        with pytest.raises(NoKernel, match="max_norm=1.0, which writes into weight"):
+        with pytest.raises(NoKernel, match=r"max_norm=1.0, which writes into weight"):
             embedding(index, weight, max_norm=1.0)
         with pytest.raises(NoKernel, match="sparse=True"):
             embedding(index, weight, sparse=True)
         with pytest.raises(ArgumentError, match="padding_idx is 4"):
             embedding(index, weight, 4)
-        with pytest.raises(DtypeError, match="embedding: .*Long, Int"):
+        with pytest.raises(DtypeError, match=r"embedding: .*Long, Int"):
             embedding(index.float(), weight)
-    assert torch.equal(embedding(index, weight.clone(), max_norm=0.5).norm(dim=1).round(decimals=3), torch.tensor([0.5]))
+    torch.testing.assert_close(embedding(index, weight.clone(), max_norm=0.5).norm(), torch.tensor(0.5))
 
 
-# -- modules ---------------------------------------------------------------------------------------------------------------
+# -- modules ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

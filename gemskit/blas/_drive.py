@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemskit import _layout, backends
-from gemskit._bind import SCALARS, adapter, annotations, arguments, fill, parameters, slots
+from gemskit._bind import SCALARS, adapter, arguments, fill, parameters, scalar_types, slots
 from gemskit._checks import describe
 from gemskit._dtypes import TRITON, compute_type
 from gemskit._launch import launch
@@ -89,7 +89,9 @@ class Product:
     def plan(self, a: Tensor, b: Tensor, named: Named, out: Tensor) -> Callable[..., None]:
         """The launch for ``a`` (.., M, K), ``b`` (.., K, N) and ``out`` (.., M, N), batches broadcast."""
         if not a.dtype.is_floating_point:
-            raise NoKernel(f"{self.name}: no kernel for {a.dtype} products; served are float16, bfloat16, float32, float64")
+            raise NoKernel(
+                f"{self.name}: no kernel for {a.dtype} products; served are float16, bfloat16, float32, float64"
+            )
         operands = [n for n in self.names if isinstance(named.get(n), Tensor)]
         shape, K = tuple(out.shape), a.shape[-1]
         batch, M, N = shape[:-2], shape[-2], shape[-1]
@@ -119,7 +121,9 @@ class Product:
                 extras = tuple([named[n] for n in operands])
                 scalars = slots([named[n] for n in runtime])
                 precision = "tf32" if fast and tf32() else "ieee"
-                launch(kernel, (grid,), (out, a, b, extras, *strided, *scalars, M, N, K), dict(meta, PRECISION=precision))
+                launch(
+                    kernel, (grid,), (out, a, b, extras, *strided, *scalars, M, N, K), dict(meta, PRECISION=precision)
+                )
 
         return run
 
@@ -129,7 +133,7 @@ class Product:
         key = (tuple(operands), tuple(expressions.items()), acc)
         if key not in self._bound:
             call = adapter(f"{self.name}_epilogue", f"acc, values, {', '.join(SCALARS)}", self.epilogue, expressions)
-            self._bound[key] = fill(_tiles, self.name, annotations(runtime, acc), EPILOGUE=call)
+            self._bound[key] = fill(_tiles, self.name, scalar_types(runtime, acc), EPILOGUE=call)
         return self._bound[key], runtime
 
 
@@ -140,7 +144,9 @@ def tiles(config: Mapping[str, int], M: int, N: int, K: int, dtype: torch.dtype)
 
     No side is longer than the matrix needs, so few rows read the other factor once and compute little in vain.
     """
-    sides = {torch.float32: (64, 64, 32), torch.float64: (32, 32, 16)}.get(dtype, (config["m"], config["n"], config["k"]))
+    sides = {torch.float32: (64, 64, 32), torch.float64: (32, 32, 16)}.get(
+        dtype, (config["m"], config["n"], config["k"])
+    )
     bm, bn, bk = (min(side, max(16, triton.next_power_of_2(n))) for side, n in zip(sides, (M, N, K)))
     warps = config["warps"] if bm * bn > 64 * 64 else 8 if dtype == torch.float32 and bm * bn > 32 * 64 else 4
     return dict(BM=bm, BN=bn, BK=bk, GROUP=config["group"], num_warps=warps, num_stages=config["stages"])
@@ -190,6 +196,8 @@ class Gemm(Op[P, R]):
         return lambda outs, keep, arguments: run(outs[0], arguments[first], arguments[second], arguments)
 
 
-def gemm(*, factors: tuple[str, str], aten: str | None = None, floats: Sequence[str] = ()) -> Callable[[Callable[P, R]], Gemm[P, R]]:
+def gemm(
+    *, factors: tuple[str, str], aten: str | None = None, floats: Sequence[str] = ()
+) -> Callable[[Callable[P, R]], Gemm[P, R]]:
     """Declare a matrix product; attach its epilogue with ``@op.epilogue`` and its gradient with ``@op.gradient_by``."""
     return functools.partial(Gemm, factors=factors, aten=aten, floats=floats)

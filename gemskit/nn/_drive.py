@@ -33,9 +33,7 @@ class Rowwise(Op[P, R]):
     family = "rowwise"
     elementwise = True
 
-    def __init__(
-        self, meaning: Callable[P, R], *, results: int = 1, saves: Sequence[str] = (), **options: Any
-    ) -> None:
+    def __init__(self, meaning: Callable[P, R], *, results: int = 1, saves: Sequence[str] = (), **options: Any) -> None:
         super().__init__(meaning, **options)
         self.results, self.saves = results, tuple(saves)
         self._statistics: list[Statistic] = []
@@ -50,7 +48,8 @@ class Rowwise(Op[P, R]):
         It returns one value per name. Statistics are taken in the order of attachment, before the formula. ``only`` restricts
         it to rows that fit one tile, or to longer ones.
         """
-        identities = identity if isinstance(identity, tuple) else (identity,) * len(names)
+        one = isinstance(identity, (int, float, str))
+        identities: tuple[Any, ...] = (identity,) * len(names) if one else tuple(identity)  # type: ignore[arg-type]
 
         def attach(fn: Any) -> Any:
             self._statistics.append(Statistic(names, fn, combine, identities, only))
@@ -115,7 +114,8 @@ class RowGradient:
             found.update({n: outs[like[n][1]] for n in elements if n in needs})
         for n, fold in self.folds.items():
             if n in needs:
-                found[n] = fold.to_shape(named, shape, *like[n], compute)
+                want, dtype = like[n]
+                found[n] = fold.to_shape(named, shape, want, dtype, compute)
         return found
 
 

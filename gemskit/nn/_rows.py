@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemskit import _layout, backends
-from gemskit._bind import SCALARS, adapter, annotations, arguments, fill, generated, is_number, parameters, slots
+from gemskit._bind import SCALARS, adapter, arguments, fill, generated, is_number, parameters, scalar_types, slots
 from gemskit._dtypes import TRITON
 from gemskit._launch import launch
 from gemskit._layout import offset
@@ -111,7 +111,9 @@ def _rows(
             state = _start(IDENTITY, K, COMPUTE, BM, BN)
             for start in range(0, cols, BN):
                 c = start + col
-                v = _load(ins, row, c, rows, cols, row_sizes, col_sizes, in_row, in_col, COMPUTE, ROUND, KEEP, ALONG, False)
+                v = _load(
+                    ins, row, c, rows, cols, row_sizes, col_sizes, in_row, in_col, COMPUTE, ROUND, KEEP, ALONG, False
+                )
                 fresh = OBSERVE(K, v, stats, s0, s1, s2, s3, c, cols)
                 state = MERGE(K, state, _masked(fresh, (row < rows) & (c < cols), IDENTITY, K, COMPUTE, BM, BN))
             stats = stats + COMBINE(K, state)
@@ -147,7 +149,13 @@ class Rows:
     """Statistics and a formula as a kernel. The formula names operands, statistics, scalars, ``col`` and ``cols``."""
 
     def __init__(
-        self, name: str, formula: Any, statistics: Sequence[Statistic] = (), *, results: int = 1, keep: Sequence[str] = ()
+        self,
+        name: str,
+        formula: Any,
+        statistics: Sequence[Statistic] = (),
+        *,
+        results: int = 1,
+        keep: Sequence[str] = (),
     ) -> None:
         self.name, self.formula, self.results = name, formula, results
         self.keep = frozenset(keep)
@@ -195,7 +203,7 @@ class Rows:
 
         config = backends.arch().config("rowwise")
         # The tile lives in registers: 16,384 floats in 16 warps just do not spill, so doubles get half of that.
-        one_tile, loop_tile = config["one_tile_max"] * 4 // max(4, compute.itemsize), config["loop_tile"]
+        one_tile, loop_tile = (config[k] * 4 // max(4, compute.itemsize) for k in ("one_tile_max", "loop_tile"))
         bn = triton.next_power_of_2(max(cols, 1))
         # The first operand that is read by element says which way memory runs.
         lead = n + next((k for k, a in enumerate(along) if a == 3), 0)
@@ -247,7 +255,9 @@ class Rows:
         given = {n: named.get(n) for n in self.names if n not in reads or n in operands}
         runtime, expressions = arguments(self.names, given, reads, compute)
         # Ints stay ints, so that one compared with indices is compared exactly.
-        types = annotations(runtime, compute) | {s: "i64" for s, n in zip(SCALARS, runtime) if isinstance(named[n], int)}
+        types = scalar_types(runtime, compute) | {
+            s: "i64" for s, n in zip(SCALARS, runtime) if isinstance(named[n], int)
+        }
         key = (tuple(operands), tuple(expressions.items()), tuple(types.items()), compute, path)
         if key not in self._bound:
             pool = f"v, stats, {', '.join(SCALARS)}, col, cols"

@@ -75,7 +75,7 @@ def ordered_kernel(
     out, grad, index, count, sizes, grad_rows, index_rows, grad_col, rows, cols, size, padding,
     ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """As `scatter_kernel`, in the order of the index: a program owns one row of the table and looks for it, BM at a time."""
+    """As `scatter_kernel`, in the order of the index: a program owns a row and looks for it, BM indices at a time."""
     i = tl.program_id(0)
     if WIDE:
         i = i.to(tl.int64)
@@ -125,7 +125,8 @@ def _tile(cols: int, rows: int, itemsize: int) -> dict[str, int]:
     config = backends.arch().config("gather")
     elements = max(1, config["block"] * 16 // itemsize)
     bn = min(triton.next_power_of_2(max(cols, 1)), elements)
-    return dict(BN=bn, BM=min(max(1, elements // bn), triton.next_power_of_2(max(rows, 1)), 64), num_warps=config["warps"])
+    bm = min(max(1, elements // bn), triton.next_power_of_2(max(rows, 1)), 64)
+    return dict(BN=bn, BM=bm, num_warps=config["warps"])
 
 
 class _Embedding(Op[P, R]):
@@ -137,10 +138,11 @@ class _Embedding(Op[P, R]):
                 why = "writes into weight" if n == "max_norm" else "gives a sparse gradient"
                 raise NoKernel(f"embedding: no kernel for {n}={named[n]!r}, which {why}; accepted: {n} left out")
         index, weight, out = named["input"], named["weight"], outs[0]
-        sizes, (index_rows, out_rows) = _layout.collapse(tuple(index.shape), [tuple(index.stride()), tuple(out.stride()[:-1])])
+        sizes, (index_rows, out_rows) = _layout.collapse(index.shape, [tuple(index.stride()), tuple(out.stride()[:-1])])
         rows, (size, cols) = math.prod(index.shape), weight.shape
-        meta = dict(_tile(cols, rows, weight.element_size()))
-        meta["WIDE"] = _layout.is_wide(out.shape, [out.stride(), weight[:1].stride()]) or _layout.is_wide(index.shape, [index.stride()])
+        wide = _layout.is_wide(out.shape, [out.stride()]) or _layout.is_wide(index.shape, [index.stride()])
+        wide = wide or _layout.is_wide((1, cols), [weight.stride()])
+        meta = dict(_tile(cols, rows, weight.element_size()), WIDE=wide)
         strided = (sizes, out_rows, index_rows, out.stride(-1), *weight.stride(), rows, cols, size)
         grid = triton.cdiv(rows, meta["BM"]) * triton.cdiv(cols, meta["BN"])
 
@@ -169,11 +171,11 @@ def embedding(
 
     An index outside [0, V) raises on the CPU; on an accelerator, where raising would wait for the device, its row is NaN.
     The gradient adds with atomics in float32 (float64 for float64), in no fixed order;
-    ``torch.use_deterministic_algorithms(True)`` chooses a slower kernel with a fixed one. ``max_norm`` and ``sparse`` have no
-    kernel. Source: ``torch.nn.functional.embedding``.
+    ``torch.use_deterministic_algorithms(True)`` chooses a slower kernel with a fixed one. ``max_norm`` and ``sparse``
+    have no kernel. Source: ``torch.nn.functional.embedding``.
     """
     if padding_idx is not None and not -weight.shape[0] <= padding_idx < weight.shape[0]:
-        raise ArgumentError(f"embedding: padding_idx is {padding_idx}; accepted: a row of weight {list(weight.shape)}, or None")
+        raise ArgumentError(f"embedding: padding_idx is {padding_idx}; accepted: None or a row of {list(weight.shape)}")
     return torch.nn.functional.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
 
 
@@ -182,7 +184,8 @@ def _gradient(
 ) -> dict[str, Tensor]:
     (size, cols), dtype = like["weight"]
     rows, acc, device = input.numel(), compute_type(dtype), grad.device
-    sizes, (index_rows, grad_rows) = _layout.collapse(tuple(input.shape), [tuple(input.stride()), tuple(grad.stride()[:-1])])
+    strides = [tuple(input.stride()), tuple(grad.stride()[:-1])]
+    sizes, (index_rows, grad_rows) = _layout.collapse(input.shape, strides)
     wide = _layout.is_wide(grad.shape, [grad.stride()]) or _layout.is_wide(input.shape, [input.stride()])
     padding = -1 if padding_idx is None else padding_idx % size
     count = None

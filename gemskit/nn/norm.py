@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -269,7 +268,13 @@ _RMS_NORM_GRAD = RowGradient(
 
 @rms_norm.gradient_by
 def _(
-    grad: Tensor, input: Tensor, normalized_shape: Shape, weight: Tensor | None, rstd: Tensor, needs: set[str], like: Like
+    grad: Tensor,
+    input: Tensor,
+    normalized_shape: Shape,
+    weight: Tensor | None,
+    rstd: Tensor,
+    needs: set[str],
+    like: Like,
 ) -> dict[str, Tensor]:
     named = dict(grad=grad, input=input, normalized_shape=normalized_shape, weight=weight, rstd=rstd, grad_sum=None)
     return _RMS_NORM_GRAD(named, ("input",), needs, like)

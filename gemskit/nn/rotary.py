@@ -91,28 +91,33 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor 
     for n, t in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
         if not t.is_floating_point():
             raise DtypeError(f"{name}: {n} must be floating point, given {t.dtype}")
-    if q.ndim < 3 or k.ndim != q.ndim or _token_shape(q, layout) != _token_shape(k, layout) or q.shape[-1] != k.shape[-1]:
+    if (
+        q.ndim < 3
+        or k.ndim != q.ndim
+        or _token_shape(q, layout) != _token_shape(k, layout)
+        or q.shape[-1] != k.shape[-1]
+    ):
+        form = "(..., seq, heads, D)" if layout == "bshd" else "(..., heads, seq, D)"
         raise ShapeError(
-            f"{name}: q and k must have the same tokens and channels, {'(..., seq, heads, D)' if layout == 'bshd' else '(..., heads, seq, D)'}, "
-            f"given {list(q.shape)} and {list(k.shape)}"
+            f"{name}: q and k must have the same tokens and channels, {form}, given {list(q.shape)} and {list(k.shape)}"
         )
     tokens, channels = _token_shape(q, layout), q.shape[-1]
     width = cos.shape[-1] if cos.ndim else 0
     if cos.shape != sin.shape or cos.ndim < 2 or not (width == channels or 0 < width <= channels // 2) or channels % 2:
         raise ShapeError(
-            f"{name}: cos and sin must have the same shape (..., width) with width {channels} or at most {channels // 2} for an "
-            f"even number of channels, given {list(cos.shape)} and {list(sin.shape)} for {channels} channels"
+            f"{name}: cos and sin must have the same shape (..., width) with width {channels} or at most {channels // 2} "
+            f"for an even number of channels, given {list(cos.shape)} and {list(sin.shape)} for {channels} channels"
         )
     if position_ids is not None:
         if position_ids.dtype not in (torch.int32, torch.int64):
             raise DtypeError(f"{name}: position_ids must be int32 or int64, given {position_ids.dtype}")
         if cos.ndim != 2 or not _fits(position_ids.shape, tokens):
             raise ShapeError(
-                f"{name}: position_ids {list(position_ids.shape)} must broadcast to the tokens {list(tokens)} and select rows of "
-                f"two-dimensional cos and sin, given {list(cos.shape)}"
+                f"{name}: position_ids {list(position_ids.shape)} must broadcast to the tokens {list(tokens)} and select "
+                f"rows of two-dimensional cos and sin, given {list(cos.shape)}"
             )
     elif cos.ndim == 2 and cos.shape[0] < tokens[-1]:
-        raise ShapeError(f"{name}: cos and sin have {cos.shape[0]} rows, fewer than the {tokens[-1]} tokens of a sequence")
+        raise ShapeError(f"{name}: cos and sin have {cos.shape[0]} rows, fewer than the {tokens[-1]} tokens of seq")
     elif cos.ndim > 2 and not _fits(cos.shape[:-1], tokens):
         raise ShapeError(f"{name}: cos and sin {list(cos.shape)} must broadcast to the tokens {list(tokens)}")
 
@@ -134,7 +139,9 @@ def _plan(named: Named, ins: Sequence[Tensor], outs: Sequence[Tensor], back: boo
     cos, sin = (_table(t, channels, interleaved) for t in (cos, sin))
     pairs = cos.shape[-1]
     if position is None:
-        tables = [_layout.broadcast_strides(t[..., 0] if t.ndim > 2 else t[: tokens[-1], 0], tokens) for t in (cos, sin)]
+        tables = [
+            _layout.broadcast_strides(t[..., 0] if t.ndim > 2 else t[: tokens[-1], 0], tokens) for t in (cos, sin)
+        ]
         selected = (0,) * len(tokens)
     else:
         tables = [(0,) * len(tokens)] * 2
@@ -155,13 +162,24 @@ def _plan(named: Named, ins: Sequence[Tensor], outs: Sequence[Tensor], back: boo
         BH=min(triton.next_power_of_2(max(heads)), max(1, 2048 // bp)),
         BP=bp,
         BR=triton.next_power_of_2(max(rest, 1)),
-        WIDE=_layout.is_wide(sizes, flat) or any(_layout.is_wide(t.shape, [t.stride()]) for t in (*outs, *ins, cos, sin)),
+        WIDE=_layout.is_wide(sizes, flat)
+        or any(_layout.is_wide(t.shape, [t.stride()]) for t in (*outs, *ins, cos, sin)),
         num_warps=4,
     )
     by_head = (tuple(t.stride(-2) for t in outs), tuple(t.stride(-2) for t in ins))
     by_channel = (tuple(t.stride(-1) for t in outs), tuple(t.stride(-1) for t in ins), cos.stride(-1), sin.stride(-1))
     rows = (cos.stride(0), sin.stride(0), heads, cos.shape[0])
-    strided = (sizes, tuple(flat[:n]), tuple(flat[n : 2 * n]), flat[-3], flat[-2], flat[-1], *by_head, *by_channel, *rows)
+    strided = (
+        sizes,
+        tuple(flat[:n]),
+        tuple(flat[n : 2 * n]),
+        flat[-3],
+        flat[-2],
+        flat[-1],
+        *by_head,
+        *by_channel,
+        *rows,
+    )
 
     def run(outs: Sequence[Tensor], ins: Sequence[Tensor], arguments: Named) -> None:
         if grid:
@@ -198,16 +216,16 @@ def apply_rotary_pos_emb(
 ) -> tuple[Tensor, Tensor]:
     """Rotate pairs ``(a, b)`` of channels to ``(a * cos - b * sin, b * cos + a * sin)``.
 
-    Pairs are channels (i, i + n), or (2i, 2i + 1) if ``rotary_interleaved``, for the n entries of cos; channels beyond 2n stay.
+    Pairs are channels (i, i + n), or (2i, 2i + 1) if ``rotary_interleaved``, for the n entries of cos; the others stay.
 
     Args:
         q: (..., seq, heads, D), or (..., heads, seq, D) with ``layout="bhsd"``.
         k: as ``q`` with any number of heads.
-        cos: (max_seq, n) with n <= D / 2, or (max_seq, D) with one entry a channel (equal within a pair); or rows of the tokens,
-            (..., seq, n) broadcast to those of ``q``. Has no gradient.
+        cos: (max_seq, n) with n <= D / 2, or (max_seq, D) with one entry a channel (equal within a pair); or rows of the
+            tokens, (..., seq, n) broadcast to those of ``q``. Has no gradient.
         sin: as ``cos``.
-        position_ids: rows of cos and sin (int32 or int64) broadcast to the tokens (..., seq); by default the index along
-            seq. A position outside the table gives NaN on an accelerator, an error on the CPU.
+        position_ids: rows of cos and sin (int32 or int64) broadcast to the tokens (..., seq); by default the index
+            along seq. A position outside the table gives NaN on an accelerator, an error on the CPU.
 
     Computed in float32 (float64 for float64). ``apply_rotary_pos_emb_`` overwrites ``q`` and ``k``.
     Source: RoPE (Su et al. 2021); both cos forms of Transformers.

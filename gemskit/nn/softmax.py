@@ -20,7 +20,9 @@ from gemskit.nn._rows import Rows, Statistic
 def _floating(op: str, input: Tensor, dtype: torch.dtype | None) -> None:
     # torch refuses these on every device but meta, where the result's dtype is asked for.
     if not (dtype or input.dtype).is_floating_point:
-        raise DtypeError(f"{op}: the dtype must be floating point, given {dtype or input.dtype}; pass dtype=torch.float32")
+        raise DtypeError(
+            f"{op}: the dtype must be floating point, given {dtype or input.dtype}; pass dtype=torch.float32"
+        )
 
 
 @rowwise()
@@ -105,7 +107,9 @@ def _log_softmax_grad(grad, out, dot):
 
 
 _SOFTMAX_GRAD = Rows("softmax_grad", _softmax_grad, [Statistic(("dot",), _weighted, language.add, (0,))])
-_LOG_SOFTMAX_GRAD = Rows("log_softmax_grad", _log_softmax_grad, [Statistic(("dot",), _grad_element, language.add, (0,))])
+_LOG_SOFTMAX_GRAD = Rows(
+    "log_softmax_grad", _log_softmax_grad, [Statistic(("dot",), _grad_element, language.add, (0,))]
+)
 
 
 def _gradient(rows: Rows, grad: Tensor, out: Tensor, dim: int, like: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemskit import _layout, backends
-from gemskit._bind import SCALARS, adapter, annotations, arguments, fill, parameters, slots
+from gemskit._bind import SCALARS, adapter, arguments, fill, parameters, scalar_types, slots
 from gemskit._dtypes import TRITON, common_dtype, compute_type
 from gemskit._launch import launch
 from gemskit._op import Named, Op, P, R
@@ -174,7 +174,7 @@ class Elementwise:
         if kernel is None:
             wrap = "({},)" if self.results == 1 else "{}"
             call = adapter(self.name, f"values, {', '.join(SCALARS)}", self.formula, expressions, wrap)
-            kernel = self._bound[key] = fill(_tiles, self.name, annotations(runtime, compute), FORMULA=call)
+            kernel = self._bound[key] = fill(_tiles, self.name, scalar_types(runtime, compute), FORMULA=call)
         return kernel, runtime
 
 

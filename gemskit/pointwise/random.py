@@ -14,7 +14,7 @@ from gemskit.pointwise._drive import pointwise
 
 @triton.jit
 def _scale(seed, index, p):
-    """What an element is multiplied by: 0 with probability ``p``, else ``1 / (1 - p)``. The same for int32 and int64 ``index``."""
+    """What an element is multiplied by: 0 with probability ``p``, else ``1 / (1 - p)``; for int32 and int64 ``index`` alike."""
     low = index.to(tl.uint32, bitcast=index.dtype.primitive_bitwidth == 32)
     high = (index.to(tl.int64) >> 32).to(tl.uint32)
     bits, _, _, _ = tl.philox(seed, low, high, high * 0, high * 0)

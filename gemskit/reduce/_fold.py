@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemskit import _layout, backends, language
-from gemskit._bind import SCALARS, adapter, annotations, arguments, fill, generated, parameters, slots
+from gemskit._bind import SCALARS, adapter, arguments, fill, generated, parameters, scalar_types, slots
 from gemskit._dtypes import TRITON, accumulate_type
 from gemskit._launch import launch
 from gemskit._layout import offset
@@ -220,7 +220,7 @@ class Fold:
                 )
             name = self.name + {"whole": "", "first": "_part", "last": "_join"}[step]
             self._bound[key] = fill(
-                _fold, name, annotations(runtime, compute), MAP=mapped, MERGE=merge, COMBINE=combine, FINISH=finish
+                _fold, name, scalar_types(runtime, compute), MAP=mapped, MERGE=merge, COMBINE=combine, FINISH=finish
             )
         return self._bound[key], runtime
 

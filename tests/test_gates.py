@@ -1,0 +1,167 @@
+"""The registry, the public names and the documentation agree; the code has no clones, long files or machine paths."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import gemskit
+from gemskit import _ops_table, testing
+from gemskit._op import REGISTRY, Op
+
+ROOT = Path(__file__).parents[1]
+CODE = sorted((ROOT / "gemskit").rglob("*.py"))
+TEXT = [*CODE, *(ROOT / "tests").glob("*.py"), *(ROOT / "examples").glob("*.py"), *(ROOT / "docs").rglob("*.md")]
+TEXT += [*ROOT.glob("*.md"), ROOT / "mkdocs.yml", ROOT / "pyproject.toml", ROOT / ".ci" / "run"]
+PUBLIC = {op.name: op for op in REGISTRY.values() if _ops_table.public(op)}
+
+LONGEST = 600
+CLONE = 8
+#: Places that may look alike: (file, file), with the reason.
+ALIKE: dict[frozenset[str], str] = {}
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_operator_is_public() -> None:
+    missing = [n for n, op in PUBLIC.items() if getattr(gemskit, n, None) is not op]
+    assert not missing, f"not exported by gemskit/__init__.py: {missing}"
+
+
+def test_every_inplace_variant_is_public() -> None:
+    wrong = [op.inplace_name for op in PUBLIC.values() if op.inplace_name and not hasattr(gemskit, op.inplace_name)]
+    assert not wrong, f"not exported by gemskit/__init__.py: {wrong}"
+
+
+def test_every_public_operator_is_registered() -> None:
+    strays = [n for n, v in vars(gemskit).items() if isinstance(v, Op) and REGISTRY.get(n) is not v]
+    assert not strays, f"exported under another name than their own: {strays}"
+
+
+def test_public_names_are_documented() -> None:
+    bare = []
+    for n, v in vars(gemskit).items():
+        if n.startswith("_") or isinstance(v, (ModuleType, str)) or getattr(v, "__module__", "__future__") == "__future__":
+            continue
+        if callable(v) and not inspect.getdoc(v):
+            bare.append(n)
+    assert not bare, f"no docstring: {bare}"
+
+
+@pytest.mark.parametrize("name", list(PUBLIC))
+def test_torch_twins_name_their_source(name: str) -> None:
+    """Where torch has a function of that name, the docstring says which, and the parameters are the same."""
+    op = PUBLIC[name]
+    twin = next((m for m in (torch, torch.nn.functional) if callable(getattr(m, name, None))), None)
+    if twin is None:
+        return
+    found = re.search(r"Source: ``(torch[\w.]*)``", op.__doc__ or "")
+    assert found, f"{name}: the docstring does not say ``Source: ``{twin.__name__}.{name}``.``"
+    source: Any = torch
+    for part in found[1].split(".")[1:]:
+        source = getattr(source, part)
+    assert callable(source)
+
+
+@pytest.mark.parametrize("name", list(PUBLIC))
+def test_operator_has_samples(name: str) -> None:
+    """Enough of them, or the walks over the registry prove little."""
+    assert name in testing.SAMPLES, f"{name}: no samples in gemskit/_samples_*.py"
+    assert _ops_table.row(PUBLIC[name]).samples >= 2
+
+
+# -- documentation ---------------------------------------------------------------------------------------------------
+
+
+def test_operator_page_is_fresh() -> None:
+    page = (ROOT / "docs" / "ops.md").read_text()
+    assert set(re.findall(r"^### (\w+)$", page, re.MULTILINE)) == set(PUBLIC)
+    assert page == _ops_table.markdown(), "write it anew: python -m gemskit ops --markdown > docs/ops.md"
+
+
+def test_relative_links_lead_somewhere() -> None:
+    dead = []
+    for page in (p for p in TEXT if p.suffix == ".md"):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            if not (page.parent / target).exists():
+                dead.append(f"{page.relative_to(ROOT)}: {target}")
+    assert not dead, dead
+
+
+def test_readme_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    assert scope["x"].grad is not None and scope["calls"]
+
+
+@pytest.mark.parametrize("what", ["demo", "test"])
+def test_readme_has_one_command(what: str) -> None:
+    """``.ci/run`` runs what stands there."""
+    block = (ROOT / "README.md").read_text().split(f"<!-- {what}:begin -->")[1].split(f"<!-- {what}:end -->")[0]
+    (line,) = [line for line in block.splitlines() if line.startswith("python ")]
+    assert f".[{what}]" in shlex.split(line)
+
+
+# -- code ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", TEXT, ids=lambda p: str(p.relative_to(ROOT)))
+def test_file_is_short_and_speaks_of_itself(path: Path) -> None:
+    text = path.read_text()
+    generated = path.name == "ops.md"
+    assert generated or len(text.splitlines()) <= LONGEST, f"over {LONGEST} lines: split it"
+    if path == Path(__file__):
+        return
+    for pattern in (r"(?<![\w.])/(?:tmp|work|home|root|mnt)/\w", r"\bTODO\b", r"\bFIXME\b", r"https?://[\w.]*(?:pypi|index)"):
+        found = re.search(pattern, text)
+        assert not found, f"{found and found[0]!r} does not belong there"
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Code lines without comments, blank lines, docstring marks and imports, with single spaces."""
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        line = " ".join(line.split("  # ")[0].split())
+        if len(line) > 3 and not line.startswith(("#", "import ", "from ", '"""', "@triton.jit")):
+            yield number, line
+
+
+def clones(files: list[Path], length: int = CLONE) -> list[str]:
+    """Pairs of places that share ``length`` lines in a row."""
+    seen: dict[tuple[str, ...], list[tuple[Path, int, int]]] = defaultdict(list)
+    for path in files:
+        lines = list(_lines(path))
+        for at in range(len(lines) - length + 1):
+            seen[tuple(text for _, text in lines[at : at + length])].append((path, at, lines[at][0]))
+    found: list[str] = []
+    covered: set[tuple[Path, int, Path]] = set()
+    for places in seen.values():
+        for k, (path, at, number) in enumerate(places):
+            for other, _, other_number in places[k + 1 :]:
+                # A longer clone is one report, not one for each of its lines.
+                if (path, at - 1, other) not in covered:
+                    found.append(f"{path.name}:{number} and {other.name}:{other_number}")
+                covered.add((path, at, other))
+    return found
+
+
+def test_no_clones() -> None:
+    found = [c for c in clones(CODE) if frozenset(re.findall(r"(\S+):\d+", c)) not in ALIKE]
+    assert not found, f"{CLONE} equal lines in a row: {found}"
+
+
+def test_clones_are_found(tmp_path: Path) -> None:
+    body = [f"    value_{i} = compute({i})" for i in range(CLONE)]
+    for name, lines in {"a.py": body, "b.py": ["start = 1", *body, "", "end = 1"], "c.py": body[1:]}.items():
+        (tmp_path / name).write_text("\n".join(lines))
+    assert clones(sorted(tmp_path.glob("*.py"))) == ["a.py:1 and b.py:2"]

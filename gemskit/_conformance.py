@@ -184,7 +184,7 @@ def _inplace(case: Case, op: Op[..., Any], make: Make) -> str:
         result = _flat(op.inplace(*sample.args, **sample.kwargs))
         assert all(r is t for r, t in zip(result, targets)), f"{_show(sample)}: the target was not returned"
         assert all(t._version > v for t, v in zip(targets, versions)), f"{_show(sample)}: the version was not bumped"
-        _compare(op, result, _flat(want), reference, sample)
+        _compare(op, result, [w.to(t.dtype) for w, t in zip(_flat(want), targets)], reference, sample)
         ran += 1
         first = targets[0]
         if first.ndim and first.shape[0] > 1 and first.numel():

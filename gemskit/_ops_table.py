@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-import gemskit  # noqa: F401
+import gemskit
 from gemskit import _bench_cases
 from gemskit._op import REGISTRY, Op
 from gemskit.errors import GemskitError
@@ -37,7 +37,7 @@ HEAD = """\
 {count} operators. This page is written by `python -m gemskit ops --markdown` from the declarations and checked by the tests.
 The signature is that of the function; the in-place variant overwrites the argument named. *Dtypes* are those of its samples that
 its plain-torch meaning accepts, *tests* the number of calls that the tests make with it in float32 (int32 where it takes no
-floats), each in several dtypes and memory layouts; *bench* says whether `python -m gemskit bench` times it.
+floats), each in several dtypes and memory layouts, *bench* says whether `python -m gemskit bench` times it.
 """
 
 
@@ -57,45 +57,75 @@ class Row:
     bench: bool
 
 
-def public(op: Op[..., Any]) -> bool:
-    """Whether users call it: not the operators that others are composed of."""
-    return not op.name.startswith("_")
+def public() -> list[str]:
+    """The public operators: those exported by name, and the functions that choose between several."""
+    return [n for n, v in vars(gemskit).items() if isinstance(v, Op) or _is_function(n, v)]
+
+
+def modules() -> list[str]:
+    """The public ``nn.Module`` classes."""
+    return [n for n, v in vars(gemskit).items() if isinstance(v, type) and issubclass(v, torch.nn.Module)]
+
+
+def parts(name: str) -> list[Op[..., Any]]:
+    """The registered operators behind a public name: ``max`` has ``max_all`` and ``max_dim``, ``dropout`` has ``_dropout``."""
+    if name in REGISTRY and getattr(gemskit, name, None) is REGISTRY[name]:
+        return [REGISTRY[name]]
+    hidden = [op for n, op in REGISTRY.items() if getattr(gemskit, n, None) is not op]
+    return [op for op in hidden if op.name == f"_{name}" or op.name.startswith(f"{name}_")]
+
+
+def _is_function(name: str, v: Any) -> bool:
+    return inspect.isfunction(v) and not name.endswith("_") and v.__module__.count(".") == 2
 
 
 def summary(doc: str | None) -> str:
     """The first sentence of a docstring, on one line."""
     paragraph = " ".join(inspect.cleandoc(doc or "").split("\n\n")[0].split())
-    return paragraph.split(" Source: ")[0]
+    return paragraph.split(" Source: ")[0].replace("``", "`")
 
 
-def signature(op: Op[..., Any]) -> str:
+def signature(name: str) -> str:
     """The function's head as one writes it, with a line for each parameter where it is long."""
-    parts: list[str] = []
-    for p in op.signature.parameters.values():
-        if p.kind is p.KEYWORD_ONLY and "*" not in parts:
-            parts.append("*")
-        parts.append(f"{p.name}: {p.annotation}" + ("" if p.default is p.empty else f" = {p.default!r}"))
-    returns = op.signature.return_annotation
-    line = f"{op.name}({', '.join(parts)}) -> {returns}"
-    return line if len(line) <= 100 else f"{op.name}(\n" + "".join(f"    {p},\n" for p in parts) + f") -> {returns}"
+    found = getattr(gemskit, name)
+    described = found.signature if isinstance(found, Op) else inspect.signature(found)
+    texts: list[str] = []
+    for p in described.parameters.values():
+        if p.kind is p.KEYWORD_ONLY and "*" not in texts:
+            texts.append("*")
+        texts.append(f"{p.name}: {p.annotation}" + ("" if p.default is p.empty else f" = {p.default!r}"))
+    line = f"{name}({', '.join(texts)}) -> {described.return_annotation}"
+    if len(line) <= 100:
+        return line
+    return f"{name}(\n" + "".join(f"    {text},\n" for text in texts) + f") -> {described.return_annotation}"
 
 
-def row(op: Op[..., Any]) -> Row:
-    """What the table says of ``op``."""
-    variants = [*(["out="] if op.has_out else []), *([f"{op.name}_ ({', '.join(op.writes)})"] if op.inplace_name else [])]
-    main = torch.float32 if _accepts(op, torch.float32) else torch.int32
+def row(name: str) -> Row:
+    """What the table says of the public operator ``name``."""
+    ops = parts(name)
+    found = getattr(gemskit, name)
+    writes = " / ".join(dict.fromkeys(", ".join(op.writes) for op in ops))
+    variants = [
+        *(["`out=`"] if "out" in (found.signature if isinstance(found, Op) else inspect.signature(found)).parameters else []),
+        *([f"`{name}_` ({writes})"] if hasattr(gemskit, f"{name}_") else []),
+    ]
+    kinds = [kind for kind, dtypes in DTYPES.items() if any(_accepts(op, d) for op in ops for d in dtypes)]
     return Row(
-        name=op.name,
-        family=op.family,
-        signature=signature(op),
-        summary=summary(op.__doc__),
+        name=name,
+        family=ops[0].family if ops else "free",
+        signature=signature(name),
+        summary=summary(found.__doc__),
         variants=", ".join(variants) or "none",
-        gradient=", ".join(op.differentiable) or "none",
-        dtypes=", ".join(dict.fromkeys(kind for kind, dtypes in DTYPES.items() for d in dtypes if _accepts(op, d))),
-        aten=op.aten or "none",
-        samples=len([s for s in _samples(op, main) if s.note != "big"]),
-        bench=any(case.op == op.name for case in _bench_cases.cases()),
+        gradient=", ".join(dict.fromkeys(n for op in ops for n in op.differentiable)) or "none",
+        dtypes=", ".join(kinds) or "none",
+        aten=", ".join(op.aten for op in ops if op.aten) or "none",
+        samples=sum(len([s for s in _samples(op, _main(op)) if s.note != "big"]) for op in ops),
+        bench=any(case.op in (name, *(op.name for op in ops)) for case in _bench_cases.cases()),
     )
+
+
+def _main(op: Op[..., Any]) -> torch.dtype:
+    return torch.float32 if _accepts(op, torch.float32) else torch.int32
 
 
 def _samples(op: Op[..., Any], dtype: torch.dtype) -> list[Any]:
@@ -118,25 +148,27 @@ def _accepts(op: Op[..., Any], dtype: torch.dtype) -> bool:
 def rows() -> list[Row]:
     """Every public operator, by family and name."""
     order = [*FAMILIES]
-    found = [row(op) for op in REGISTRY.values() if public(op)]
+    found = [row(name) for name in public()]
     return sorted(found, key=lambda r: (order.index(r.family) if r.family in order else len(order), r.name))
 
 
 def markdown() -> str:
     """The page docs/ops.md."""
     found = rows()
-    parts = [HEAD.format(count=len(found))]
+    text = [HEAD.format(count=len(found))]
     for family in dict.fromkeys(r.family for r in found):
-        parts.append(f"\n## {FAMILIES.get(family, family)}\n")
+        text.append(f"\n## {FAMILIES.get(family, family)}\n")
         for r in found:
             if r.family == family:
-                parts.append(
+                text.append(
                     f"\n### {r.name}\n\n```python\n{r.signature}\n```\n\n{r.summary}\n\n"
                     "| variants | gradient of | dtypes | ATen | tests | bench |\n| --- | --- | --- | --- | --- | --- |\n"
-                    f"| {r.variants} | {r.gradient} | {r.dtypes or 'none'} | {r.aten} | {r.samples} | "
+                    f"| {r.variants} | {r.gradient} | {r.dtypes} | {r.aten} | {r.samples} | "
                     f"{'yes' if r.bench else 'no'} |\n"
                 )
-    return "".join(parts)
+    text.append("\n## Modules\n\n`torch.nn.Module` classes over these operators.\n\n| module | what it is |\n| --- | --- |\n")
+    text += [f"| `{name}` | {summary(getattr(gemskit, name).__doc__)} |\n" for name in sorted(modules())]
+    return "".join(text)
 
 
 def plain() -> str:
@@ -162,10 +194,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("name", nargs="?", help="one operator: its signature and documentation")
     options = parser.parse_args(argv)
     if options.name is not None:
-        op = REGISTRY.get(options.name)
-        if op is None:
+        if options.name not in public():
             parser.error(f"no operator {options.name}; python -m gemskit ops lists them")
-        print(f"{row(op).signature}\n\n{inspect.cleandoc(op.__doc__ or '')}")
+        print(f"{signature(options.name)}\n\n{inspect.cleandoc(getattr(gemskit, options.name).__doc__ or '')}")
         return 0
     print(markdown() if options.markdown else plain(), end="" if options.markdown else "\n")
     return 0

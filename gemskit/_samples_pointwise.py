@@ -101,7 +101,7 @@ def _(make: Make) -> Iterator[Sample]:
     yield Sample((make(9, dtype=torch.bool), make(9), 0))
     yield Sample((make(9, dtype=torch.bool), 0.5, make(9)))
     yield Sample((make(9, dtype=torch.bool), 1, 2.5))
-    yield Sample((make(3, 0, dtype=torch.bool), make(0, 3), make(3)))
+    yield Sample((make(3, 0, dtype=torch.bool), make(1, 0), make(3, 1)))
     yield Sample((make(4096, 4096, dtype=torch.bool), make(4096, 4096), make(4096, 4096)), note="big")
 
 

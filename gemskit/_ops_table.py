@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import gemskit
 from gemskit import _bench_cases
 from gemskit._op import REGISTRY, Op
 from gemskit.errors import GemskitError
-from gemskit.testing import SAMPLES, Make
+from gemskit.testing import Make, load
 
 #: The heading of a family in the documentation, in the order in which they are shown.
 FAMILIES = {
@@ -80,9 +81,9 @@ def _is_function(name: str, v: Any) -> bool:
 
 
 def summary(doc: str | None) -> str:
-    """The first sentence of a docstring, on one line."""
+    """The first paragraph of a docstring, on one line, in Markdown."""
     paragraph = " ".join(inspect.cleandoc(doc or "").split("\n\n")[0].split())
-    return paragraph.split(" Source: ")[0].replace("``", "`")
+    return re.sub(r":\w+:`([\w.]+)`", r"`\1`", paragraph.split(" Source: ")[0].replace("``", "`"))
 
 
 def signature(name: str) -> str:
@@ -91,9 +92,11 @@ def signature(name: str) -> str:
     described = found.signature if isinstance(found, Op) else inspect.signature(found)
     texts: list[str] = []
     for p in described.parameters.values():
-        if p.kind is p.KEYWORD_ONLY and "*" not in texts:
+        if p.kind is p.KEYWORD_ONLY and not any(text.startswith("*") for text in texts):
             texts.append("*")
-        texts.append(f"{p.name}: {p.annotation}" + ("" if p.default is p.empty else f" = {p.default!r}"))
+        texts.append(
+            f"{_STARS.get(p.kind, '')}{p.name}: {p.annotation}" + ("" if p.default is p.empty else f" = {p.default!r}")
+        )
     line = f"{name}({', '.join(texts)}) -> {described.return_annotation}"
     if len(line) <= 100:
         return line
@@ -106,7 +109,11 @@ def row(name: str) -> Row:
     found = getattr(gemskit, name)
     writes = " / ".join(dict.fromkeys(", ".join(op.writes) for op in ops))
     variants = [
-        *(["`out=`"] if "out" in (found.signature if isinstance(found, Op) else inspect.signature(found)).parameters else []),
+        *(
+            ["`out=`"]
+            if "out" in (found.signature if isinstance(found, Op) else inspect.signature(found)).parameters
+            else []
+        ),
         *([f"`{name}_` ({writes})"] if hasattr(gemskit, f"{name}_") else []),
     ]
     kinds = [kind for kind, dtypes in DTYPES.items() if any(_accepts(op, d) for op in ops for d in dtypes)]
@@ -124,12 +131,16 @@ def row(name: str) -> Row:
     )
 
 
+_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+
+
 def _main(op: Op[..., Any]) -> torch.dtype:
     return torch.float32 if _accepts(op, torch.float32) else torch.int32
 
 
 def _samples(op: Op[..., Any], dtype: torch.dtype) -> list[Any]:
-    return list(SAMPLES[op.name](Make(dtype, device="meta", empty=True))) if op.name in SAMPLES else []
+    found = load().get(op.name)
+    return list(found(Make(dtype, device="meta", empty=True))) if found else []
 
 
 def _accepts(op: Op[..., Any], dtype: torch.dtype) -> bool:
@@ -166,7 +177,9 @@ def markdown() -> str:
                     f"| {r.variants} | {r.gradient} | {r.dtypes} | {r.aten} | {r.samples} | "
                     f"{'yes' if r.bench else 'no'} |\n"
                 )
-    text.append("\n## Modules\n\n`torch.nn.Module` classes over these operators.\n\n| module | what it is |\n| --- | --- |\n")
+    text.append(
+        "\n## Modules\n\n`torch.nn.Module` classes over these operators.\n\n| module | what it is |\n| --- | --- |\n"
+    )
     text += [f"| `{name}` | {summary(getattr(gemskit, name).__doc__)} |\n" for name in sorted(modules())]
     return "".join(text)
 
@@ -177,10 +190,10 @@ def plain() -> str:
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("operator", lambda r: r.name),
         ("family", lambda r: r.family),
-        ("variants", lambda r: r.variants),
+        ("variants", lambda r: r.variants.replace("`", "")),
         ("gradient of", lambda r: r.gradient),
         ("ATen", lambda r: r.aten),
-        ("meaning", lambda r: r.summary),
+        ("meaning", lambda r: r.summary.replace("`", "")),
     ]
     table = [[title for title, _ in columns], *([get(r) for _, get in columns] for r in found)]
     widths = [max(len(line[k]) for line in table) for k in range(len(columns) - 1)]

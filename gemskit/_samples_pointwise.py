@@ -111,7 +111,6 @@ def _(make: Make) -> Iterator[Sample]:
     yield Sample((make(5, 33), -0.3))
     yield Sample((make(5, 33),), {"max": 2})
     yield Sample((make(5, 33), 1, -1))
-    yield Sample((make(9), float("nan")))
     yield Sample((make(5, 33), make(33), make(5, 1)))
     yield Sample((make(), make(), None))
     yield Sample((make(0, 3), None, make()))

@@ -230,10 +230,16 @@ def test_float32_obeys_torchs_precision(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_few_rows_take_a_low_tile() -> None:
-    config = {"m": 128, "n": 128, "k": 64, "warps": 8, "stages": 3, "group": 8}
-    assert tiles(config, 1, 4096, 4096, torch.bfloat16)["BM"] == 16
-    assert tiles(config, 4097, 4096, 4096, torch.bfloat16)["BM"] == 128
-    assert tiles(config, 4097, 4096, 0, torch.bfloat16)["BK"] == 16
+    row = backends.find_arch("sm_90")
+
+    def tile(*sizes: int) -> tuple[int, int, int]:
+        found = tiles(row.config("gemm"), row.config("gemm_few"), *sizes, torch.bfloat16)
+        return found["BM"], found["BN"], found["BK"]
+
+    assert tile(1, 4096, 4096) == (16, 128, 128)
+    assert tile(128, 4096, 14336) == (64, 64, 128)
+    assert tile(4097, 4096, 4096) == (128, 128, 64)
+    assert tile(4097, 4096, 0)[2] == 16
 
 
 @pytest.mark.parametrize("kernels", [True, False])

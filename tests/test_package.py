@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def _python(code: str, *options: str) -> str:
-    result = subprocess.run([sys.executable, *options, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, *options, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout.strip()
 
@@ -87,13 +89,17 @@ def test_all_modules_import_without_a_gpu() -> None:
 
 @pytest.mark.parametrize("command", ["info", "ops"])
 def test_commands(command: str) -> None:
-    result = subprocess.run([sys.executable, "-m", "gemskit", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-m", "gemskit", command], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 0, result.stderr
     assert (gemskit.__version__ if command == "info" else "silu") in result.stdout
 
 
 def test_unknown_command() -> None:
-    result = subprocess.run([sys.executable, "-m", "gemskit", "frob"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-m", "gemskit", "frob"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 2 and "frob" in result.stderr
 
 

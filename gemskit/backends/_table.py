@@ -27,9 +27,10 @@ COMMON_GRID: tuple[int, int, int] = (2**31 - 1, 65535, 65535)
 #: gemm: 2 stages x (128 + 128) x 64 elements x 2 bytes = 64 KiB, the smallest shared memory of any row.
 DEFAULT: Launch = {
     "pointwise": {"block": 1024, "side": 32, "warps": 4},
-    "reduction": {"tile": 4096, "rows": 64, "warps": 8, "split_below": 128},
+    "reduction": {"tile": 4096, "rows": 64, "warps": 8, "split_below": 1024},
     "rowwise": {"one_tile_max": 16384, "loop_tile": 4096, "short": 2048, "across": 32, "warps": 16},
-    "gemm": {"m": 128, "n": 128, "k": 64, "warps": 8, "stages": 2, "group": 8},
+    "gemm": {"m": 128, "n": 128, "k": 64, "warps": 8, "stages": 2, "group": 8, "fill": 128},
+    "gemm_few": {"m": 64, "n": 64, "k": 64, "warps": 4, "stages": 2},
     "attention": {"m": 64, "n": 64, "warps": 4, "wide": 4, "stages": 2},
     "scan": {"tile": 2048, "rows": 32, "warps": 4, "split_below": 512},
     "sort": {"one_tile_max": 2048, "warps": 4},

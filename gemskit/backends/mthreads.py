@@ -19,7 +19,8 @@ VENDOR = Vendor(
     device_files=("/dev/mtgpu.0", "/dev/mtgpu0"),
     identify="capability",
     archs=(
-        Arch("mp_22", ("musa", 22, 128), unsupported_dtypes=NO_FLOAT64),
+        # 128 lanes a warp: 8 warps are the 1,024 threads that a program may have.
+        Arch("mp_22", ("musa", 22, 128), launch={"rowwise": {"warps": 8}}, unsupported_dtypes=NO_FLOAT64),
         Arch("mp_31", ("musa", 31, 32), unsupported_dtypes=NO_FLOAT64),
     ),
     overrides=OVERRIDES,

@@ -16,7 +16,7 @@ HOPPER = {"attention": {"m": 64, "n": 64, "warps": 4, "wide": 8, "stages": 3}}
 AMPERE = {"attention": {"m": 128, "n": 64, "warps": 8, "wide": 8, "stages": 2}}
 BLACKWELL = {"attention": {"m": 128, "n": 64, "warps": 8, "wide": 8, "stages": 3}}
 # 99 KiB of shared memory: the 128-row attention tile with 3 stages (128 KiB at head size 128) does not fit.
-SMALL = {"attention": {"m": 64, "n": 64, "warps": 4, "wide": 4, "stages": 2}}
+SMALL = {"attention": {"m": 64, "n": 64, "warps": 4, "wide": 4, "stages": 2}, "gemm_few": {"k": 64, "stages": 3}}
 
 OVERRIDES: Mapping[str, Override] = {}
 
@@ -29,7 +29,8 @@ VENDOR = Vendor(
     # nvmap is all that Jetson boards have, dxg all that WSL has.
     device_files=("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/nvmap"),
     identify="capability",
-    launch={"gemm": {"stages": 3}},
+    # H200, bf16: a looped row of 131,072 in tiles of 8,192 takes 0.062 ms, of 4,096 0.078 (rms_norm of 256 rows).
+    launch={"gemm": {"stages": 3}, "gemm_few": {"k": 128, "stages": 4}, "rowwise": {"loop_tile": 8192}},
     archs=(
         Arch("sm_80", ("cuda", 80, 32), 166912, "compiles", COMPILE_TEST, AMPERE, NO_E4M3),
         Arch("sm_86", ("cuda", 86, 32), 101376, launch=SMALL, unsupported_dtypes=NO_E4M3),

@@ -107,7 +107,8 @@ class Product:
         batch_sizes, M = sizes[:-1] or (1,), sizes[-1] if out.numel() else 0
         strides, rows = [s[:-1] or (0,) for s in flat], [s[-1] for s in flat]
         acc = compute_type(a.dtype)
-        meta = tiles(backends.arch().config("gemm"), M, N, K, a.dtype)
+        row = backends.arch()
+        meta = tiles(row.config("gemm"), row.config("gemm_few"), M, N, K, a.dtype)
         grid = triton.cdiv(M, meta["BM"]) * triton.cdiv(N, meta["BN"]) * math.prod(batch_sizes)
         kernel, runtime = self._bind(named, operands, acc)
         meta |= dict(ACC=TRITON[acc], EVEN_K=K % meta["BK"] == 0, WIDE=wide)
@@ -137,13 +138,18 @@ class Product:
         return self._bound[key], runtime
 
 
-def tiles(config: Mapping[str, int], M: int, N: int, K: int, dtype: torch.dtype) -> dict[str, Any]:
+def tiles(
+    config: Mapping[str, int], few: Mapping[str, int], M: int, N: int, K: int, dtype: torch.dtype
+) -> dict[str, Any]:
     """The tile of a product: the table's for halves, 64 x 64 x 32 for float32 and 32 x 32 x 16 for float64.
 
     float32 takes 8 warps: with 4, products without tensor cores spill on sm_90 and sm_100.
 
-    No side is longer than the matrix needs, so few rows read the other factor once and compute little in vain.
+    No side is longer than the matrix needs, so few rows read the other factor once and compute little in vain. Products with
+    too few tiles for the machine take the smaller, deeper ones of ``few`` (128x4096x14336, H200, bf16: 0.053 ms for 0.117).
     """
+    if dtype.itemsize == 2 and triton.cdiv(M, config["m"]) * triton.cdiv(N, config["n"]) < config["fill"]:
+        config = {**config, **few, **({"n": config["n"]} if M <= 16 else {})}
     sides = {torch.float32: (64, 64, 32), torch.float64: (32, 32, 16)}.get(
         dtype, (config["m"], config["n"], config["k"])
     )

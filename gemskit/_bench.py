@@ -24,7 +24,7 @@ from gemskit.errors import DeviceError, MissingExtra
 from gemskit.testing import Make, Sample
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: list[str]) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m gemskit bench", description=__doc__)
     parser.add_argument("ops", nargs="*", help="operators to time (default: all)")
@@ -36,10 +36,14 @@ def main(argv: Sequence[str]) -> int:
         render(options.render)
         return 0
     if backends.vendor.device_type == "cpu":
-        raise DeviceError("bench: times kernels on an accelerator, and none was found; python -m gemskit info says what was")
+        raise DeviceError(
+            "bench: times kernels on an accelerator, and none was found; python -m gemskit info says what was"
+        )
     rows = [c for c in _bench_cases.cases() if not options.ops or c.op in options.ops]
     if not rows:
-        parser.error(f"no benchmark for {', '.join(options.ops)}; there are {', '.join(sorted({c.op for c in _bench_cases.cases()}))}")
+        parser.error(
+            f"no benchmark for {', '.join(options.ops)}; there are {', '.join(sorted({c.op for c in _bench_cases.cases()}))}"
+        )
     roof = Roof.measure()
     print(f"copy {roof.bandwidth / 1e12:.2f} TB/s, bf16 product {roof.flops / 1e12:.0f} TFLOP/s")
     found = []
@@ -86,7 +90,9 @@ def time_case(case: BenchCase, roof: Roof, compiled: bool) -> dict[str, Any]:
     if compiled:
         torch._dynamo.reset()
         candidates["compile"] = torch.compile(op.meaning, dynamic=False)
-    row: dict[str, Any] = dict(op=case.op, label=case.label, dtype=str(case.dtype).removeprefix("torch."), backward=case.backward)
+    row: dict[str, Any] = dict(
+        op=case.op, label=case.label, dtype=str(case.dtype).removeprefix("torch."), backward=case.backward
+    )
     tensors = [t for t in (*sample.args, *sample.kwargs.values()) if isinstance(t, Tensor)]
     leaves = [t.requires_grad_() for t in tensors if case.backward and t.dtype.is_floating_point]
     times: dict[str, float] = {}
@@ -107,7 +113,9 @@ def time_case(case: BenchCase, roof: Roof, compiled: bool) -> dict[str, Any]:
     return row
 
 
-def _prepared(fn: Callable[..., Any], sample: Sample, leaves: Sequence[Tensor]) -> tuple[Callable[[], Any], list[Tensor]]:
+def _prepared(
+    fn: Callable[..., Any], sample: Sample, leaves: Sequence[Tensor]
+) -> tuple[Callable[[], Any], list[Tensor]]:
     """What is timed (the call, or only its backward), and its results once."""
     if not leaves:
         with torch.no_grad():
@@ -147,7 +155,8 @@ def _verify(outs: dict[str, list[Tensor]]) -> tuple[bool, float]:
 def _milliseconds(fn: Callable[[], Any]) -> float:
     from triton.testing import do_bench
 
-    return float(do_bench(fn, warmup=20, rep=80, return_mode="median"))
+    found: Any = do_bench(fn, warmup=20, rep=80, return_mode="median")
+    return float(found)
 
 
 def _bytes(t: Tensor) -> int:
@@ -170,10 +179,15 @@ def _row(row: dict[str, Any]) -> str:
 def _summary(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for peer in ("eager", "compile"):
-        ratios = [r["times"][peer] / r["times"]["gemskit"] for r in rows if peer in r["times"] and "gemskit" in r["times"]]
+        ratios = [
+            r["times"][peer] / r["times"]["gemskit"] for r in rows if peer in r["times"] and "gemskit" in r["times"]
+        ]
         if ratios:
             mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-            lines.append(f"geometric mean against torch {peer}: {mean:.2f}x over {len(ratios)} rows, {sum(x < 0.95 for x in ratios)} under 0.95x")
+            lines.append(
+                f"geometric mean against torch {peer}: {mean:.2f}x over {len(ratios)} rows, "
+                f"{sum(x < 0.95 for x in ratios)} under 0.95x"
+            )
     return "\n".join(lines)
 
 
@@ -184,7 +198,7 @@ def render(path: Path) -> None:
     facts = {k: report[k] for k in ("machine", "date", "gemskit", "commit", "torch", "triton", "python", "command")}
     lines = [
         f"# Benchmarks on {report['machine']}", "", *(f"- {k}: {v}" for k, v in facts.items()),
-        f"- roof: copy {report['bandwidth'] / 1e12:.2f} TB/s, bf16 product {report['flops'] / 1e12:.0f} TFLOP/s, measured in the same run",
+        f"- roof: copy {report['bandwidth'] / 1e12:.2f} TB/s, bf16 product {report['flops'] / 1e12:.0f} TFLOP/s, same run",
         "", *(f"{line}.\n" for line in _summary(rows).splitlines()),
         f"![speed against torch eager]({path.stem}.svg)", "",
         "Milliseconds (medians, cold L2); ratios are the peer's time over ours, so above 1 gemskit is faster.", "",
@@ -194,7 +208,13 @@ def render(path: Path) -> None:
     for r in rows:
         t = r["times"]
         mine = t.get("gemskit")
-        cells = [f"`{r['op']}`", r["label"], r["dtype"], f"{mine:.4f}" if mine else "failed", f"{r['floor'] / mine:.0%}" if mine else ""]
+        cells = [
+            f"`{r['op']}`",
+            r["label"],
+            r["dtype"],
+            f"{mine:.4f}" if mine else "failed",
+            f"{r['floor'] / mine:.0%}" if mine else "",
+        ]
         for peer in ("eager", "compile"):
             cells += [f"{t[peer]:.4f}", f"{t[peer] / mine:.2f}" if mine else ""] if peer in t else ["", ""]
         lines.append("| " + " | ".join(cells) + " |")

@@ -63,7 +63,9 @@ def cases() -> Iterator[BenchCase]:
         yield BenchCase(op, "64M", _call((ELEMENTS,), (ELEMENTS,)))
     yield BenchCase("add", "4096x8192 + 4096x1", _call((4096, BIG), (4096, 1)))
     yield BenchCase("add", "a + b.T 8192²", lambda make: Sample((make(BIG, BIG), make(BIG, BIG).t())))
-    yield BenchCase("where", "64M", lambda make: Sample((make(ELEMENTS, dtype=torch.bool), make(ELEMENTS), make(ELEMENTS))))
+    yield BenchCase(
+        "where", "64M", lambda make: Sample((make(ELEMENTS, dtype=torch.bool), make(ELEMENTS), make(ELEMENTS)))
+    )
     yield BenchCase("clamp", "64M", _call((ELEMENTS,), min=-1.0, max=1.0))
     for op in ("silu", "gelu"):
         yield BenchCase(op, "64M backward", _call((ELEMENTS,)), backward=True)
@@ -103,9 +105,18 @@ def cases() -> Iterator[BenchCase]:
         "cross_entropy", "8192x128256 backward",
         lambda make: Sample((make(8192, 128256), make(8192, dtype=torch.int64, low=0, high=128256))), backward=True,
     )  # fmt: skip
-    for m, n, k in ((8192, 8192, 8192), (4096, 4096, 4096), (2048, 6144, 4096), (128, 4096, 14336), (16, 14336, 4096), (1, 4096, 4096)):
+    for m, n, k in (
+        (8192, 8192, 8192),
+        (4096, 4096, 4096),
+        (2048, 6144, 4096),
+        (128, 4096, 14336),
+        (16, 14336, 4096),
+        (1, 4096, 4096),
+    ):
         yield BenchCase("mm", f"{m}x{n}x{k}", _product(m, n, k))
-    yield BenchCase("bmm", "64x1024³", lambda make: Sample((make(64, 1024, 1024), make(64, 1024, 1024)), flops=2.0 * 64 * 1024**3))
+    yield BenchCase(
+        "bmm", "64x1024³", lambda make: Sample((make(64, 1024, 1024), make(64, 1024, 1024)), flops=2.0 * 64 * 1024**3)
+    )
     yield BenchCase(
         "addmm", "4096³", lambda make: Sample((make(4096), make(4096, 4096), make(4096, 4096)), flops=2.0 * 4096**3)
     )
@@ -113,9 +124,16 @@ def cases() -> Iterator[BenchCase]:
         "linear", "8192x4096 -> 14336",
         lambda make: Sample((make(8192, 4096), make(14336, 4096)), flops=2.0 * 8192 * 4096 * 14336),
     )  # fmt: skip
-    for b, hq, hk, s, d, causal in ((4, 32, 32, 4096, 128, True), (2, 32, 8, 8192, 128, True), (16, 16, 16, 1024, 64, False)):
+    for b, hq, hk, s, d, causal in (
+        (4, 32, 32, 4096, 128, True),
+        (2, 32, 8, 8192, 128, True),
+        (16, 16, 16, 1024, 64, False),
+    ):
         label = f"b{b} h{hq}/{hk} s{s} d{d}{' causal' if causal else ''}"
         yield BenchCase("scaled_dot_product_attention", label, _attention(b, hq, hk, s, d, causal))
     yield BenchCase(
-        "scaled_dot_product_attention", "b4 h32/32 s4096 d128 causal backward", _attention(4, 32, 32, 4096, 128, True), backward=True
+        "scaled_dot_product_attention",
+        "b4 h32/32 s4096 d128 causal backward",
+        _attention(4, 32, 32, 4096, 128, True),
+        backward=True,
     )

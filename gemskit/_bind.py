@@ -37,7 +37,8 @@ def fill(driver: Any, name: str, annotations: Mapping[str, str] | None = None, *
     copy.__annotations__ = {**f.__annotations__, **(annotations or {})}
     # Run-time scalars keep one compiled kernel for all their values; 1 would otherwise become a constant.
     fixed = [p for p in parameters(driver) if p in SCALARS]
-    return triton.jit(copy, repr=lambda _: name, do_not_specialize=fixed)
+    jit: Any = triton.jit
+    return jit(copy, repr=lambda _: name, do_not_specialize=fixed)
 
 
 #: The names of the run-time scalar slots that every driver has; unused ones are None.

@@ -46,7 +46,7 @@ def check_op(name: str, device: str, interpreted: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: list[str]) -> int:
     """The command; exit status 1 where a check failed unexplained."""
     parser = argparse.ArgumentParser(prog="python -m gemskit check", description=__doc__)
     parser.add_argument("ops", nargs="*", help="operators to check (default: all)")
@@ -70,7 +70,17 @@ def main(argv: Sequence[str]) -> int:
             try:
                 found = done.result()
             except Exception as e:  # the process died
-                found = [dict(op=name, kind="all", dtype="", layout="", status="failed", detail=f"process died: {e}", seconds=0.0)]
+                found = [
+                    dict(
+                        op=name,
+                        kind="all",
+                        dtype="",
+                        layout="",
+                        status="failed",
+                        detail=f"process died: {e}",
+                        seconds=0.0,
+                    )
+                ]
             rows += found
             print(_line(name, found), flush=True)
     rows.sort(key=lambda r: names.index(r["op"]))
@@ -79,9 +89,18 @@ def main(argv: Sequence[str]) -> int:
     for r in failed:
         print(f"{r['op']} {r['kind']} {r['dtype']} {r['layout']}: {r['status']}: {r['detail'][:400]}")
     took = time.perf_counter() - start
-    print(f"{len(names)} operators, {len(rows)} checks in {took:.0f} s: " + ", ".join(f"{n} {s}" for s, n in counts.items()))
+    print(
+        f"{len(names)} operators, {len(rows)} checks in {took:.0f} s: "
+        + ", ".join(f"{n} {s}" for s, n in counts.items())
+    )
     if options.report:
-        write(options.report, rows, counts, took, "interpreter" if interpreted else torch.get_device_module(device).get_device_name(0))
+        write(
+            options.report,
+            rows,
+            counts,
+            took,
+            "interpreter" if interpreted else torch.get_device_module(device).get_device_name(0),
+        )
     return 1 if failed else 0
 
 

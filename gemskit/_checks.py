@@ -48,7 +48,7 @@ def translate(op: Op[..., Any], values: Sequence[Any], e: Exception) -> Exceptio
     text = str(e).split("\nException raised")[0].strip()
     kind: type[GemskitError] = ArgumentError
     low = text.lower()
-    if isinstance(e, IndexError) or "dim" in low and any(w in low for w in _OF_DIMS):
+    if isinstance(e, IndexError) or ("dim" in low and any(w in low for w in _OF_DIMS)):
         kind = DimError
     elif isinstance(e, NotImplementedError):
         kind = NoKernel
@@ -82,7 +82,9 @@ def inspect_tensors(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[bool, bo
                 f"{op.name}: {n} must be a Tensor, given {type(v).__name__} {v!r}; accepted: {op.name}{op.signature}"
             )
     if device is None:
-        raise ArgumentError(f"{op.name}: at least one argument must be a Tensor; given {describe(dict(zip(op.params, values)))}")
+        raise ArgumentError(
+            f"{op.name}: at least one argument must be a Tensor; given {describe(dict(zip(op.params, values)))}"
+        )
     if mixed:
         device, values = _one_device(op, values)
     kernels = not fake and _launch.has_kernels(device)
@@ -100,9 +102,13 @@ def dtypes(op: Op[..., Any], values: tuple[Any, ...]) -> None:
         if not isinstance(v, Tensor):
             continue
         if v.layout != torch.strided or v.dtype not in SERVED:
-            raise NoKernel(f"{op.name}: no kernel for {n}: {describe(v)}, {v.layout}; served are strided tensors of {NAMES}")
+            raise NoKernel(
+                f"{op.name}: no kernel for {n}: {describe(v)}, {v.layout}; served are strided tensors of {NAMES}"
+            )
         if n in op.floats and not v.dtype.is_floating_point:
-            raise DtypeError(f"{op.name}: {n} must be floating point (float16, bfloat16, float32, float64), given {describe(v)}")
+            raise DtypeError(
+                f"{op.name}: {n} must be floating point (float16, bfloat16, float32, float64), given {describe(v)}"
+            )
 
 
 def results(op: Op[..., Any], specs: Sequence[tuple[Sequence[int], Sequence[int], torch.dtype]]) -> None:
@@ -121,9 +127,15 @@ def _stands_in(op: Op[..., Any], name: str, v: Any) -> bool:
 
 def _one_device(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[torch.device, tuple[Any, ...]]:
     """torch lets a 0-dim CPU tensor take part in elementwise operators anywhere; nothing else may be mixed."""
-    found = {v.device for v in values if isinstance(v, Tensor) and not (op.elementwise and v.ndim == 0 and v.device.type == "cpu")}
+    found = {
+        v.device
+        for v in values
+        if isinstance(v, Tensor) and not (op.elementwise and v.ndim == 0 and v.device.type == "cpu")
+    }
     if len(found) != 1:
-        raise DeviceError(f"{op.name}: all tensors must be on one device; given {describe(dict(zip(op.params, values)))}")
+        raise DeviceError(
+            f"{op.name}: all tensors must be on one device; given {describe(dict(zip(op.params, values)))}"
+        )
     (device,) = found
     return device, tuple(v.to(device) if isinstance(v, Tensor) else v for v in values)
 
@@ -137,7 +149,7 @@ def _resized(op: Op[..., Any], out: Tensor, shape: Sequence[int]) -> None:
     if tuple(out.shape) != tuple(shape):
         if out.numel():
             warnings.warn(
-                f"{op.name}: out has shape {list(out.shape)} and is resized to {list(shape)}; resize it to 0 first if that is meant",
+                f"{op.name}: out has shape {list(out.shape)} and is resized to {list(shape)}; resize it to 0 first",
                 stacklevel=5,
             )
         out.resize_(tuple(shape))
@@ -147,7 +159,9 @@ def as_outs(op: Op[..., Any], out: Any, count: int) -> tuple[Tensor, ...]:
     """``out=`` as a tuple of the right length."""
     outs = tuple(out) if isinstance(out, (tuple, list)) else (out,)
     if len(outs) != count or not all(isinstance(o, Tensor) for o in outs):
-        raise ArgumentError(f"{op.name}: out must be {'a Tensor' if count == 1 else f'a tuple of {count} Tensors'}, given {describe(out)}")
+        raise ArgumentError(
+            f"{op.name}: out must be {'a Tensor' if count == 1 else f'a tuple of {count} Tensors'}, given {describe(out)}"
+        )
     if any(o.requires_grad for o in outs) and torch.is_grad_enabled():
         raise GradientError(f"{op.name}: out= takes no part in autograd, but out requires a gradient")
     return outs
@@ -176,9 +190,13 @@ def into_out(op: Op[..., Any], out: Any, values: tuple[Any, ...]) -> Any:
         _cast(op, "out", o.dtype, dtype)
         _resized(op, o, shape)
         _internal_overlap(op, "out", o)
-    clash = any(_overlap(o, v) == "partial" or (not op.elementwise and _overlap(o, v) != "none") for o in outs for v in inputs)
+    clash = any(
+        _overlap(o, v) == "partial" or (not op.elementwise and _overlap(o, v) != "none") for o in outs for v in inputs
+    )
     if clash and op.elementwise:
-        raise ArgumentError(f"{op.name}: out overlaps an input in memory without being the same tensor; clone one of them")
+        raise ArgumentError(
+            f"{op.name}: out overlaps an input in memory without being the same tensor; clone one of them"
+        )
     if clash:
         # Anything but an elementwise kernel may read an input element after writing there.
         for o, f in zip(outs, op.forward(values)):
@@ -217,7 +235,9 @@ def _is_dense(t: Tensor) -> bool:
 
 def _internal_overlap(op: Op[..., Any], what: str, t: Tensor) -> None:
     if t.numel() and any(s == 0 and n > 1 for n, s in zip(t.shape, t.stride())):
-        raise ArgumentError(f"{op.name}: {what} is expanded, several elements share one memory location; clone it first")
+        raise ArgumentError(
+            f"{op.name}: {what} is expanded, several elements share one memory location; clone it first"
+        )
 
 
 def inplace_targets(op: Op[..., Any], targets: Sequence[Any], needs_grad: bool) -> None:
@@ -227,7 +247,9 @@ def inplace_targets(op: Op[..., Any], targets: Sequence[Any], needs_grad: bool) 
             raise DtypeError(f"{op.name}_: {name} must be a Tensor to be overwritten, given {describe(t)}")
         _internal_overlap(op, name, t)
         if t.requires_grad and t.is_leaf and torch.is_grad_enabled():
-            raise GradientError(f"{op.name}_: {name} is a leaf that requires a gradient; it cannot be overwritten in place")
+            raise GradientError(
+                f"{op.name}_: {name} is a leaf that requires a gradient; it cannot be overwritten in place"
+            )
 
 
 def inplace_overlap(op: Op[..., Any], targets: Sequence[Tensor], values: Sequence[Any]) -> None:
@@ -235,7 +257,9 @@ def inplace_overlap(op: Op[..., Any], targets: Sequence[Tensor], values: Sequenc
     for name, t in zip(op.writes, targets):
         for n, v in zip(op.params, values):
             if v is not t and isinstance(v, Tensor) and _overlap(t, v) == "partial":
-                raise ArgumentError(f"{op.name}_: {name} overlaps {n} in memory without being the same tensor; clone one of them")
+                raise ArgumentError(
+                    f"{op.name}_: {name} overlaps {n} in memory without being the same tensor; clone one of them"
+                )
 
 
 def inplace_results(

@@ -111,7 +111,9 @@ def _forward(case: Case, op: Op[..., Any], make: Make) -> str:
         launches = _launch.LAUNCHES.total()
         result = _attempt(op, sample)
         if isinstance(torch_result, Exception):
-            assert isinstance(result, GemskitError), f"{_show(sample)}: torch refuses ({torch_result}), gemskit gave {_brief(result)}"
+            assert isinstance(result, GemskitError), (
+                f"{_show(sample)}: torch refuses ({torch_result}), gemskit gave {_brief(result)}"
+            )
             refused += 1
             continue
         if isinstance(result, NoKernel) and _refusal(case):
@@ -143,7 +145,9 @@ def _gradient(case: Case, op: Op[..., Any], make: Make) -> str:
         exact = _attempt(lambda *a, **k: _grads(op, op.meaning, a, k, case.layout), _as64(sample))
         assert not isinstance(exact, Exception), exact
         for name, g in got.items():
-            assert (g is None) == (like[name] is None), f"{_show(sample)}: gradient of {name} is {g}, torch's {like[name]}"
+            assert (g is None) == (like[name] is None), (
+                f"{_show(sample)}: gradient of {name} is {g}, torch's {like[name]}"
+            )
             if g is not None:
                 _compare(op, [g], [like[name]], [exact[name]], sample, f"gradient of {name}")
     return "passed"
@@ -179,7 +183,9 @@ def _inplace(case: Case, op: Op[..., Any], make: Make) -> str:
             w.shape != t.shape or not torch.can_cast(w.dtype, t.dtype) for w, t in zip(_flat(want), targets)
         ):
             result = _attempt(op.inplace, sample)
-            assert isinstance(result, (GemskitError, RuntimeError)), f"{_show(sample)}: the result does not fit, but was written"
+            assert isinstance(result, (GemskitError, RuntimeError)), (
+                f"{_show(sample)}: the result does not fit, but was written"
+            )
             continue
         reference = _reference(op, sample)
         versions = [t._version for t in targets]
@@ -205,7 +211,9 @@ def _errors(case: Case, op: Op[..., Any], make: Make) -> str:
     for bad in ("text", object()):
         wrong = _replaced(op, sample, place, bad)
         error = _raises(ArgumentError, lambda: op(*wrong.args, **wrong.kwargs), f"{op.params[place]}={bad!r}")
-        assert op.name in str(error) and op.params[place] in str(error), f"the message does not say what is wrong: {error}"
+        assert op.name in str(error) and op.params[place] in str(error), (
+            f"the message does not say what is wrong: {error}"
+        )
     mixed = _replaced(op, sample, place, torch.empty(3, 5, 7, device="meta"))
     others = [v for v in (*sample.args, *sample.kwargs.values()) if isinstance(v, Tensor)]
     if len(others) > 1:
@@ -216,9 +224,10 @@ def _errors(case: Case, op: Op[..., Any], make: Make) -> str:
 def slack(op: Op[..., Any], dtype: torch.dtype, gradient: bool) -> float:
     """The error that always passes, relative to an element plus the root mean square.
 
-    Elementwise: 2 units, 4 for a gradient formula, which rounds more often. Where sums are taken in another order than torch's: 32 units of float32 and float64 (torch is its own
-    reference in float64; on these small samples its luck with one order is no bound, and an exponential turns the rounding
-    of a score s into s units); 4 of the halves, whose intermediate products are rounded to the input type by matrix units.
+    Elementwise: 2 units, 4 for a gradient formula, which rounds more often. Where sums are taken in another order than
+    torch's: 32 units of float32 and float64 (torch is its own reference in float64; on these small samples its luck with one
+    order is no bound, and an exponential turns the rounding of a score s into s units); 4 of the halves, whose intermediate
+    products are rounded to the input type by matrix units.
     """
     units = (4 if gradient else 2) if op.family == "pointwise" else 4 if dtype.itemsize == 2 else 32
     return units * torch.finfo(dtype).eps
@@ -306,7 +315,9 @@ def _compare(
         nan = torch.isnan(t64)
         # torch's vectorised CPU code turns gelu(inf) into NaN where its float64 does not: there either answer is right.
         sure = nan == torch.isnan(e64)
-        assert torch.equal(torch.isnan(g64)[sure], nan[sure]), f"{label}: NaN where torch has none or the reverse, {_first(g, t)}"
+        assert torch.equal(torch.isnan(g64)[sure], nan[sure]), (
+            f"{label}: NaN where torch has none or the reverse, {_first(g, t)}"
+        )
         nan |= torch.isnan(g64)
         inf = torch.isinf(t64) | torch.isinf(g64)
         # Where float64 is finite and torch's dtype overflows, rounding decides; both answers are right.
@@ -321,7 +332,9 @@ def _compare(
         scale = e64.abs() + e64.square().mean().sqrt().clamp_min(unit)
         mine, torchs = ((g64 - e64).abs() / scale).max().item(), ((t64 - e64).abs() / scale).max().item()
         allowed = max(1.5 * torchs, slack(op, g.dtype, what != "result"))
-        assert mine <= allowed, f"{label}: error {mine:.3g}, torch's {torchs:.3g}, allowed {allowed:.3g}; {_first(g, t)}"
+        assert mine <= allowed, (
+            f"{label}: error {mine:.3g}, torch's {torchs:.3g}, allowed {allowed:.3g}; {_first(g, t)}"
+        )
 
 
 def _first(g: Tensor, t: Tensor) -> str:
@@ -359,7 +372,7 @@ def _replaced(op: Op[..., Any], sample: Sample, place: int, value: Any) -> Sampl
 
 
 def _flat(result: Any) -> list[Tensor]:
-    return [r for r in result] if isinstance(result, tuple) else [result]
+    return list(result) if isinstance(result, tuple) else [result]
 
 
 def _tensors(sample: Sample) -> list[Tensor]:
@@ -393,7 +406,10 @@ REFUSED: tuple[tuple[tuple[str, ...], tuple[torch.dtype, ...], str], ...] = (
 
 #: Checks that say nothing, and why: (operator, kind) -> reason.
 EXEMPT: dict[tuple[str, str], str] = {
-    ("scaled_dot_product_attention", "special"): "torch's backends differ among each other on NaN and inf (the CPU one turns a "
+    (
+        "scaled_dot_product_attention",
+        "special",
+    ): "torch's backends differ among each other on NaN and inf (the CPU one turns a "
     "NaN row into zeros, the math one spreads a NaN that causality skips); tests/test_attention.py pins ours",
 }
 

@@ -53,7 +53,9 @@ def common_dtype(values: Iterable[Tensor | Number]) -> torch.dtype:
             rank, dtype = (0 if v.ndim else 1), v.dtype
         else:
             rank = 2
-            dtype = torch.bool if isinstance(v, bool) else torch.int64 if isinstance(v, int) else torch.get_default_dtype()
+            dtype = (
+                torch.bool if isinstance(v, bool) else torch.int64 if isinstance(v, int) else torch.get_default_dtype()
+            )
         seen = found[rank]
         found[rank] = dtype if seen is None else torch.promote_types(seen, dtype)
     result: torch.dtype | None = None

@@ -173,9 +173,7 @@ class GridBuilder(Memory, stock.InterpreterBuilder):  # type: ignore[misc]
         return self.binary_op(self.binary_op(x, low, small), high, large)
 
     def create_dot(self, a: Any, b: Any, acc: Any, *_: Any) -> Any:
-        x, y = (
-            numerics.widen(h.data, h.dtype.scalar) if h.dtype.scalar in numerics.SMALL else h.data for h in (a, b)
-        )
+        x, y = (numerics.widen(h.data, h.dtype.scalar) if h.dtype.scalar in numerics.SMALL else h.data for h in (a, b))
         return Handle(numerics.dot(x, y, acc.data), acc.dtype.scalar)
 
     def create_extern_elementwise(self, lib: str, path: str, symbol: str, args: list[Any], ret: Any, pure: bool) -> Any:

@@ -15,7 +15,9 @@ Strides: TypeAlias = tuple[int, ...]
 def broadcast_strides(t: Tensor, shape: Sequence[int]) -> Strides:
     """The strides of ``t`` seen in ``shape``; 0 where it is broadcast."""
     lead = len(shape) - t.ndim
-    return (0,) * lead + tuple(0 if n == 1 and shape[lead + d] != 1 else s for d, (n, s) in enumerate(zip(t.shape, t.stride())))
+    return (0,) * lead + tuple(
+        0 if n == 1 and shape[lead + d] != 1 else s for d, (n, s) in enumerate(zip(t.shape, t.stride()))
+    )
 
 
 def contiguous(sizes: Sequence[int]) -> Strides:

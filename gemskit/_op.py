@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from typing_extensions import ParamSpec
 
-from gemskit import _checks, _launch
+from gemskit import _checks, _launch, backends
 from gemskit._checks import describe
 from gemskit.errors import ArgumentError, DeclarationError, GradientError, NoKernel
 
@@ -81,7 +81,9 @@ class Op(Generic[P, R]):
         #: Parameters that take tensors (or numbers that stand for one).
         self.tensors = tuple(n for n in self.params if "Tensor" in kinds[n])
         #: Numbers that only the launch needs: their values never make a new plan or kernel.
-        self.scalars = tuple(n for n in self.params if n not in self.tensors and kinds[n].split(" | ")[0] in ("float", "Number"))
+        self.scalars = tuple(
+            n for n in self.params if n not in self.tensors and kinds[n].split(" | ")[0] in ("float", "Number")
+        )
         #: The tensors that the in-place variant overwrites, one for each output.
         self.writes = tuple(writes) or self.tensors[:1]
         #: Parameters that take floating-point tensors only (torch finds out in its kernels, so a meta run does not).
@@ -110,9 +112,7 @@ class Op(Generic[P, R]):
         self._free = fn
         return fn
 
-    def gradient_by(
-        self, fn: Callable[..., Mapping[str, Tensor | None]]
-    ) -> Callable[..., Mapping[str, Tensor | None]]:
+    def gradient_by(self, fn: Callable[..., Mapping[str, Tensor | None]]) -> Callable[..., Mapping[str, Tensor | None]]:
         """Attach a gradient written with other operators.
 
         ``fn`` names what it needs: ``grad`` (or ``grads``), parameters, ``out`` (or ``outs``), what the kernel kept, and
@@ -184,7 +184,9 @@ class Op(Generic[P, R]):
             found = _Differentiable.apply(self, True, *values)  # type: ignore[no-untyped-call]
             return found if isinstance(found, Tensor) else self._tuple(found)
         if needs_grad and any(t.requires_grad for t in targets):
-            raise GradientError(f"{self.name}_: its result has no gradient, but what it overwrites takes part in autograd; detach it")
+            raise GradientError(
+                f"{self.name}_: its result has no gradient, but what it overwrites takes part in autograd; detach it"
+            )
         self.forward(values, targets)
         return targets[0] if len(targets) == 1 else targets
 
@@ -224,7 +226,9 @@ class Op(Generic[P, R]):
         self._run(plan, outs, values, keep)
         return outs
 
-    def _run(self, plan: Plan, outs: tuple[Tensor, ...], values: tuple[Any, ...], keep: dict[str, Tensor] | None) -> None:
+    def _run(
+        self, plan: Plan, outs: tuple[Tensor, ...], values: tuple[Any, ...], keep: dict[str, Tensor] | None
+    ) -> None:
         if _launch._recording:
             _launch._op.append(self.name)
             try:
@@ -235,7 +239,11 @@ class Op(Generic[P, R]):
             plan.run(outs, keep, dict(zip(self.params, values)))
 
     def _planned(self, values: tuple[Any, ...], outs: tuple[Tensor, ...] | None) -> Plan:
-        key = (*map(_key, self.params, values, [n in self.scalars for n in self.params]), outs and tuple(map(_layout, outs)))
+        key = (
+            *map(_key, self.params, values, [n in self.scalars for n in self.params]),
+            outs and tuple(map(_layout, outs)),
+            backends.forced(),
+        )
         plan = self._plans.get(key)
         if plan is None:
             plan = self._make_plan(values, outs)
@@ -303,7 +311,8 @@ def _ordering(op: Op[Any, Any]) -> Callable[..., tuple[tuple[Any, ...], Any]]:
         else:
             defaults[f"_{n}"] = p.default
             parts.append(f"{n}=_{n}")
-    text = f"def {op.name}({', '.join(parts)}): return ({' '.join(n + ',' for n in op.params)}), {'out' if op.has_out else 'None'}"
+    values = " ".join(f"{n}," for n in op.params)
+    text = f"def {op.name}({', '.join(parts)}): return ({values}), {'out' if op.has_out else 'None'}"
     exec(text, defaults)
     return defaults[op.name]  # type: ignore[no-any-return]
 
@@ -337,7 +346,8 @@ class _Differentiable(torch.autograd.Function):
         ctx.names = [n for n, v in save.items() if isinstance(v, Tensor)]
         ctx.rest = {n: v for n, v in save.items() if not isinstance(v, Tensor)}
         ctx.save_for_backward(*(save[n] for n in ctx.names))
-        return outs if len(outs) > 1 else outs[0]
+        (first, *others) = outs
+        return outs if others else first
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
@@ -345,7 +355,7 @@ class _Differentiable(torch.autograd.Function):
         op: Op[..., Any] = ctx.op
         have = {**ctx.rest, **dict(zip(ctx.names, ctx.saved_tensors))}
         needs = {n for n, need in zip(op.params, ctx.needs_input_grad[2:]) if need}
-        have.update(grad=grads[0], grads=grads, needs=needs)
+        have.update(grad=next(iter(grads)), grads=grads, needs=needs)
         if "outs" in op._saves:
             have["outs"] = tuple(v for n, v in have.items() if n.startswith("out"))
         assert op._vjp is not None

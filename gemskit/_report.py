@@ -33,5 +33,7 @@ def _commit() -> str:
     root = Path(__file__).parent.parent
     if "GEMSKIT_COMMIT" in os.environ:  # where the sources were copied without their history
         return os.environ["GEMSKIT_COMMIT"]
-    found = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     return found.stdout.strip() or "unknown"

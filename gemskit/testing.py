@@ -72,7 +72,9 @@ class Make:
             return torch.rand(shape, generator=self.generator) > 0.5
         if not dtype.is_floating_point:
             least = 0 if dtype == torch.uint8 else -9
-            return torch.randint(int(least if low is None else low), int(10 if high is None else high), shape, generator=self.generator).to(dtype)
+            return torch.randint(
+                int(least if low is None else low), int(10 if high is None else high), shape, generator=self.generator
+            ).to(dtype)
         if low is None and high is None:
             return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype)
         lo, hi = (0.0 if low is None else low), (1.0 if high is None else high)

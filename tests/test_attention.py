@@ -28,8 +28,16 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None,
-              keep: Tensor | None, p: float) -> Tensor:
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    keep: Tensor | None,
+    p: float,
+) -> Tensor:
     if k.dim() > 2 and q.shape[-3] % k.shape[-3] == 0:
         k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
         v = v.repeat_interleave(q.shape[-3] // v.shape[-3], -3)
@@ -42,9 +50,20 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
     return (weights if keep is None else weights * keep / (1 - p)) @ v
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False,
-          scale: float | None = None, p: float = 0.0, seed: Tensor | None = None, keep: Tensor | None = None,
-          out: Tensor | None = None, grads: list[Tensor] | None = None, config: dict[str, int] = CONFIG) -> None:
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    keep: Tensor | None = None,
+    out: Tensor | None = None,
+    grads: list[Tensor] | None = None,
+    config: dict[str, int] = CONFIG,
+) -> None:
     leaves = [t.detach().double().requires_grad_() for t in (q, k, v)]
     added = mask
     if mask is not None and mask.dtype != torch.bool:
@@ -61,8 +80,25 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: b
     attention.forward(q, k, v, mask, p, causal, scale, True, out=out, lse=lse, seed=seed, config=config)
     got = grads or [torch.full(t.shape, math.nan, dtype=t.dtype) for t in (q, k, v)]
     to_mask = torch.full_like(mask, math.nan) if len(leaves) == 4 and mask is not None else None
-    attention.backward(grad, q, k, v, mask, out, lse, p, causal, scale, True, grad_query=got[0], grad_key=got[1],
-                       grad_value=got[2], grad_mask=to_mask, seed=seed, config=config)
+    attention.backward(
+        grad,
+        q,
+        k,
+        v,
+        mask,
+        out,
+        lse,
+        p,
+        causal,
+        scale,
+        True,
+        grad_query=got[0],
+        grad_key=got[1],
+        grad_value=got[2],
+        grad_mask=to_mask,
+        seed=seed,
+        config=config,
+    )
     tolerance = TOLERANCE[q.dtype]
     torch.testing.assert_close(out.double(), want.detach(), rtol=0, atol=tolerance * max(1, want.abs().max().item()))
     for a, b in zip([*got, *([] if to_mask is None else [to_mask])], wanted, strict=True):
@@ -76,8 +112,13 @@ def test_lengths(causal: bool, length: int, size: int) -> None:
 
 
 def test_long() -> None:
-    check(random(1, 1, 400, 16), random(1, 1, 400, 16, seed=1), random(1, 1, 400, 16, seed=2), causal=True,
-          config={"m": 128, "n": 64, "warps": 4, "stages": 1})
+    check(
+        random(1, 1, 400, 16),
+        random(1, 1, 400, 16, seed=1),
+        random(1, 1, 400, 16, seed=2),
+        causal=True,
+        config={"m": 128, "n": 64, "warps": 4, "stages": 1},
+    )
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -122,11 +163,17 @@ def test_layouts() -> None:
     check(q, k[..., :1, :].expand(2, 3, 45, 32), v)
 
 
-@pytest.mark.parametrize("shapes", [
-    ((7, 8), (9, 8), (9, 8)), ((2, 7, 8), (2, 9, 8), (2, 9, 8)), ((2, 4, 7, 8), (1, 1, 9, 8), (2, 1, 9, 8)),
-    ((3, 2, 4, 7, 8), (3, 2, 4, 9, 8), (3, 2, 4, 9, 8)), ((3, 2, 2, 7, 8), (2, 2, 9, 8), (1, 2, 2, 9, 8)),
-    ((1, 2, 7, 8), (3, 2, 9, 8), (3, 2, 9, 8)),
-])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((7, 8), (9, 8), (9, 8)),
+        ((2, 7, 8), (2, 9, 8), (2, 9, 8)),
+        ((2, 4, 7, 8), (1, 1, 9, 8), (2, 1, 9, 8)),
+        ((3, 2, 4, 7, 8), (3, 2, 4, 9, 8), (3, 2, 4, 9, 8)),
+        ((3, 2, 2, 7, 8), (2, 2, 9, 8), (1, 2, 2, 9, 8)),
+        ((1, 2, 7, 8), (3, 2, 9, 8), (3, 2, 9, 8)),
+    ],
+)
 def test_shapes(shapes: tuple[tuple[int, ...], ...]) -> None:
     check(*(random(*s, seed=i) for i, s in enumerate(shapes)))
 
@@ -135,13 +182,19 @@ def test_dropout_is_one_mask() -> None:
     q, k = random(1, 2, 40, 16), random(1, 2, 45, 16)
     seed, out, lse = torch.tensor([3]), torch.empty(1, 2, 40, 45), torch.empty(1, 2, 40)
     identity = torch.eye(45).expand(1, 2, 45, 45)
-    attention.forward(q, k, identity, None, 0.3, False, None, False, out=out, lse=lse, seed=seed,
-                      config=CONFIG)
+    attention.forward(q, k, identity, None, 0.3, False, None, False, out=out, lse=lse, seed=seed, config=CONFIG)
     keep = (out != 0).double()
     assert abs(keep.mean().item() - 0.7) < 0.03
     check(q, k, random(1, 2, 45, 16, seed=1), p=0.3, seed=seed, keep=keep)
-    check(q, k, random(1, 2, 45, 16, seed=1), p=0.3, seed=seed, keep=keep,
-          config={"m": 16, "n": 64, "warps": 4, "stages": 1})
+    check(
+        q,
+        k,
+        random(1, 2, 45, 16, seed=1),
+        p=0.3,
+        seed=seed,
+        keep=keep,
+        config={"m": 16, "n": 64, "warps": 4, "stages": 1},
+    )
 
 
 def test_special_values() -> None:
@@ -161,13 +214,27 @@ def test_negative_scale() -> None:
 
 
 @pytest.mark.parametrize(
-    "shapes", [((1, 2, 0, 8), (1, 2, 9, 8)), ((1, 2, 7, 8), (1, 2, 0, 8)), ((0, 2, 7, 8), (0, 2, 9, 8))])
+    "shapes", [((1, 2, 0, 8), (1, 2, 9, 8)), ((1, 2, 7, 8), (1, 2, 0, 8)), ((0, 2, 7, 8), (0, 2, 9, 8))]
+)
 def test_empty(shapes: tuple[tuple[int, ...], ...]) -> None:
     q, k, v = torch.ones(shapes[0]), torch.ones(shapes[1]), torch.ones(shapes[1])
     out, lse = torch.full(q.shape, math.nan), torch.full(q.shape[:-1], math.nan)
     arguments = (0.0, False, None, False)
     attention.forward(q, k, v, None, *arguments, out=out, lse=lse, seed=None, config=CONFIG)
     grads = [torch.full(t.shape, math.nan) for t in (q, k, v)]
-    attention.backward(out, q, k, v, None, out, lse, *arguments, grad_query=grads[0], grad_key=grads[1],
-                       grad_value=grads[2], seed=None, config=CONFIG)
+    attention.backward(
+        out,
+        q,
+        k,
+        v,
+        None,
+        out,
+        lse,
+        *arguments,
+        grad_query=grads[0],
+        grad_key=grads[1],
+        grad_value=grads[2],
+        seed=None,
+        config=CONFIG,
+    )
     assert all((t == 0).all() for t in (out, *grads))

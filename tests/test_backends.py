@@ -415,5 +415,5 @@ def test_use_arch_forces_a_row_in_this_thread_only(two_gpus: list[int]) -> None:
 
 
 def test_an_unknown_row_is_refused() -> None:
-    with pytest.raises(VendorError, match="'sm_13' is no architecture; accepted: .*sm_90"):
+    with pytest.raises(VendorError, match=r"'sm_13' is no architecture; accepted: .*sm_90"):
         backends.find_arch("sm_13")

@@ -42,6 +42,7 @@ def square(x):
 
 # ---- control flow ----------------------------------------------------------------------------------------------------
 
+
 @triton.jit
 def divergent_kernel(x, n, B: tl.constexpr):
     pid = tl.program_id(0)

@@ -30,7 +30,19 @@ def _seed() -> None:
 
 @triton.jit
 def typed_kernel(
-    o, kinds, s: tl.float64, n: tl.int64, d: fp64, h: tl.float16, f, b, small, big, huge, one, none  # noqa: F821
+    o,
+    kinds,
+    s: tl.float64,
+    n: tl.int64,
+    d: fp64,  # noqa: F821
+    h: tl.float16,
+    f,
+    b,
+    small,
+    big,
+    huge,
+    one,
+    none,
 ):
     tl.store(o, s * n * d)
     tl.store(o + 1, h)
@@ -250,8 +262,6 @@ def test_tensor_descriptors():
     o.zero_()
     run(device_descriptor_kernel, (2,), (x, o, 30, 32, 16, 32))
     assert torch.equal(o, x * 2)
-
-
 
 
 def test_what_is_no_kernel_is_refused():

@@ -445,5 +445,3 @@ def test_histogram():
     o = torch.zeros(64, dtype=torch.int32)
     run(histogram_kernel, (8,), (x, o, 1000, 128, 64))
     assert torch.equal(o, torch.bincount(x, minlength=64).int())
-
-

@@ -89,6 +89,11 @@ def use_arch(row: Arch | str) -> Generator[Arch, None, None]:
         _forced.reset(token)
 
 
+def forced() -> Arch | None:
+    """The row that `use_arch` forces here, which plans made under it are kept apart by."""
+    return _forced.get()
+
+
 def arch(device: torch.device | None = None) -> Arch:
     """The architecture row of ``device``, of the current device if None.
 

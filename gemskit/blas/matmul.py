@@ -88,7 +88,7 @@ def _times(grad: Tensor, factor: Number, shape: tuple[int, ...]) -> Tensor:
     """``factor * grad``, summed to ``shape``."""
     named, compute = {"grad": grad, "factor": factor}, compute_type(grad.dtype)
     if shape != grad.shape:
-        return _SCALED_SUM.to_shape(named, grad.shape, shape, grad.dtype, compute)
+        return _SCALED_SUM.to_shape(named, grad.shape, (shape, grad.dtype), compute)
     if factor == 1:
         return grad
     out = torch.empty_like(grad)
@@ -154,5 +154,5 @@ def _(grad: Tensor, input: Tensor, weight: Tensor, needs: set[str], like: Like) 
         found["weight"] = mm(_rows(grad).mT, _rows(input))
     if "bias" in needs:
         compute = compute_type(grad.dtype)
-        found["bias"] = _ROW_SUM.to_shape({"grad": grad}, grad.shape, *like["bias"], compute)
+        found["bias"] = _ROW_SUM.to_shape({"grad": grad}, grad.shape, like["bias"], compute)
     return found

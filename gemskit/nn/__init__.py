@@ -1,21 +1,21 @@
 """Fused model operators and nn.Module drop-ins."""
 
+from gemskit.nn.attention import scaled_dot_product_attention as scaled_dot_product_attention
 from gemskit.nn.embedding import embedding as embedding
 from gemskit.nn.gates import gelu_and_mul as gelu_and_mul
 from gemskit.nn.gates import silu_and_mul as silu_and_mul
+from gemskit.nn.loss import cross_entropy as cross_entropy
 from gemskit.nn.modules import LayerNorm as LayerNorm
 from gemskit.nn.modules import RMSNorm as RMSNorm
 from gemskit.nn.modules import RotaryEmbedding as RotaryEmbedding
 from gemskit.nn.modules import SiluAndMul as SiluAndMul
-from gemskit.nn.rotary import apply_rotary_pos_emb as apply_rotary_pos_emb
-from gemskit.nn.rotary import apply_rotary_pos_emb_ as apply_rotary_pos_emb_
-from gemskit.nn.loss import cross_entropy as cross_entropy
 from gemskit.nn.norm import add_rms_norm as add_rms_norm
 from gemskit.nn.norm import fused_add_rms_norm as fused_add_rms_norm
 from gemskit.nn.norm import fused_add_rms_norm_ as fused_add_rms_norm_
 from gemskit.nn.norm import layer_norm as layer_norm
 from gemskit.nn.norm import rms_norm as rms_norm
 from gemskit.nn.norm import skip_layer_norm as skip_layer_norm
+from gemskit.nn.rotary import apply_rotary_pos_emb as apply_rotary_pos_emb
+from gemskit.nn.rotary import apply_rotary_pos_emb_ as apply_rotary_pos_emb_
 from gemskit.nn.softmax import log_softmax as log_softmax
 from gemskit.nn.softmax import softmax as softmax
-from gemskit.nn.attention import scaled_dot_product_attention as scaled_dot_product_attention

@@ -190,7 +190,7 @@ def _key_steps(grad_key, grad_value, keys, values, query, q_h, q_m, q_d, grad, g
     TYPE: tl.constexpr = grad_key.dtype
     local, e, ev = tl.arange(0, M), tl.arange(0, E), tl.arange(0, EV)
     # One loop over heads and row tiles: a nested one would keep a second set of pointers in registers.
-    for index in range(0, group * count):
+    for index in range(group * count):
         member, step = tl.cast(index // count, tl.int64), first + index % count
         queries_at, grads_at, number = query + member * q_h, grad + member * g_h, plane + member
         mask_at = mask

@@ -115,7 +115,7 @@ class RowGradient:
         for n, fold in self.folds.items():
             if n in needs:
                 want, dtype = like[n]
-                found[n] = fold.to_shape(named, shape, want, dtype, compute)
+                found[n] = fold.to_shape(named, shape, (want, dtype), compute)
         return found
 
 

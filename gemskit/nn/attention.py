@@ -45,7 +45,9 @@ def _(
     (out,) = outs
     rows = out.shape[:-1]
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    lse = torch.empty((math.prod(rows[:-2]), *rows[-2:]) if len(rows) > 1 else (1, 1, *rows), dtype=wide, device=out.device)
+    lse = torch.empty(
+        (math.prod(rows[:-2]), *rows[-2:]) if len(rows) > 1 else (1, 1, *rows), dtype=wide, device=out.device
+    )
     # Drawn on the device, without a host read, so that a captured graph draws anew on every replay.
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=out.device) if dropout_p else None
     host.forward(

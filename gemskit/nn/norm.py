@@ -221,8 +221,8 @@ def _(
 def rms_norm(input: Tensor, normalized_shape: Shape, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     """``input / sqrt(mean(input**2) + eps) * weight`` over the trailing ``normalized_shape``, in ``input``'s dtype.
 
-    ``eps=None`` is the machine epsilon of the type computed in: float32's for halves. Source:
-    ``torch.nn.functional.rms_norm`` (Zhang and Sennrich 2019).
+    ``eps=None`` is the machine epsilon of the type computed in: float32's for halves.
+    Source: ``torch.nn.functional.rms_norm`` (Zhang and Sennrich 2019).
     """
     return F.rms_norm(input, normalized_shape, weight, eps)
 

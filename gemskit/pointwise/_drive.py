@@ -186,7 +186,13 @@ class Pointwise(Op[P, R]):
     _formula: Elementwise | None = None
 
     def __init__(
-        self, meaning: Callable[P, R], *, keep: Sequence[str] = (), results: int = 1, rounds: bool = False, **options: Any
+        self,
+        meaning: Callable[P, R],
+        *,
+        keep: Sequence[str] = (),
+        results: int = 1,
+        rounds: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__(meaning, **options)
         self.keep, self.results, self.rounds = tuple(keep), results, rounds
@@ -224,7 +230,7 @@ class Pointwise(Op[P, R]):
                 found.update(zip(whole, outs))
             for n in of:
                 if n in needs and n not in found:
-                    found[n] = folds[n].to_shape(named, shape, *like[n], compute)
+                    found[n] = folds[n].to_shape(named, shape, like[n], compute)
             return found
 
         self.set_gradient(vjp, ("needs", "like", *names), of)
@@ -259,7 +265,12 @@ class Pointwise(Op[P, R]):
 
 
 def pointwise(
-    *, aten: str | None = None, keep: Sequence[str] = (), results: int = 1, random: bool = False, floats: Sequence[str] = (),
+    *,
+    aten: str | None = None,
+    keep: Sequence[str] = (),
+    results: int = 1,
+    random: bool = False,
+    floats: Sequence[str] = (),
     rounds: bool = False,
 ) -> Callable[[Callable[P, R]], Pointwise[P, R]]:
     """Declare an elementwise operator. Attach its formula with ``@op.formula`` and its gradient with ``@op.gradient``.
@@ -273,4 +284,6 @@ def pointwise(
         rounds: whether numbers are rounded to the promoted dtype first, as in torch's comparisons of half types; in
             arithmetic they keep the precision computed in.
     """
-    return functools.partial(Pointwise, aten=aten, keep=keep, results=results, random=random, floats=floats, rounds=rounds)
+    return functools.partial(
+        Pointwise, aten=aten, keep=keep, results=results, random=random, floats=floats, rounds=rounds
+    )

@@ -102,9 +102,10 @@ class Fold:
         return cls(name, map=formula, combine=language.add, identity=(0,), keep=keep, wrap=wrap)
 
     def to_shape(
-        self, named: Named, shape: Sequence[int], want: Sequence[int], dtype: torch.dtype, compute: torch.dtype
+        self, named: Named, shape: Sequence[int], like: tuple[Sequence[int], torch.dtype], compute: torch.dtype
     ) -> Tensor:
-        """Fold the space ``shape`` down to ``want``, the shape of an operand that was broadcast into it."""
+        """Fold the space ``shape`` down to an operand that was broadcast into it, given its shape and dtype."""
+        want, dtype = like
         lead = len(shape) - len(want)
         dims = [d for d in range(len(shape)) if d < lead or want[d - lead] == 1 != shape[d]]
         device = next(v.device for v in named.values() if isinstance(v, Tensor))

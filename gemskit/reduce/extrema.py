@@ -199,7 +199,7 @@ def _to_ties(kernels: tuple[Fold, Elementwise], grad: Tensor, input: Tensor, out
     count, share = kernels
     compute = compute_type(input.dtype)
     named = {"grad": grad, "input": input, "out": out}
-    named["hits"] = count.to_shape(named, input.shape, out.shape, compute, compute)
+    named["hits"] = count.to_shape(named, input.shape, (out.shape, compute), compute)
     dx = torch.empty_like(input)
     share.plan(named, [dx], compute)([dx], named)
     return {"input": dx}

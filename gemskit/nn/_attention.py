@@ -19,8 +19,10 @@ _LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _tile(base, start, rows, row_stride, cols, col_stride, limit, WIDTH: tl.constexpr, PADDED: tl.constexpr, EDGE:
-        tl.constexpr, WIDE: tl.constexpr):
+def _tile(
+    base, start, rows, row_stride, cols, col_stride, limit,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, EDGE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """Rows ``start + rows`` below ``limit`` and columns below WIDTH of a matrix, zero elsewhere."""
     if WIDE:  # int64 costs two registers an offset: only where one tile reaches past 2^31 elements
         rows_wide, cols_wide = rows.to(tl.int64), cols.to(tl.int64)
@@ -62,8 +64,9 @@ def _factor(scale, scale_low, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _masked(scores, rows, cols, mask, mask_m, mask_n, length, size, MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE:
-        tl.constexpr):
+def _masked(
+    scores, rows, cols, mask, mask_m, mask_n, length, size, MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr
+):
     """Scores in base 2 with the mask applied: MASK 1 is boolean, 2 is added; EDGE bounds columns and the diagonal."""
     if MASK != 0:
         at = mask + (rows.to(tl.int64) * mask_m + cols.to(tl.int64) * mask_n)
@@ -87,10 +90,16 @@ def _kept(seed, plane, rows, cols, length, size, dropout):
 
 
 @triton.jit
-def _forward_steps(acc, total, peak, query, key, k_n, k_d, value, v_n, v_d, mask, mask_m, mask_n, seed, plane, rows,
-        first, last, length, size, factor, dropout, HEAD: tl.constexpr, E: tl.constexpr, VALUE: tl.constexpr, EV:
-        tl.constexpr, N: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr, DROPOUT:
-        tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr):
+def _forward_steps(
+    acc, total, peak,
+    query, key, k_n, k_d, value, v_n, v_d,
+    mask, mask_m, mask_n,
+    seed, plane, rows,
+    first, last, length, size, factor, dropout,
+    HEAD: tl.constexpr, E: tl.constexpr, VALUE: tl.constexpr, EV: tl.constexpr, N: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     local, e, ev = tl.arange(0, N), tl.arange(0, E), tl.arange(0, EV)
     for start in range(first, last, N):
         keys = _tile(key, start, local[None, :], k_n, e[:, None], k_d, size, HEAD, E, EDGE, WIDE)
@@ -114,11 +123,16 @@ def _forward_steps(acc, total, peak, query, key, k_n, k_d, value, v_n, v_d, mask
 
 
 @triton.jit
-def forward_kernel(query, key, value, mask, out, lse, seed, q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
-        mask_b, mask_h, mask_m, mask_n, o_b, o_h, o_m, o_d, heads, group, length, size, scale, scale_low, dropout,
-        kept_scale, HEAD: tl.constexpr, E: tl.constexpr, VALUE: tl.constexpr, EV: tl.constexpr, M: tl.constexpr, N:
-        tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE:
-        tl.constexpr):
+def forward_kernel(
+    query, key, value, mask, out, lse, seed,
+    q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
+    mask_b, mask_h, mask_m, mask_n, o_b, o_h, o_m, o_d,
+    heads, group, length, size,
+    scale, scale_low, dropout, kept_scale,
+    HEAD: tl.constexpr, E: tl.constexpr, VALUE: tl.constexpr, EV: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     TYPE: tl.constexpr = lse.dtype.element_ty
     tiles = tl.cdiv(length, M)
     plane = tl.program_id(0) // tiles
@@ -143,12 +157,26 @@ def forward_kernel(query, key, value, mask, out, lse, seed, q_b, q_h, q_m, q_d, 
     if CAUSAL:
         last = tl.minimum(size, start + M)
         whole = tl.minimum(whole, (start + 1) // N * N)
-    acc, total, peak = _forward_steps(acc, total, peak, queries, key, k_n, k_d, value, v_n, v_d, mask, mask_m, mask_n,
-            number, plane, rows, 0, whole, length, size, factor, dropout, HEAD, E, VALUE, EV, N, MASK, CAUSAL, False,
-            DROPOUT, PRECISION, WIDE)
-    acc, total, peak = _forward_steps(acc, total, peak, queries, key, k_n, k_d, value, v_n, v_d, mask, mask_m, mask_n,
-            number, plane, rows, whole, last, length, size, factor, dropout, HEAD, E, VALUE, EV, N, MASK, CAUSAL, True,
-            DROPOUT, PRECISION, WIDE)
+    acc, total, peak = _forward_steps(
+        acc, total, peak,
+        queries, key, k_n, k_d, value, v_n, v_d,
+        mask, mask_m, mask_n,
+        number, plane, rows,
+        0, whole, length, size, factor, dropout,
+        HEAD, E, VALUE, EV, N,
+        MASK, CAUSAL, False,
+        DROPOUT, PRECISION, WIDE,
+    )  # fmt: skip
+    acc, total, peak = _forward_steps(
+        acc, total, peak,
+        queries, key, k_n, k_d, value, v_n, v_d,
+        mask, mask_m, mask_n,
+        number, plane, rows,
+        whole, last, length, size, factor, dropout,
+        HEAD, E, VALUE, EV, N,
+        MASK, CAUSAL, True,
+        DROPOUT, PRECISION, WIDE,
+    )  # fmt: skip
     safe = tl.where(total == 0.0, 1.0, total)  # a row with no key gives 0, as torch's safe softmax
     result = acc * (1.0 / safe)[:, None]
     if DROPOUT:
@@ -158,17 +186,23 @@ def forward_kernel(query, key, value, mask, out, lse, seed, q_b, q_h, q_m, q_d, 
 
 
 @triton.jit
-def delta_kernel(out, grad, delta, o_b, o_h, o_m, o_d, g_b, g_h, g_m, g_d, heads, length, VALUE: tl.constexpr, EV:
-        tl.constexpr, M: tl.constexpr, WIDE: tl.constexpr):
+def delta_kernel(
+    out, grad, delta,
+    o_b, o_h, o_m, o_d, g_b, g_h, g_m, g_d,
+    heads, length,
+    VALUE: tl.constexpr, EV: tl.constexpr, M: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     TYPE: tl.constexpr = delta.dtype.element_ty
     tiles = tl.cdiv(length, M)
     plane, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * M
     batch, head = (plane // heads).to(tl.int64), (plane % heads).to(tl.int64)
     local, ev = tl.arange(0, M), tl.arange(0, EV)
-    left = _tile(out + batch * o_b + head * o_h, start, local[:, None], o_m, ev[None, :], o_d, length, VALUE, EV, True,
-            WIDE)
-    right = _tile(grad + batch * g_b + head * g_h, start, local[:, None], g_m, ev[None, :], g_d, length, VALUE, EV,
-            True, WIDE)
+    left = _tile(
+        out + batch * o_b + head * o_h, start, local[:, None], o_m, ev[None, :], o_d, length, VALUE, EV, True, WIDE
+    )
+    right = _tile(
+        grad + batch * g_b + head * g_h, start, local[:, None], g_m, ev[None, :], g_d, length, VALUE, EV, True, WIDE
+    )
     rows = start + local
     total = tl.sum(left.to(TYPE) * right.to(TYPE), 1)
     tl.store(delta + tl.cast(plane, tl.int64) * length + rows, total, mask=rows < length)
@@ -182,11 +216,19 @@ def _weights(scores, lse):
 
 
 @triton.jit
-def _key_steps(grad_key, grad_value, keys, values, query, q_h, q_m, q_d, grad, g_h, g_m, g_d, mask, mask_h, mask_m,
-        mask_n, lse, delta, seed, plane, cols, group, first, count, diagonal, jump, length, size, factor, dropout,
-        kept_scale, HEAD: tl.constexpr, E: tl.constexpr, VALUE: tl.constexpr, EV: tl.constexpr, M: tl.constexpr, MASK:
-        tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE:
-        tl.constexpr, KEY_GRAD: tl.constexpr, VALUE_GRAD: tl.constexpr):
+def _key_steps(
+    grad_key, grad_value, keys, values,
+    query, q_h, q_m, q_d, grad, g_h, g_m, g_d,
+    mask, mask_h, mask_m, mask_n,
+    lse, delta,
+    seed, plane, cols, group,
+    first, count, diagonal, jump,
+    length, size, factor, dropout, kept_scale,
+    HEAD: tl.constexpr, E: tl.constexpr, VALUE: tl.constexpr, EV: tl.constexpr, M: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    KEY_GRAD: tl.constexpr, VALUE_GRAD: tl.constexpr,
+):  # fmt: skip
     TYPE: tl.constexpr = grad_key.dtype
     local, e, ev = tl.arange(0, M), tl.arange(0, E), tl.arange(0, EV)
     # One loop over heads and row tiles: a nested one would keep a second set of pointers in registers.
@@ -203,8 +245,9 @@ def _key_steps(grad_key, grad_value, keys, values, query, q_h, q_m, q_d, grad, g
         queries = _tile(queries_at, start, local[:, None], q_m, e[None, :], q_d, length, HEAD, E, EDGE, WIDE)
         scores = tl.zeros((cols.shape[0], M), TYPE)
         scores = tl.dot(keys, queries.T, scores, input_precision=PRECISION, out_dtype=TYPE) * factor
-        scores = _masked(scores, rows[None, :], cols[:, None], mask_at, mask_m, mask_n, length, size, MASK, CAUSAL,
-                EDGE)
+        scores = _masked(
+            scores, rows[None, :], cols[:, None], mask_at, mask_m, mask_n, length, size, MASK, CAUSAL, EDGE
+        )
         weights = _weights(scores, _line(lse + number * length, start, local, length, EDGE)[None, :])
         grads = _tile(grads_at, start, local[:, None], g_m, ev[None, :], g_d, length, VALUE, EV, EDGE, WIDE)
         if DROPOUT:
@@ -223,12 +266,19 @@ def _key_steps(grad_key, grad_value, keys, values, query, q_h, q_m, q_d, grad, g
 
 
 @triton.jit
-def key_value_kernel(query, key, value, mask, grad, lse, delta, grad_key, grad_value, seed, q_b, q_h, q_m, q_d, k_b,
-        k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_b, mask_h, mask_m, mask_n, g_b, g_h, g_m, g_d, gk_b, gk_h, gk_n, gk_d,
-        gv_b, gv_h, gv_n, gv_d, heads, group, length, size, scale, scale_low, dropout, kept_scale, HEAD: tl.constexpr,
-        E: tl.constexpr, VALUE: tl.constexpr, EV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr,
-        CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, KEY_GRAD:
-        tl.constexpr, VALUE_GRAD: tl.constexpr):
+def key_value_kernel(
+    query, key, value, mask, grad, lse, delta,
+    grad_key, grad_value, seed,
+    q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
+    mask_b, mask_h, mask_m, mask_n, g_b, g_h, g_m, g_d,
+    gk_b, gk_h, gk_n, gk_d, gv_b, gv_h, gv_n, gv_d,
+    heads, group, length, size, scale, scale_low, dropout, kept_scale,
+    HEAD: tl.constexpr, E: tl.constexpr, VALUE: tl.constexpr, EV: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    KEY_GRAD: tl.constexpr, VALUE_GRAD: tl.constexpr,
+):  # fmt: skip
     """Gradients of one tile of keys and values, summed over the query heads that share them; either can be left out."""
     TYPE: tl.constexpr = lse.dtype.element_ty
     tiles, owners = tl.cdiv(size, N), heads // group
@@ -238,8 +288,9 @@ def key_value_kernel(query, key, value, mask, grad, lse, delta, grad_key, grad_v
     local, e, ev = tl.arange(0, N), tl.arange(0, E), tl.arange(0, EV)
     cols = start + local
     keys = _tile(key + wide * k_b + head * k_h, start, local[:, None], k_n, e[None, :], k_d, size, HEAD, E, True, WIDE)
-    values = _tile(value + wide * v_b + head * v_h, start, local[:, None], v_n, ev[None, :], v_d, size, VALUE, EV,
-            True, WIDE)
+    values = _tile(
+        value + wide * v_b + head * v_h, start, local[:, None], v_n, ev[None, :], v_d, size, VALUE, EV, True, WIDE
+    )
     factor = _factor(scale, scale_low, TYPE)
     number = owner
     if DROPOUT:
@@ -258,25 +309,48 @@ def key_value_kernel(query, key, value, mask, grad, lse, delta, grad_key, grad_v
     grad += wide * g_b + inner * g_h
     if MASK != 0:
         mask += wide * mask_b + inner * mask_h
-    acc_key, acc_value = _key_steps(acc_key, acc_value, keys, values, query, q_h, q_m, q_d, grad, g_h, g_m, g_d, mask,
-            mask_h, mask_m, mask_n, lse, delta, number, plane, cols, group, first, whole - first, 0, 0, length, size,
-            factor, dropout, kept_scale, HEAD, E, VALUE, EV, M, MASK, CAUSAL, False, DROPOUT, PRECISION, WIDE,
-            KEY_GRAD, VALUE_GRAD)
-    acc_key, acc_value = _key_steps(acc_key, acc_value, keys, values, query, q_h, q_m, q_d, grad, g_h, g_m, g_d, mask,
-            mask_h, mask_m, mask_n, lse, delta, number, plane, cols, group, above, tl.maximum(edges - above, 0), first,
-            jump, length, size, factor, dropout, kept_scale, HEAD, E, VALUE, EV, M, MASK, CAUSAL, True, DROPOUT,
-            PRECISION, WIDE, KEY_GRAD, VALUE_GRAD)
+    acc_key, acc_value = _key_steps(
+        acc_key, acc_value, keys, values,
+        query, q_h, q_m, q_d, grad, g_h, g_m, g_d,
+        mask, mask_h, mask_m, mask_n,
+        lse, delta,
+        number, plane, cols, group,
+        first, whole - first, 0, 0,
+        length, size, factor, dropout, kept_scale,
+        HEAD, E, VALUE, EV, M,
+        MASK, CAUSAL, False,
+        DROPOUT, PRECISION, WIDE,
+        KEY_GRAD, VALUE_GRAD,
+    )  # fmt: skip
+    acc_key, acc_value = _key_steps(
+        acc_key, acc_value, keys, values,
+        query, q_h, q_m, q_d, grad, g_h, g_m, g_d,
+        mask, mask_h, mask_m, mask_n,
+        lse, delta,
+        number, plane, cols, group,
+        above, tl.maximum(edges - above, 0), first, jump,
+        length, size, factor, dropout, kept_scale,
+        HEAD, E, VALUE, EV, M,
+        MASK, CAUSAL, True,
+        DROPOUT, PRECISION, WIDE,
+        KEY_GRAD, VALUE_GRAD,
+    )  # fmt: skip
     if KEY_GRAD:
         acc_key *= factor * _LN2
         _put(grad_key + wide * gk_b + head * gk_h, start, local[:, None], gk_n, e[None, :], gk_d, size, acc_key, HEAD)
     if VALUE_GRAD:
-        _put(grad_value + wide * gv_b + head * gv_h, start, local[:, None], gv_n, ev[None, :], gv_d, size, acc_value,
-                VALUE)
+        _put(
+            grad_value + wide * gv_b + head * gv_h, start, local[:, None], gv_n, ev[None, :], gv_d, size,
+            acc_value, VALUE,
+        )  # fmt: skip
 
 
 @triton.jit
-def _slopes(scores, grads, values, lse, delta, seed, plane, rows, cols, length, size, dropout, kept_scale, DROPOUT:
-        tl.constexpr, PRECISION: tl.constexpr):
+def _slopes(
+    scores, grads, values, lse, delta,
+    seed, plane, rows, cols, length, size, dropout, kept_scale,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Gradient of the masked, scaled scores (natural units) of one tile; values come transposed."""
     weights = _weights(scores, lse[:, None])
     product = tl.dot(grads, values, tl.zeros_like(scores), input_precision=PRECISION, out_dtype=scores.dtype)
@@ -287,10 +361,16 @@ def _slopes(scores, grads, values, lse, delta, seed, plane, rows, cols, length, 
 
 
 @triton.jit
-def _query_steps(acc, queries, grads, lse, delta, key, k_n, k_d, value, v_n, v_d, mask, mask_m, mask_n, seed, plane,
-        rows, first, last, length, size, factor, dropout, kept_scale, HEAD: tl.constexpr, E: tl.constexpr, VALUE:
-        tl.constexpr, EV: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr,
-        DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr):
+def _query_steps(
+    acc, queries, grads, lse, delta,
+    key, k_n, k_d, value, v_n, v_d,
+    mask, mask_m, mask_n,
+    seed, plane, rows,
+    first, last, length, size, factor, dropout, kept_scale,
+    HEAD: tl.constexpr, E: tl.constexpr, VALUE: tl.constexpr, EV: tl.constexpr, N: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     local, e, ev = tl.arange(0, N), tl.arange(0, E), tl.arange(0, EV)
     for start in range(first, last, N):
         cols = start + local
@@ -299,18 +379,26 @@ def _query_steps(acc, queries, grads, lse, delta, key, k_n, k_d, value, v_n, v_d
         scores = tl.zeros((rows.shape[0], N), acc.dtype)
         scores = tl.dot(queries, keys.T, scores, input_precision=PRECISION, out_dtype=acc.dtype) * factor
         scores = _masked(scores, rows[:, None], cols[None, :], mask, mask_m, mask_n, length, size, MASK, CAUSAL, EDGE)
-        slopes = _slopes(scores, grads, values, lse, delta, seed, plane, rows, cols, length, size, dropout, kept_scale,
-                DROPOUT, PRECISION)
+        slopes = _slopes(
+            scores, grads, values, lse, delta,
+            seed, plane, rows, cols, length, size, dropout, kept_scale,
+            DROPOUT, PRECISION,
+        )  # fmt: skip
         acc = tl.dot(slopes.to(keys.dtype), keys, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     return acc
 
 
 @triton.jit
-def query_kernel(query, key, value, mask, grad, lse, delta, grad_query, seed, q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d,
-        v_b, v_h, v_n, v_d, mask_b, mask_h, mask_m, mask_n, g_b, g_h, g_m, g_d, gq_b, gq_h, gq_m, gq_d, heads, group,
-        length, size, scale, scale_low, dropout, kept_scale, HEAD: tl.constexpr, E: tl.constexpr, VALUE: tl.constexpr,
-        EV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT:
-        tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr):
+def query_kernel(
+    query, key, value, mask, grad, lse, delta, grad_query, seed,
+    q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
+    mask_b, mask_h, mask_m, mask_n, g_b, g_h, g_m, g_d, gq_b, gq_h, gq_m, gq_d,
+    heads, group, length, size, scale, scale_low, dropout, kept_scale,
+    HEAD: tl.constexpr, E: tl.constexpr, VALUE: tl.constexpr, EV: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     TYPE: tl.constexpr = lse.dtype.element_ty
     tiles = tl.cdiv(length, M)
     plane = tl.program_id(0) // tiles
@@ -325,10 +413,12 @@ def query_kernel(query, key, value, mask, grad, lse, delta, grad_query, seed, q_
         number = tl.load(seed)
     local, e, ev = tl.arange(0, M), tl.arange(0, E), tl.arange(0, EV)
     rows = start + local
-    queries = _tile(query + batch * q_b + head * q_h, start, local[:, None], q_m, e[None, :], q_d, length, HEAD, E,
-            True, WIDE)
-    grads = _tile(grad + batch * g_b + head * g_h, start, local[:, None], g_m, ev[None, :], g_d, length, VALUE, EV,
-            True, WIDE)
+    queries = _tile(
+        query + batch * q_b + head * q_h, start, local[:, None], q_m, e[None, :], q_d, length, HEAD, E, True, WIDE
+    )
+    grads = _tile(
+        grad + batch * g_b + head * g_h, start, local[:, None], g_m, ev[None, :], g_d, length, VALUE, EV, True, WIDE
+    )
     line = tl.cast(plane, tl.int64) * length
     row_lse = tl.load(lse + line + rows, mask=rows < length, other=0.0)
     row_delta = tl.load(delta + line + rows, mask=rows < length, other=0.0)
@@ -338,23 +428,41 @@ def query_kernel(query, key, value, mask, grad, lse, delta, grad_query, seed, q_
         last = tl.minimum(size, start + M)
         whole = tl.minimum(whole, (start + 1) // N * N)
     acc = tl.zeros((M, E), TYPE)
-    acc = _query_steps(acc, queries, grads, row_lse, row_delta, key, k_n, k_d, value, v_n, v_d, mask, mask_m, mask_n,
-            number, plane, rows, 0, whole, length, size, factor, dropout, kept_scale, HEAD, E, VALUE, EV, N, MASK,
-            CAUSAL, False, DROPOUT, PRECISION, WIDE)
-    acc = _query_steps(acc, queries, grads, row_lse, row_delta, key, k_n, k_d, value, v_n, v_d, mask, mask_m, mask_n,
-            number, plane, rows, whole, last, length, size, factor, dropout, kept_scale, HEAD, E, VALUE, EV, N, MASK,
-            CAUSAL, True, DROPOUT, PRECISION, WIDE)
+    acc = _query_steps(
+        acc, queries, grads, row_lse, row_delta,
+        key, k_n, k_d, value, v_n, v_d,
+        mask, mask_m, mask_n,
+        number, plane, rows,
+        0, whole, length, size, factor, dropout, kept_scale,
+        HEAD, E, VALUE, EV, N,
+        MASK, CAUSAL, False,
+        DROPOUT, PRECISION, WIDE,
+    )  # fmt: skip
+    acc = _query_steps(
+        acc, queries, grads, row_lse, row_delta,
+        key, k_n, k_d, value, v_n, v_d,
+        mask, mask_m, mask_n,
+        number, plane, rows,
+        whole, last, length, size, factor, dropout, kept_scale,
+        HEAD, E, VALUE, EV, N,
+        MASK, CAUSAL, True,
+        DROPOUT, PRECISION, WIDE,
+    )  # fmt: skip
     acc *= factor * _LN2
     _put(grad_query + batch * gq_b + head * gq_h, start, local[:, None], gq_m, e[None, :], gq_d, length, acc, HEAD)
 
 
 @triton.jit
-def mask_kernel(query, key, value, mask, grad, lse, delta, grad_mask, seed, q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d,
-        v_b, v_h, v_n, v_d, mask_b, mask_h, mask_m, mask_n, g_b, g_h, g_m, g_d, gm_b, gm_h, gm_m, gm_n, batches, heads,
-        group, length, size, scale, scale_low, dropout, kept_scale, HEAD: tl.constexpr, E: tl.constexpr, VALUE:
-        tl.constexpr, EV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ONE_BATCH: tl.constexpr, ONE_HEAD:
-        tl.constexpr, ONE_ROW: tl.constexpr, ONE_COL: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-        PRECISION: tl.constexpr, WIDE: tl.constexpr):
+def mask_kernel(
+    query, key, value, mask, grad, lse, delta, grad_mask, seed,
+    q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
+    mask_b, mask_h, mask_m, mask_n, g_b, g_h, g_m, g_d, gm_b, gm_h, gm_m, gm_n,
+    batches, heads, group, length, size, scale, scale_low, dropout, kept_scale,
+    HEAD: tl.constexpr, E: tl.constexpr, VALUE: tl.constexpr, EV: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+    ONE_BATCH: tl.constexpr, ONE_HEAD: tl.constexpr, ONE_ROW: tl.constexpr, ONE_COL: tl.constexpr,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """Gradient of an added mask: one program an output tile, which sums over every axis that the mask broadcasts."""
     TYPE: tl.constexpr = lse.dtype.element_ty
     rounds_m, rounds_n = tl.cdiv(length, M), tl.cdiv(size, N)
@@ -385,23 +493,37 @@ def mask_kernel(query, key, value, mask, grad, lse, delta, grad_mask, seed, q_b,
             plane = batch * heads + head
             for i in range(m_first, m_last):
                 rows = i * M + m
-                queries = _tile(query + batch * q_b + head * q_h, i * M, m[:, None], q_m, e[None, :], q_d, length,
-                        HEAD, E, True, WIDE)
-                grads = _tile(grad + batch * g_b + head * g_h, i * M, m[:, None], g_m, ev[None, :], g_d, length, VALUE,
-                        EV, True, WIDE)
+                queries = _tile(
+                    query + batch * q_b + head * q_h, i * M, m[:, None], q_m, e[None, :], q_d, length,
+                    HEAD, E, True, WIDE,
+                )  # fmt: skip
+                grads = _tile(
+                    grad + batch * g_b + head * g_h, i * M, m[:, None], g_m, ev[None, :], g_d, length,
+                    VALUE, EV, True, WIDE,
+                )  # fmt: skip
                 row_lse = tl.load(lse + plane * length + rows, mask=rows < length, other=0.0)
                 row_delta = tl.load(delta + plane * length + rows, mask=rows < length, other=0.0)
                 for j in range(n_first, n_last):
                     cols = j * N + n
-                    keys = _tile(key + batch * k_b + head // group * k_h, j * N, n[None, :], k_n, e[:, None], k_d,
-                            size, HEAD, E, True, WIDE)
-                    values = _tile(value + batch * v_b + head // group * v_h, j * N, n[None, :], v_n, ev[:, None], v_d,
-                            size, VALUE, EV, True, WIDE)
+                    keys = _tile(
+                        key + batch * k_b + head // group * k_h, j * N, n[None, :], k_n, e[:, None], k_d, size,
+                        HEAD, E, True, WIDE,
+                    )  # fmt: skip
+                    values = _tile(
+                        value + batch * v_b + head // group * v_h, j * N, n[None, :], v_n, ev[:, None], v_d, size,
+                        VALUE, EV, True, WIDE,
+                    )  # fmt: skip
                     scores = tl.dot(queries, keys, tl.zeros((M, N), TYPE), input_precision=PRECISION, out_dtype=TYPE)
-                    scores = _masked(scores * factor, rows[:, None], cols[None, :], mask + batch * mask_b + head *
-                            mask_h, mask_m, mask_n, length, size, 2, CAUSAL, True)
-                    acc += _slopes(scores, grads, values, row_lse, row_delta, number, plane, rows, cols, length, size,
-                            dropout, kept_scale, DROPOUT, PRECISION)
+                    scores = _masked(
+                        scores * factor, rows[:, None], cols[None, :],
+                        mask + batch * mask_b + head * mask_h, mask_m, mask_n,
+                        length, size, 2, CAUSAL, True,
+                    )  # fmt: skip
+                    acc += _slopes(
+                        scores, grads, values, row_lse, row_delta,
+                        number, plane, rows, cols, length, size, dropout, kept_scale,
+                        DROPOUT, PRECISION,
+                    )  # fmt: skip
     base, row, col, limit_m, limit_n = grad_mask, m_first * M, n_first * N, length, size
     if not ONE_BATCH:
         base += tl.cast(batch_first, tl.int64) * gm_b

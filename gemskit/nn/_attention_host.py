@@ -1,4 +1,4 @@
-"""Launching the attention kernels: block sizes, views of any layout as (batch, heads, rows, columns), broadcast results."""
+"""Launching the attention kernels: block sizes, (batch, heads, rows, columns) views of any layout, broadcast sums."""
 
 from __future__ import annotations
 
@@ -35,15 +35,23 @@ def blocks(head_size: int, config: Mapping[str, int], *, itemsize: int = 2, kern
         side = max(16, min(32, 4096 // (wide * itemsize)))
         return {"M": min(m, side), "N": min(n, side), "num_warps": 4, "num_stages": 1}
     if kernel == "forward":
-        return {"M": min(m, max(16, 16384 // wide)), "N": n if wide <= 128 else min(n, 32), "num_warps": warps,
-                "num_stages": stages}
+        return {
+            "M": min(m, max(16, 16384 // wide)),
+            "N": n if wide <= 128 else min(n, 32),
+            "num_warps": warps,
+            "num_stages": stages,
+        }
     fewer = max(1, stages - 1)
     if wide > 128:
         warps = config.get("wide", warps)
     if kernel == "query":
         rows = min(m, max(16, 16384 // wide))
-        return {"M": rows, "N": min(n, 524288 // (rows * wide)), "num_warps": warps,
-                "num_stages": stages if stages > 2 and wide <= 64 else fewer}
+        return {
+            "M": rows,
+            "N": min(n, 524288 // (rows * wide)),
+            "num_warps": warps,
+            "num_stages": stages if stages > 2 and wide <= 64 else fewer,
+        }
     if wide <= 128:
         return {"M": min(n, 32), "N": 64, "num_warps": warps, "num_stages": fewer}
     return {"M": min(n, 4 * warps), "N": 8 * warps, "num_warps": warps, "num_stages": fewer}
@@ -52,17 +60,31 @@ def blocks(head_size: int, config: Mapping[str, int], *, itemsize: int = 2, kern
 class _Problem:
     """One call brought to 4-D: (batch, heads, rows, columns) views, and the arguments that all kernels share."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, is_causal:
-            bool, scale: float | None, enable_gqa: bool, precision: str) -> None:
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        dropout_p: float,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+        precision: str,
+    ) -> None:
         if query.shape[-1] > 256 or value.shape[-1] > 256:
-            raise NoKernel(f"scaled_dot_product_attention: head sizes {query.shape[-1]} and {value.shape[-1]} given, "
-                           "up to 256 accepted")
+            raise NoKernel(
+                f"scaled_dot_product_attention: head sizes {query.shape[-1]} and {value.shape[-1]} given, "
+                "up to 256 accepted"
+            )
         heads_q, heads_k, heads_v = (t.shape[-3] if t.dim() > 2 else 1 for t in (query, key, value))
         owners = max(heads_k, heads_v)
         self.heads = heads_q if enable_gqa else max(heads_q, owners)
         if heads_k not in (1, owners) or heads_v not in (1, owners) or self.heads % owners:
-            raise NoKernel(f"scaled_dot_product_attention: {heads_q} query, {heads_k} key and {heads_v} value heads "
-                           "given; key and value need the same number (or one of them 1), which divides query's")
+            raise NoKernel(
+                f"scaled_dot_product_attention: {heads_q} query, {heads_k} key and {heads_v} value heads "
+                "given; key and value need the same number (or one of them 1), which divides query's"
+            )
         self.owners = owners
         self.lead = torch.broadcast_shapes(*(t.shape[:-3] for t in (query, key, value)))
         self.batch = math.prod(self.lead)
@@ -85,9 +107,14 @@ class _Problem:
             # Triton 3.6 miscompiles tiles of 64 x 64 that are padded to two widths (sm_90, E 33, Ev 20: off by 1.4).
             wide = wide_value = max(wide, wide_value)
         self.meta: dict[str, Any] = {
-            "HEAD": query.shape[-1], "E": wide, "VALUE": value.shape[-1], "EV": wide_value,
-            "CAUSAL": is_causal, "DROPOUT": dropout_p > 0,
-            "PRECISION": precision if query.dtype == torch.float32 else "ieee", "WIDE": False,
+            "HEAD": query.shape[-1],
+            "E": wide,
+            "VALUE": value.shape[-1],
+            "EV": wide_value,
+            "CAUSAL": is_causal,
+            "DROPOUT": dropout_p > 0,
+            "PRECISION": precision if query.dtype == torch.float32 else "ieee",
+            "WIDE": False,
         }
         self.reach(self.query, self.key, self.value)
         self.kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
@@ -123,8 +150,22 @@ class _Problem:
         return (0, 0, 0, 0) if self.mask is None else self.mask.stride()
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
-            scale: float | None, enable_gqa: bool, *, out: Tensor, lse: Tensor, seed: Tensor | None, config: Mapping[str, int], precision: str = "ieee") -> None:
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    *,
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor | None,
+    config: Mapping[str, int],
+    precision: str = "ieee",
+) -> None:
     """Write ``softmax(scale * query @ key.T + attn_mask) @ value`` and the logarithm of every row's sum.
 
     Shapes: query (..., Hq, L, E), key (..., H, S, E), value (..., H, S, Ev), all broadcast in front; ``out``
@@ -144,18 +185,49 @@ def forward(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
     block = p.blocks(config, "forward")
     with p.target(out, p.heads) as result:
         launch(
-            forward_kernel, (triton.cdiv(p.length, block["M"]) * p.batch * p.heads,),
-            (p.query, p.key, p.value, p.mask, result, lse, seed, *p.query.stride(), *p.key.stride(), *p.value.stride(),
-             *p.mask_strides(), *result.stride(), *p.sizes, *p.scalars),
+            forward_kernel,
+            (triton.cdiv(p.length, block["M"]) * p.batch * p.heads,),
+            (
+                p.query,
+                p.key,
+                p.value,
+                p.mask,
+                result,
+                lse,
+                seed,
+                *p.query.stride(),
+                *p.key.stride(),
+                *p.value.stride(),
+                *p.mask_strides(),
+                *result.stride(),
+                *p.sizes,
+                *p.scalars,
+            ),
             {**p.meta, "MASK": p.kind, **block},
         )
 
 
-def backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, out: Tensor,
-             lse: Tensor, dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool, *,
-             grad_query: Tensor | None, grad_key: Tensor | None, grad_value: Tensor | None,
-             grad_mask: Tensor | None = None, seed: Tensor | None,  config: Mapping[str, int],
-             precision: str = "ieee") -> None:
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    *,
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+    grad_mask: Tensor | None = None,
+    seed: Tensor | None,
+    config: Mapping[str, int],
+    precision: str = "ieee",
+) -> None:
     """Write the gradients that are not None, each with the shape of its input, from what `forward` wrote.
 
     ``grad_mask`` has the shape of an added ``attn_mask`` and sums over the axes that it broadcasts.
@@ -170,7 +242,8 @@ def backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask:
     p.reach(grad, out)
     delta = torch.empty_like(lse)
     launch(
-        delta_kernel, (triton.cdiv(p.length, 32) * p.batch * p.heads,),
+        delta_kernel,
+        (triton.cdiv(p.length, 32) * p.batch * p.heads,),
         (out, grad, delta, *out.stride(), *grad.stride(), p.heads, p.length),
         {"VALUE": p.meta["VALUE"], "EV": p.meta["EV"], "M": 32, "WIDE": p.meta["WIDE"], "num_warps": 4},
     )
@@ -185,35 +258,54 @@ def backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask:
         with p.target(keys, p.owners) as to_key, p.target(values, p.owners) as to_value:
             for with_key, with_value in both:
                 launch(
-                    key_value_kernel, (triton.cdiv(p.size, block["N"]) * p.batch * p.owners,),
-                    (*tensors, to_key, to_value, seed, *strides, *to_key.stride(), *to_value.stride(), *p.sizes,
-                     *p.scalars),
+                    key_value_kernel,
+                    (triton.cdiv(p.size, block["N"]) * p.batch * p.owners,),
+                    (
+                        *tensors,
+                        to_key,
+                        to_value,
+                        seed,
+                        *strides,
+                        *to_key.stride(),
+                        *to_value.stride(),
+                        *p.sizes,
+                        *p.scalars,
+                    ),
                     {**p.meta, "MASK": p.kind, **block, "KEY_GRAD": with_key, "VALUE_GRAD": with_value},
                 )
     if grad_query is not None:
         block = p.blocks(config, "query")
         with p.target(grad_query, p.heads) as to_query:
             launch(
-                query_kernel, (triton.cdiv(p.length, block["M"]) * p.batch * p.heads,),
+                query_kernel,
+                (triton.cdiv(p.length, block["M"]) * p.batch * p.heads,),
                 (*tensors, to_query, seed, *strides, *to_query.stride(), *p.sizes, *p.scalars),
                 {**p.meta, "MASK": p.kind, **block},
             )
     if grad_mask is not None:
-        _mask_gradient(p, grad_mask, tensors, strides, seed,
-                       {**p.blocks(config, "query"), "num_stages": 1})
+        _mask_gradient(p, grad_mask, tensors, strides, seed, {**p.blocks(config, "query"), "num_stages": 1})
 
 
-def _mask_gradient(p: _Problem, grad_mask: Tensor, tensors: tuple[Any, ...], strides: tuple[int, ...], seed: Tensor |
-        None,  block: dict[str, int]) -> None:
+def _mask_gradient(
+    p: _Problem,
+    grad_mask: Tensor,
+    tensors: tuple[Any, ...],
+    strides: tuple[int, ...],
+    seed: Tensor | None,
+    block: dict[str, int],
+) -> None:
     while grad_mask.dim() < 4:
         grad_mask = grad_mask.unsqueeze(0)
     if grad_mask.dim() > 4:
-        raise NoKernel(f"scaled_dot_product_attention: the gradient of an attn_mask of {grad_mask.dim()} dimensions "
-                       "was asked for, up to 4 accepted")
+        raise NoKernel(
+            f"scaled_dot_product_attention: the gradient of an attn_mask of {grad_mask.dim()} dimensions "
+            "was asked for, up to 4 accepted"
+        )
     counts = (p.batch, p.heads, triton.cdiv(p.length, block["M"]), triton.cdiv(p.size, block["N"]))
     single = [n == 1 for n in grad_mask.shape]
     launch(
-        mask_kernel, (math.prod(1 if one else n for one, n in zip(single, counts, strict=True)),),
+        mask_kernel,
+        (math.prod(1 if one else n for one, n in zip(single, counts, strict=True)),),
         (*tensors, grad_mask, seed, *strides, *grad_mask.stride(), p.batch, *p.sizes, *p.scalars),
         {**p.meta, **dict(zip(("ONE_BATCH", "ONE_HEAD", "ONE_ROW", "ONE_COL"), single, strict=True)), **block},
     )

@@ -74,7 +74,7 @@ def cases() -> Iterator[BenchCase]:
         yield BenchCase(op, "8192² dim=0", _call((BIG, BIG), dim=0))
     yield BenchCase("sum", "64M all", _call((ELEMENTS,)))
     yield BenchCase("mean", "65536x1024 dim=0 f32", _call((65536, 1024), dim=0), torch.float32)
-    yield BenchCase("max", "8192² dim=1", _call((BIG, BIG), dim=1))
+    yield BenchCase("max_dim", "8192² dim=1", _call((BIG, BIG), dim=1))
     yield BenchCase("cumsum", "4096x16384 dim=1 f32", _call((4096, 16384), dim=1), torch.float32)
     for op in ("softmax", "log_softmax"):
         for rows, cols in ((8192, 4096), (4096, 16384), (256, 131072)):
@@ -95,7 +95,9 @@ def cases() -> Iterator[BenchCase]:
     )  # fmt: skip
     yield BenchCase(
         "embedding", "16384 of 128256x4096",
-        lambda make: Sample((make(16384, dtype=torch.int64, low=0, high=128256), make(128256, 4096))),
+        lambda make: Sample(
+            (make(16384, dtype=torch.int64, low=0, high=128256), make(128256, 4096)), read=16384 * (8 + 4096 * make.dtype.itemsize)
+        ),
     )  # fmt: skip
     yield BenchCase(
         "cross_entropy", "8192x128256",

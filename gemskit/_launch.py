@@ -75,7 +75,7 @@ def has_kernels(device: torch.device) -> bool:
 def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
     """Launch ``kernel`` on the device and current stream of its first tensor argument."""
     device = _device(args)
-    name = kernel.repr(None)
+    name = kernel.repr(None).rpartition(".")[2]
     LAUNCHES[name] += 1
     if _recording:
         note(_op[-1] if _op else "", name, grid, tuple(meta.items()))

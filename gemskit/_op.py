@@ -21,6 +21,8 @@ from typing_extensions import ParamSpec
 
 from gemskit import _checks, _launch, backends
 from gemskit._checks import describe
+from gemskit._plan import PLANS
+from gemskit._plan import layout as _layout
 from gemskit.errors import ArgumentError, DeclarationError, GradientError, NoKernel
 
 P = ParamSpec("P")
@@ -34,9 +36,6 @@ def operators() -> tuple[str, ...]:
     """The names of all declared operators."""
     return tuple(REGISTRY)
 
-
-#: Distinct layouts an operator remembers; when full it forgets all, which costs a re-plan and no compilation.
-PLANS = 2048
 
 #: What a kernel sees: the arguments by parameter name.
 Named = Mapping[str, Any]
@@ -284,13 +283,9 @@ def _on_meta(t: Tensor) -> Tensor:
     return _meta(t.shape, t.stride(), t.dtype)
 
 
-def _layout(t: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
-    return t.shape, t.stride(), t.dtype
-
-
 def _key(name: str, v: Any, scalar: bool) -> Any:
     if isinstance(v, Tensor):
-        return v.shape, v.stride(), v.dtype, v.device
+        return (*_layout(v), v.device)
     if isinstance(v, float) or (scalar and not isinstance(v, bool)):
         return type(v)
     # 1, 1.0 and True are equal as keys but not as arguments; a list is as good a shape as a tuple.

@@ -25,6 +25,8 @@ class Sample:
     note: str = ""
     #: Floating-point operations, where they and not the bytes are the floor (products, attention).
     flops: float = 0.0
+    #: Bytes read, where that is not all of every tensor (a gather).
+    read: int = 0
 
 
 @dataclass
@@ -69,16 +71,18 @@ class Make:
         if self.fast and dtype.is_floating_point and low is None and high is None:
             return torch.randn(shape, generator=self.generator, dtype=torch.float32, device=self.device).to(dtype)
         if dtype == torch.bool:
-            return torch.rand(shape, generator=self.generator) > 0.5
+            return torch.rand(shape, generator=self.generator, device=self.generator.device) > 0.5
         if not dtype.is_floating_point:
             least = 0 if dtype == torch.uint8 else -9
-            return torch.randint(
-                int(least if low is None else low), int(10 if high is None else high), shape, generator=self.generator
-            ).to(dtype)
+            first, last = int(least if low is None else low), int(10 if high is None else high)
+            return torch.randint(first, last, shape, generator=self.generator, device=self.generator.device).to(dtype)
         if low is None and high is None:
-            return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype)
+            return torch.randn(shape, generator=self.generator, dtype=torch.float64, device=self.generator.device).to(
+                dtype
+            )
         lo, hi = (0.0 if low is None else low), (1.0 if high is None else high)
-        return (torch.rand(shape, generator=self.generator, dtype=torch.float64) * (hi - lo) + lo).to(dtype)
+        uniform = torch.rand(shape, generator=self.generator, dtype=torch.float64, device=self.generator.device)
+        return (uniform * (hi - lo) + lo).to(dtype)
 
 
 #: Larger tensors belong to samples that only compile tests use; they get no memory.

@@ -271,7 +271,7 @@ def test_a_scan_of_pairs(shape: tuple[int, int], reverse: bool) -> None:
     x = torch.randperm(shape[0] * shape[1]).view(shape).float()
     for dim in (0, 1):
         outs = [torch.empty(shape), torch.empty(shape, dtype=torch.int64)]
-        scan.plan({"input": x}, shape, dim, outs, torch.float32)(outs, {"input": x})
+        scan({"input": x}, outs, shape, dim, torch.float32)
         values, indices = torch.cummax(x.flip(dim) if reverse else x, dim)
         if reverse:
             values, indices = values.flip(dim), shape[dim] - 1 - indices.flip(dim)
@@ -296,5 +296,5 @@ def test_every_launch_fits_the_grid_and_int64_is_used_where_needed() -> None:
             reduce.sum(x, 1)
             reduce.argmax(x, 1)
             running = Scan("wide", map=_alone, combine=language.add, identity=(0,))
-            running.plan({"input": x}, shape, 1, [x], torch.float32)([x], {"input": x})
+            running({"input": x}, [x], shape, 1, torch.float32)
     assert seen and all(len(grid) == 1 and grid[0] < 2**31 and meta["WIDE"] for grid, meta in seen)

@@ -108,7 +108,7 @@ class Product:
         strides, rows = [s[:-1] or (0,) for s in flat], [s[-1] for s in flat]
         acc = compute_type(a.dtype)
         row = backends.arch()
-        meta = tiles(row.config("gemm"), row.config("gemm_few"), M, N, K, a.dtype)
+        meta = tiles(row.config("gemm"), row.config("gemm_few"), M, N, K, a.dtype, math.prod(batch_sizes))
         grid = triton.cdiv(M, meta["BM"]) * triton.cdiv(N, meta["BN"]) * math.prod(batch_sizes)
         kernel, runtime = self._bind(named, operands, acc)
         meta |= dict(ACC=TRITON[acc], EVEN_K=K % meta["BK"] == 0, WIDE=wide)
@@ -139,7 +139,7 @@ class Product:
 
 
 def tiles(
-    config: Mapping[str, int], few: Mapping[str, int], M: int, N: int, K: int, dtype: torch.dtype
+    config: Mapping[str, int], few: Mapping[str, int], M: int, N: int, K: int, dtype: torch.dtype, batches: int = 1
 ) -> dict[str, Any]:
     """The tile of a product: the table's for halves, 64 x 64 x 32 for float32 and 32 x 32 x 16 for float64.
 
@@ -148,8 +148,8 @@ def tiles(
     No side is longer than the matrix needs, so few rows read the other factor once and compute little in vain. Products with
     too few tiles for the machine take the smaller, deeper ones of ``few`` (128x4096x14336, H200, bf16: 0.053 ms for 0.117).
     """
-    if dtype.itemsize == 2 and triton.cdiv(M, config["m"]) * triton.cdiv(N, config["n"]) < config["fill"]:
-        config = {**config, **few, **({"n": config["n"]} if M <= 16 else {})}
+    if dtype.itemsize == 2 and triton.cdiv(M, config["m"]) * triton.cdiv(N, config["n"]) * batches < config["fill"]:
+        config = {**config, **few}
     sides = {torch.float32: (64, 64, 32), torch.float64: (32, 32, 16)}.get(
         dtype, (config["m"], config["n"], config["k"])
     )

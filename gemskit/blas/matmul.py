@@ -92,7 +92,7 @@ def _times(grad: Tensor, factor: Number, shape: tuple[int, ...]) -> Tensor:
     if factor == 1:
         return grad
     out = torch.empty_like(grad)
-    _SCALE.plan(named, [out], compute)([out], named)
+    _SCALE(named, [out], compute)
     return out
 
 
@@ -141,7 +141,7 @@ def _rows(t: Tensor) -> Tensor:
         return t.view(shape)
     except RuntimeError:
         out = torch.empty(t.shape, dtype=t.dtype, device=t.device)
-        _COPY.plan({"grad": t}, [out], t.dtype)([out], {"grad": t})
+        _COPY({"grad": t}, [out], t.dtype)
         return out.view(shape)
 
 

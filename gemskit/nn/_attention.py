@@ -123,7 +123,7 @@ def _forward_steps(
 
 
 @triton.jit
-def forward_kernel(
+def attention_forward(
     query, key, value, mask, out, lse, seed,
     q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
     mask_b, mask_h, mask_m, mask_n, o_b, o_h, o_m, o_d,
@@ -186,7 +186,7 @@ def forward_kernel(
 
 
 @triton.jit
-def delta_kernel(
+def attention_delta(
     out, grad, delta,
     o_b, o_h, o_m, o_d, g_b, g_h, g_m, g_d,
     heads, length,
@@ -266,7 +266,7 @@ def _key_steps(
 
 
 @triton.jit
-def key_value_kernel(
+def attention_grad_key_value(
     query, key, value, mask, grad, lse, delta,
     grad_key, grad_value, seed,
     q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
@@ -389,7 +389,7 @@ def _query_steps(
 
 
 @triton.jit
-def query_kernel(
+def attention_grad_query(
     query, key, value, mask, grad, lse, delta, grad_query, seed,
     q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
     mask_b, mask_h, mask_m, mask_n, g_b, g_h, g_m, g_d, gq_b, gq_h, gq_m, gq_d,
@@ -453,7 +453,7 @@ def query_kernel(
 
 
 @triton.jit
-def mask_kernel(
+def attention_grad_mask(
     query, key, value, mask, grad, lse, delta, grad_mask, seed,
     q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
     mask_b, mask_h, mask_m, mask_n, g_b, g_h, g_m, g_d, gm_b, gm_h, gm_m, gm_n,

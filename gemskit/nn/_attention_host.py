@@ -14,7 +14,13 @@ from torch import Tensor
 
 from gemskit._launch import launch
 from gemskit.errors import NoKernel
-from gemskit.nn._attention import delta_kernel, forward_kernel, key_value_kernel, mask_kernel, query_kernel
+from gemskit.nn._attention import (
+    attention_delta,
+    attention_forward,
+    attention_grad_key_value,
+    attention_grad_mask,
+    attention_grad_query,
+)
 from gemskit.pointwise import where
 from gemskit.reduce import sum
 
@@ -185,7 +191,7 @@ def forward(
     block = p.blocks(config, "forward")
     with p.target(out, p.heads) as result:
         launch(
-            forward_kernel,
+            attention_forward,
             (triton.cdiv(p.length, block["M"]) * p.batch * p.heads,),
             (
                 p.query,
@@ -242,7 +248,7 @@ def backward(
     p.reach(grad, out)
     delta = torch.empty_like(lse)
     launch(
-        delta_kernel,
+        attention_delta,
         (triton.cdiv(p.length, 32) * p.batch * p.heads,),
         (out, grad, delta, *out.stride(), *grad.stride(), p.heads, p.length),
         {"VALUE": p.meta["VALUE"], "EV": p.meta["EV"], "M": 32, "WIDE": p.meta["WIDE"], "num_warps": 4},
@@ -258,7 +264,7 @@ def backward(
         with p.target(keys, p.owners) as to_key, p.target(values, p.owners) as to_value:
             for with_key, with_value in both:
                 launch(
-                    key_value_kernel,
+                    attention_grad_key_value,
                     (triton.cdiv(p.size, block["N"]) * p.batch * p.owners,),
                     (
                         *tensors,
@@ -277,7 +283,7 @@ def backward(
         block = p.blocks(config, "query")
         with p.target(grad_query, p.heads) as to_query:
             launch(
-                query_kernel,
+                attention_grad_query,
                 (triton.cdiv(p.length, block["M"]) * p.batch * p.heads,),
                 (*tensors, to_query, seed, *strides, *to_query.stride(), *p.sizes, *p.scalars),
                 {**p.meta, "MASK": p.kind, **block},
@@ -304,7 +310,7 @@ def _mask_gradient(
     counts = (p.batch, p.heads, triton.cdiv(p.length, block["M"]), triton.cdiv(p.size, block["N"]))
     single = [n == 1 for n in grad_mask.shape]
     launch(
-        mask_kernel,
+        attention_grad_mask,
         (math.prod(1 if one else n for one, n in zip(single, counts, strict=True)),),
         (*tensors, grad_mask, seed, *strides, *grad_mask.stride(), p.batch, *p.sizes, *p.scalars),
         {**p.meta, **dict(zip(("ONE_BATCH", "ONE_HEAD", "ONE_ROW", "ONE_COL"), single, strict=True)), **block},

@@ -75,7 +75,7 @@ class Rowwise(Op[P, R]):
         dtype = named.get("dtype") or input.dtype
         compute = compute_type(dtype)
         # With dtype= the input is converted first, so a narrower dtype rounds it.
-        run = kernel.plan(named, shape, dims, outs, compute, through=named.get("dtype"))
+        run = kernel.plan(named, outs, shape, dims, compute, through=named.get("dtype"))
         if not self.saves:
             return lambda outs, keep, arguments: run(outs, arguments)
         kept = row_shape(shape, dims)
@@ -85,7 +85,7 @@ class Rowwise(Op[P, R]):
                 run(outs, arguments)
                 return
             rows = [torch.empty(kept, dtype=compute, device=outs[0].device) for _ in self.saves]
-            kernel(arguments, shape, dims, (*outs, *rows), compute)
+            kernel(arguments, (*outs, *rows), shape, dims, compute)
             keep.update(zip(self.saves, rows))
 
         return saving
@@ -110,7 +110,7 @@ class RowGradient:
         dims, compute = columns(named, grad.ndim), compute_type(grad.dtype)
         outs = {like[n][1]: torch.empty(shape, dtype=like[n][1], device=grad.device) for n in elements if n in needs}
         if outs:
-            self.rows(named, shape, dims, tuple(outs.values()), compute, (0,) * len(outs))
+            self.rows(named, tuple(outs.values()), shape, dims, compute, (0,) * len(outs))
             found.update({n: outs[like[n][1]] for n in elements if n in needs})
         for n, fold in self.folds.items():
             if n in needs:

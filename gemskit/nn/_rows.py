@@ -19,11 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from gemskit import _layout, backends
-from gemskit._bind import SCALARS, adapter, arguments, fill, generated, is_number, parameters, scalar_types, slots
+from gemskit._bind import SCALARS, adapter, arguments, fill, generated, parameters, scalar_types, slots
 from gemskit._dtypes import TRITON
 from gemskit._launch import launch
 from gemskit._layout import offset
-from gemskit._op import PLANS, Named
+from gemskit._op import Named
+from gemskit._plan import Planned
 from gemskit.reduce._fold import identity_of
 
 #: Filled in per operator.
@@ -145,7 +146,7 @@ class Statistic:
     only: Literal["", "tile", "loop"] = ""
 
 
-class Rows:
+class Rows(Planned):
     """Statistics and a formula as a kernel. The formula names operands, statistics, scalars, ``col`` and ``cols``."""
 
     def __init__(
@@ -162,26 +163,10 @@ class Rows:
         self.statistics = {loop: tuple(s for s in statistics if s.only in ("", loop)) for loop in ("tile", "loop")}
         self.names = tuple(dict.fromkeys(p for f in (*(s.observe for s in statistics), formula) for p in parameters(f)))
         self._bound: dict[Any, Any] = {}
-        self._plans: dict[Any, Callable[[Sequence[Tensor], Named], None]] = {}
-
-    def __call__(
-        self, named: Named, shape: Sequence[int], dims: Sequence[int], outs: Sequence[Tensor], compute: torch.dtype,
-        pick: Sequence[int] | None = None,
-    ) -> None:  # fmt: skip
-        """Plan once per layout, and run."""
-        key = (
-            tuple(shape), tuple(dims), compute, pick and tuple(pick), backends.arch().name,
-            *[(o.shape, o.stride(), o.dtype) for o in outs], *[_key(named.get(n)) for n in self.names],
-        )  # fmt: skip
-        run = self._plans.get(key)
-        if run is None:
-            if len(self._plans) >= PLANS:
-                self._plans.clear()
-            run = self._plans[key] = self.plan(named, shape, dims, outs, compute, pick)
-        run(outs, named)
+        super().__init__()
 
     def plan(
-        self, named: Named, shape: Sequence[int], dims: Sequence[int], outs: Sequence[Tensor], compute: torch.dtype,
+        self, named: Named, outs: Sequence[Tensor], shape: Sequence[int], dims: Sequence[int], compute: torch.dtype,
         pick: Sequence[int] | None = None, through: torch.dtype | None = None,
     ) -> Callable[[Sequence[Tensor], Named], None]:  # fmt: skip
         """The launch over rows of ``shape`` that extend along ``dims``; ``outs`` have that shape, or size 1 in ``dims``.
@@ -232,7 +217,7 @@ class Rows:
             BM=bm,
             BN=bn,
             WIDE=_layout.is_wide(row_sizes, row) or _layout.is_wide(col_sizes, col) or _layout.is_wide(shape, full),
-            num_warps=min(config["warps"], max(1, bm * bn // 512)),
+            num_warps=min(config["warps"], max(1, bm * bn * max(4, compute.itemsize) // 2048)),
         )
         grid = triton.cdiv(rows, bm) * (triton.cdiv(cols, bn) if split else 1) if any(o.numel() for o in outs) else 0
         strides = (tuple(row[:n]), tuple(col[:n]), tuple(row[n:]), tuple(col[n:]))
@@ -284,12 +269,6 @@ class Rows:
                 FORMULA=adapter(f"{self.name}_formula", pool, self.formula, expressions, wrap),
             )
         return self._bound[key], runtime
-
-
-def _key(v: Any) -> Any:
-    if isinstance(v, Tensor):
-        return v.shape, v.stride(), v.dtype, v.device
-    return type(v) if is_number(v) else v
 
 
 def _choice(name: str, pool: str, expressions: Sequence[str], functions: dict[str, Any]) -> Any:

@@ -21,7 +21,7 @@ from gemskit.pointwise._drive import Elementwise
 
 
 @triton.jit(repr=lambda _: "embedding")
-def gather_kernel(
+def embedding_gather(
     out, table, index, sizes, out_rows, index_rows, out_col, table_row, table_col, rows, cols, size,
     BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -40,7 +40,7 @@ def gather_kernel(
 
 
 @triton.jit(repr=lambda _: "embedding_count")
-def count_kernel(count, index, sizes, index_rows, rows, size, BM: tl.constexpr, WIDE: tl.constexpr):
+def embedding_count(count, index, sizes, index_rows, rows, size, BM: tl.constexpr, WIDE: tl.constexpr):
     """``count[index[i]] += 1``; sums of integers do not depend on their order."""
     i = tl.program_id(0)
     if WIDE:
@@ -51,7 +51,7 @@ def count_kernel(count, index, sizes, index_rows, rows, size, BM: tl.constexpr, 
 
 
 @triton.jit(repr=lambda _: "embedding_grad")
-def scatter_kernel(
+def embedding_grad(
     out, grad, index, count, sizes, grad_rows, index_rows, grad_col, rows, cols, size, padding,
     ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -71,11 +71,11 @@ def scatter_kernel(
 
 
 @triton.jit(repr=lambda _: "embedding_grad_ordered")
-def ordered_kernel(
+def embedding_grad_ordered(
     out, grad, index, count, sizes, grad_rows, index_rows, grad_col, rows, cols, size, padding,
     ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """As `scatter_kernel`, in the order of the index: a program owns a row and looks for it, BM indices at a time."""
+    """As `embedding_grad`, in the order of the index: a program owns a row and looks for it, BM indices at a time."""
     i = tl.program_id(0)
     if WIDE:
         i = i.to(tl.int64)
@@ -116,7 +116,7 @@ _CAST = Elementwise("cast", _value)
 
 def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     out = torch.empty(tuple(shape), dtype=dtype, device=device)
-    _ZEROS.plan({}, [out], torch.int64)([out], {})
+    _ZEROS({}, [out], torch.int64)
     return out
 
 
@@ -148,7 +148,7 @@ class _Embedding(Op[P, R]):
 
         def run(outs: Sequence[Tensor], keep: Any, arguments: Named) -> None:
             if grid:
-                launch(gather_kernel, (grid,), (outs[0], arguments["weight"], arguments["input"], *strided), meta)
+                launch(embedding_gather, (grid,), (outs[0], arguments["weight"], arguments["input"], *strided), meta)
 
         return run
 
@@ -193,24 +193,24 @@ def _gradient(
         count = _zeros((size,), torch.int32, device)
         meta: dict[str, Any] = dict(BM=256, WIDE=wide, num_warps=4)
         if rows:
-            launch(count_kernel, (triton.cdiv(rows, 256),), (count, input, sizes, index_rows, rows, size), meta)
+            launch(embedding_count, (triton.cdiv(rows, 256),), (count, input, sizes, index_rows, rows, size), meta)
     strided = (grad, input, count, sizes, grad_rows, index_rows, grad.stride(-1), rows, cols, size, padding)
     if torch.are_deterministic_algorithms_enabled():
         out = torch.empty((size, cols), dtype=dtype, device=device)
         bn = min(1024, triton.next_power_of_2(max(cols, 1)))
         meta = dict(ACC=TRITON[acc], BM=1024, BN=bn, WIDE=wide or _layout.is_wide((size, cols), []), num_warps=4)
         if out.numel():
-            launch(ordered_kernel, (size * triton.cdiv(cols, bn),), (out, *strided), meta)
+            launch(embedding_grad_ordered, (size * triton.cdiv(cols, bn),), (out, *strided), meta)
         return {"weight": out}
     out = _zeros((size, cols), acc, device)
     meta = dict(_tile(cols, rows, grad.element_size()), ACC=TRITON[acc], WIDE=wide)
     grid = triton.cdiv(rows, meta["BM"]) * triton.cdiv(cols, meta["BN"])
     if grid and out.numel():
-        launch(scatter_kernel, (grid,), (out, *strided), meta)
+        launch(embedding_grad, (grid,), (out, *strided), meta)
     if acc == dtype:
         return {"weight": out}
     narrow = torch.empty((size, cols), dtype=dtype, device=device)
-    _CAST.plan({"value": out}, [narrow], acc)([narrow], {"value": out})
+    _CAST({"value": out}, [narrow], acc)
     return {"weight": narrow}
 
 

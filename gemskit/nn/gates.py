@@ -49,7 +49,7 @@ class _Gate(Pointwise[P, R]):
             dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
             outs: Sequence[Tensor] = halves(dx)
             named = _unpacked(named)
-            kernel.plan(named, outs, compute_type(grad.dtype))(outs, named)
+            kernel(named, outs, compute_type(grad.dtype))
             return {"x": dx}
 
         self.set_gradient(vjp, names, self.differentiable)

@@ -261,7 +261,7 @@ def _(
         keep.update(peak=rows[2], log_total=rows[3], mass=rows[4], denominator=None)
     kernel = _HARD if named["target"] is not None and label_smoothing == 0 else _SOFT
     numbers = {"ignore_index": ignore_index, "label_smoothing": float(label_smoothing)}
-    kernel({**named, **numbers}, input.shape, (dim,), tuple(rows.values()), compute, tuple(rows))
+    kernel({**named, **numbers}, tuple(rows.values()), input.shape, (dim,), compute, tuple(rows))
     if reduction == "none":
         return
     one = (1,) * len(kept)
@@ -273,7 +273,7 @@ def _(
         if keep is not None:
             keep["denominator"] = results[1]
     states = {"loss": rows[0], "share": rows.get(1)}
-    fold.plan(states, kept, range(len(kept)), results, compute)(results, states)
+    fold(states, results, tuple(kept), tuple(range(len(kept))), compute)
 
 
 def _gradient(
@@ -289,7 +289,7 @@ def _gradient(
     for name, like, kernel in (("input", input, _INPUT_GRAD), ("target", target, _CHANCES_GRAD)):
         if name in needs:
             found[name] = torch.empty_like(like)
-            kernel(named, input.shape, (dim,), (found[name],), peak.dtype)
+            kernel(named, (found[name],), input.shape, (dim,), peak.dtype)
     return found
 
 

@@ -21,7 +21,7 @@ from gemskit.errors import ArgumentError, DtypeError, ShapeError
 
 
 @triton.jit(repr=lambda _: "apply_rotary_pos_emb")
-def rotary_kernel(
+def rotary(
     outs, ins, cos, sin, position, sizes, out_tokens, in_tokens, cos_tokens, sin_tokens, position_tokens,
     out_heads, in_heads, out_channels, in_channels, cos_channel, sin_channel, cos_row, sin_row, heads, rows,
     COMPUTE: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, STEP: tl.constexpr, SECOND: tl.constexpr,
@@ -186,7 +186,7 @@ def _plan(named: Named, ins: Sequence[Tensor], outs: Sequence[Tensor], back: boo
             tables = arguments["cos"], arguments["sin"], arguments["position_ids"]
             # In place, the channels that stay are there already.
             how = dict(meta, REST=0) if outs[0] is ins[0] else meta
-            launch(rotary_kernel, (grid,), (tuple(outs), tuple(ins), *tables, *strided), how)
+            launch(rotary, (grid,), (tuple(outs), tuple(ins), *tables, *strided), how)
 
     return run
 

@@ -116,7 +116,7 @@ def _gradient(rows: Rows, grad: Tensor, out: Tensor, dim: int, like: Mapping[str
     shape, dtype = like["input"]
     dx = torch.empty(shape, dtype=dtype, device=grad.device)
     dims = columns({"dim": dim}, len(shape))
-    rows({"grad": grad, "out": out}, tuple(shape) or (1,), dims, [dx], compute_type(grad.dtype))
+    rows({"grad": grad, "out": out}, [dx], tuple(shape) or (1,), dims, compute_type(grad.dtype))
     return {"input": dx}
 
 

@@ -20,6 +20,7 @@ from gemskit._bind import SCALARS, adapter, arguments, fill, parameters, scalar_
 from gemskit._dtypes import TRITON, common_dtype, compute_type
 from gemskit._launch import launch
 from gemskit._op import Named, Op, P, R
+from gemskit._plan import Planned
 
 #: Filled in per operator: the formula, called by the names of its parameters.
 FORMULA: Any = None
@@ -86,7 +87,7 @@ def _tiles(
         tl.store(outs[k] + at, v, m0 & m1)
 
 
-class Elementwise:
+class Elementwise(Planned):
     """A formula as a kernel: ``plan`` it for a layout, run it on tensors of that layout.
 
     Besides operands and scalars a formula may name ``index`` (the logical index) or ``position`` (along the argument ``dim``).
@@ -100,6 +101,7 @@ class Elementwise:
         self.keep = frozenset(keep)
         self.names = parameters(formula)
         self._bound: dict[Any, Any] = {}
+        super().__init__()
 
     def plan(
         self, named: Named, outs: Sequence[Tensor], compute: torch.dtype, pick: Sequence[int] | None = None,
@@ -226,7 +228,7 @@ class Pointwise(Op[P, R]):
             found: dict[str, Tensor] = {}
             if whole:
                 outs = [torch.empty_like(named["grad"], dtype=like[n][1]) for n in whole]
-                kernel.plan(named, outs, compute, [of.index(n) for n in whole])(outs, named)
+                kernel(named, outs, compute, tuple(of.index(n) for n in whole))
                 found.update(zip(whole, outs))
             for n in of:
                 if n in needs and n not in found:

@@ -204,8 +204,11 @@ def pow(input: Tensor | Number, exponent: Tensor | Number, *, out: Tensor | None
     The gradient with respect to ``input`` is 0 where ``exponent`` is 0, and with respect to ``exponent`` where ``input`` is 0
     and ``exponent`` is not negative. Source: ``torch.pow``.
     """
-    # torch takes True as 1, except on meta.
-    return torch.pow(input, int(exponent) if isinstance(exponent, bool) else exponent)  # type: ignore[arg-type]
+    if not isinstance(exponent, bool):
+        return torch.pow(input, exponent)  # type: ignore[arg-type]
+    # torch takes True as a bool, but as an int on meta.
+    result = torch.pow(input, int(exponent))
+    return result.bool() if isinstance(input, Tensor) and input.dtype == torch.bool else result
 
 
 @pow.formula

@@ -103,7 +103,7 @@ class Reduction(Op[P, R]):
             raise DimError(
                 f"{self.name}: {describe(input)} has no element along dim={dim}; accepted: a dim of non-zero size"
             )
-        run = fold.plan(named, shape, dims, kept, compute_type(cast), cast)
+        run = fold.plan(named, kept, shape, dims, compute_type(cast), cast)
         return lambda outs, keep, arguments: run(outs, arguments)
 
     def _tuple(self, outs: tuple[Tensor, ...]) -> Any:
@@ -147,7 +147,7 @@ class Scanning(Op[P, R]):
         cast = named.get("dtype") or input.dtype
         if self._scan is None or named.get("dtype") == torch.bool:
             return super().plan(named, outs)
-        run = self._scan.plan(named, tuple(input.shape), named["dim"], outs, compute_type(cast), cast)
+        run = self._scan.plan(named, outs, tuple(input.shape), named["dim"], compute_type(cast), cast)
         return lambda outs, keep, arguments: run(outs, arguments)
 
     def _tuple(self, outs: tuple[Tensor, ...]) -> Any:

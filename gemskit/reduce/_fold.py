@@ -22,6 +22,7 @@ from gemskit._dtypes import TRITON, accumulate_type
 from gemskit._launch import launch
 from gemskit._layout import offset
 from gemskit._op import Named
+from gemskit._plan import Planned
 
 #: Filled in per operator.
 MAP: Any = None
@@ -70,7 +71,7 @@ def _fold(
         tl.store(outs[k] + at, results[k].to(outs[k].dtype.element_ty), row < rows)
 
 
-class Fold:
+class Fold(Planned):
     """A reduction as a kernel: ``map`` each element to a state, ``combine`` states, ``finish`` the last one.
 
     Args:
@@ -91,9 +92,10 @@ class Fold:
         self.name, self.map, self.combine, self.finish = name, map, combine, finish
         self.identity, self.state, self.keep, self.ordered = tuple(identity), tuple(state), frozenset(keep), ordered
         self.results = len(self.identity) if results is None else results
-        self.names = parameters(map)
+        self.names = (*parameters(map), *(parameters(finish) if finish else ()))
         self.wrap = wrap or ("({},)" if len(self.identity) == 1 else "{}")
         self._bound: dict[Any, Any] = {}
+        super().__init__()
 
     @classmethod
     def of_formula(cls, name: str, formula: Any, results: int, pick: int, keep: Sequence[str]) -> Fold:
@@ -111,11 +113,11 @@ class Fold:
         device = next(v.device for v in named.values() if isinstance(v, Tensor))
         out = torch.empty(tuple(want), dtype=dtype, device=device)
         kept = out.reshape([1] * lead + list(want)).expand([1 if d in dims else n for d, n in enumerate(shape)])
-        self.plan(named, shape, dims, [kept], compute)([kept], named)
+        self(named, [kept], tuple(shape), tuple(dims), compute)
         return out
 
     def plan(
-        self, named: Named, shape: Sequence[int], dims: Sequence[int], outs: Sequence[Tensor], compute: torch.dtype,
+        self, named: Named, outs: Sequence[Tensor], shape: Sequence[int], dims: Sequence[int], compute: torch.dtype,
         cast: torch.dtype | None = None,
     ) -> Callable[[Sequence[Tensor], Named], None]:  # fmt: skip
         """The launch that folds ``dims`` of ``shape`` into ``outs``, which have size 1 there.
@@ -191,10 +193,9 @@ class Fold:
         self, named: Named, operands: Sequence[str], compute: torch.dtype, step: str
     ) -> tuple[Any, tuple[str, ...]]:
         """The filled driver for the whole fold, or for the first or the last step of a split one."""
-        names = (*self.names, *(parameters(self.finish) if self.finish else ()))
         reads = {n: f"values[{k}]" for k, n in enumerate(operands)}
-        given = {n: named.get(n) for n in names}
-        runtime, expressions = arguments(names, given, {**reads, "col": "col", "count": "count"}, compute)
+        given = {n: named.get(n) for n in self.names}
+        runtime, expressions = arguments(self.names, given, {**reads, "col": "col", "count": "count"}, compute)
         key = (tuple(operands), tuple(expressions.items()), compute, step)
         if key not in self._bound:
             n = len(self.identity)

@@ -22,6 +22,7 @@ from gemskit._dtypes import TRITON
 from gemskit._launch import launch
 from gemskit._layout import offset
 from gemskit._op import Named
+from gemskit._plan import Planned
 from gemskit.reduce._fold import by_memory, identity_of, state_types
 
 #: Filled in per operator.
@@ -92,7 +93,7 @@ def _scan(
             tl.store(outs[k] + piece * rows + row, total[k], row < rows)
 
 
-class Scan:
+class Scan(Planned):
     """A scan as a kernel: ``map`` each element to a state, store the combination of all states up to it.
 
     Args:
@@ -111,9 +112,10 @@ class Scan:
         self.identity, self.state, self.keep = tuple(identity), tuple(state), frozenset(keep)
         self.names = parameters(map)
         self._bound: dict[tuple[str, ...], Any] = {}
+        super().__init__()
 
     def plan(
-        self, named: Named, shape: Sequence[int], dim: int, outs: Sequence[Tensor], compute: torch.dtype,
+        self, named: Named, outs: Sequence[Tensor], shape: Sequence[int], dim: int, compute: torch.dtype,
         cast: torch.dtype | None = None,
     ) -> Callable[[Sequence[Tensor], Named], None]:  # fmt: skip
         """The launch along ``dim`` of ``shape`` into ``outs``, the first states, which have that shape.

@@ -201,7 +201,7 @@ def _to_ties(kernels: tuple[Fold, Elementwise], grad: Tensor, input: Tensor, out
     named = {"grad": grad, "input": input, "out": out}
     named["hits"] = count.to_shape(named, input.shape, (out.shape, compute), compute)
     dx = torch.empty_like(input)
-    share.plan(named, [dx], compute)([dx], named)
+    share(named, [dx], compute)
     return {"input": dx}
 
 
@@ -223,7 +223,7 @@ def _at_index(
     dx = torch.empty(shape, dtype=dtype, device=grads[0].device)
     # Size 1, not 0-dim: a position needs a dimension.
     flat = dx if n else dx.view(1)
-    _AT.plan(named, [flat], compute_type(dtype))([flat], named)
+    _AT(named, [flat], compute_type(dtype))
     return {"input": dx}
 
 

@@ -36,5 +36,5 @@ def _(grad: Tensor, dim: int, like: Mapping[str, Any]) -> dict[str, Tensor]:
     dx = torch.empty(shape, dtype=dtype, device=grad.device)
     # element names its operand so.
     named = {"input": grad}
-    _BACKWARDS.plan(named, shape, dim, [dx], compute_type(grad.dtype))([dx], named)
+    _BACKWARDS(named, [dx], shape, dim, compute_type(grad.dtype))
     return {"input": dx}

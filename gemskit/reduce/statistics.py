@@ -73,5 +73,5 @@ def _(grad: Tensor, input: Tensor, dim: Dims, correction: float | None, keepdim:
         "factor": 2.0 / freedom if freedom else math.inf,
     }
     dx = torch.empty_like(input)
-    kernel.plan(named, [dx], compute)([dx], named)
+    kernel(named, [dx], compute)
     return {"input": dx}

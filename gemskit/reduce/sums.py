@@ -73,7 +73,7 @@ def _evenly(grad: Tensor, dim: Dims, keepdim: bool, like: tuple[tuple[int, ...],
     if count != 1 or grad.dtype != dtype:
         share = torch.empty_like(grad, dtype=dtype)
         named = {"grad": grad, "count": float(count)}
-        _DIVIDED.plan(named, [share], compute_type(grad.dtype))([share], named)
+        _DIVIDED(named, [share], compute_type(grad.dtype))
         grad = share
     return spread(grad, dim, len(shape), keepdim).expand(shape)
 

@@ -96,7 +96,8 @@ def cases() -> Iterator[BenchCase]:
     yield BenchCase(
         "embedding", "16384 of 128256x4096",
         lambda make: Sample(
-            (make(16384, dtype=torch.int64, low=0, high=128256), make(128256, 4096)), read=16384 * (8 + 4096 * make.dtype.itemsize)
+            (make(16384, dtype=torch.int64, low=0, high=128256), make(128256, 4096)),
+            read=16384 * (8 + 4096 * make.dtype.itemsize),
         ),
     )  # fmt: skip
     yield BenchCase(

@@ -187,8 +187,9 @@ class Rows(Planned):
         outs_along = tuple(3 if all(o[d] == shape[d] for d in dims) else 2 for o in padded)
 
         config = backends.arch().config("rowwise")
-        # The tile lives in registers: 16,384 floats in 16 warps just do not spill, so doubles get half of that.
-        one_tile, loop_tile = (config[k] * 4 // max(4, compute.itemsize) for k in ("one_tile_max", "loop_tile"))
+        # The tile lives in registers: 16,384 floats in 16 warps just do not spill, so doubles, whose
+        # exponential takes registers too, get a quarter of that.
+        one_tile, loop_tile = (config[k] * 16 // max(4, compute.itemsize) ** 2 for k in ("one_tile_max", "loop_tile"))
         bn = triton.next_power_of_2(max(cols, 1))
         # The first operand that is read by element says which way memory runs.
         lead = n + next((k for k, a in enumerate(along) if a == 3), 0)

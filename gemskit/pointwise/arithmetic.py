@@ -207,7 +207,7 @@ def pow(input: Tensor | Number, exponent: Tensor | Number, *, out: Tensor | None
     if not isinstance(exponent, bool):
         return torch.pow(input, exponent)  # type: ignore[arg-type]
     # torch takes True as a bool, but as an int on meta.
-    result = torch.pow(input, int(exponent))
+    result = torch.pow(input, int(exponent))  # type: ignore[arg-type]
     return result.bool() if isinstance(input, Tensor) and input.dtype == torch.bool else result
 
 

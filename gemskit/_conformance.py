@@ -229,6 +229,8 @@ def slack(op: Op[..., Any], dtype: torch.dtype, gradient: bool) -> float:
     order is no bound, and an exponential turns the rounding of a score s into s units); 4 of the halves, whose intermediate
     products are rounded to the input type by matrix units.
     """
+    if not dtype.is_floating_point:
+        return 0.0
     units = (4 if gradient else 2) if op.family == "pointwise" else 4 if dtype.itemsize == 2 else 32
     return units * torch.finfo(dtype).eps
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from gemskit.testing import Make, Sample
 
@@ -26,6 +28,37 @@ class BenchCase:
     build: Build
     dtype: torch.dtype = torch.bfloat16
     backward: bool = False
+    #: What a torch user would write, where that is not the operator's meaning (which keeps intermediates in float32).
+    peer: Callable[..., Any] | None = None
+
+
+def _add_rms_norm(x: Tensor, residual: Tensor, shape: tuple[int, ...], weight: Tensor) -> tuple[Tensor, Tensor]:
+    s = x + residual
+    return F.rms_norm(s, shape, weight, 1e-5), s
+
+
+def _skip_layer_norm(x: Tensor, residual: Tensor, shape: tuple[int, ...], weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x + residual, shape, weight, bias)
+
+
+def _silu_and_mul(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def _gelu_and_mul(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return F.gelu(gate) * up
+
+
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = (torch.cat((t, t), -1).unsqueeze(-2) for t in (cos, sin))
+
+    def half(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return torch.cat((-second, first), -1)
+
+    return q * cos + half(q) * sin, k * cos + half(k) * sin
 
 
 def _call(*shapes: tuple[int, ...], **kwargs: Any) -> Build:
@@ -85,13 +118,14 @@ def cases() -> Iterator[BenchCase]:
         yield BenchCase("layer_norm", f"{rows}x{cols}", _norm(rows, cols, vectors=2))
     yield BenchCase("rms_norm", "8192x4096 backward", _norm(8192, 4096), backward=True)
     yield BenchCase("layer_norm", "8192x4096 backward", _norm(8192, 4096, vectors=2), backward=True)
-    yield BenchCase("fused_add_rms_norm", "8192x4096", _norm(8192, 4096, tensors=2))
-    yield BenchCase("skip_layer_norm", "8192x4096", _norm(8192, 4096, tensors=2, vectors=2))
-    yield BenchCase("silu_and_mul", "8192x28672 packed", _call((BIG, 28672)))
-    yield BenchCase("gelu_and_mul", "8192x28672 packed", _call((BIG, 28672)))
+    yield BenchCase("fused_add_rms_norm", "8192x4096", _norm(8192, 4096, tensors=2), peer=_add_rms_norm)
+    yield BenchCase("skip_layer_norm", "8192x4096", _norm(8192, 4096, tensors=2, vectors=2), peer=_skip_layer_norm)
+    yield BenchCase("silu_and_mul", "8192x28672 packed", _call((BIG, 28672)), peer=_silu_and_mul)
+    yield BenchCase("gelu_and_mul", "8192x28672 packed", _call((BIG, 28672)), peer=_gelu_and_mul)
     yield BenchCase(
         "apply_rotary_pos_emb", "8x4096 h32/8 d128",
         lambda make: Sample((make(8, 4096, 32, 128), make(8, 4096, 8, 128), make(4096, 64), make(4096, 64))),
+        peer=_rotate,
     )  # fmt: skip
     yield BenchCase(
         "embedding", "16384 of 128256x4096",

@@ -268,19 +268,23 @@ def plot(path: Path, report: dict[str, Any]) -> None:
     rows = [r for r in report["rows"] if {"gemskit", "eager"} <= set(r["times"])]
     ratios = [r["times"]["eager"] / r["times"]["gemskit"] for r in rows]
     roofs = [r["floor"] / r["times"]["gemskit"] for r in rows]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 1.2 + 0.21 * len(rows)), sharey=True)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 1.2 + 0.2 * len(rows)), sharey=True)
     places = range(len(rows))
-    left.barh(places, ratios, color=["#2a7f62" if x >= 1 else "#c0504d" for x in ratios])
+    left.barh(places, [x - 1 for x in ratios], left=1, color=["#2a7f62" if x >= 1 else "#c0504d" for x in ratios])
     left.axvline(1, color="black", linewidth=0.8)
-    left.set_xscale("log")
-    left.set_xlabel("torch eager time / gemskit time")
+    left.set_xscale("log", base=2)
+    left.xaxis.set_major_formatter("{x:g}")
+    left.set_xlabel("torch eager time / gemskit time (right of 1: gemskit is faster)")
     left.set_yticks(places, [f"{r['op']}  {r['label']}" for r in rows], fontsize=7)
-    left.invert_yaxis()
+    left.set_ylim(len(rows) - 0.4, -0.6)
+    left.set_title(f"gemskit {report['gemskit']} on {report['machine']}, {report['date']}", fontsize=10)
     right.barh(places, roofs, color="#4f81bd")
     right.axvline(1, color="black", linewidth=0.8)
-    right.set_xlabel("share of the roof reached by gemskit")
-    figure.suptitle(f"gemskit {report['gemskit']} on {report['machine']}, {report['date']}", fontsize=10)
+    right.set_xlabel("share of the roof that gemskit reaches")
+    for axes in (left, right):
+        axes.grid(axis="x", linewidth=0.3)
+        axes.set_axisbelow(True)
     figure.tight_layout()
     for suffix in (".svg", ".png"):
-        figure.savefig(path.with_suffix(suffix), dpi=110)
+        figure.savefig(path.with_suffix(suffix), dpi=110, bbox_inches="tight")
     pyplot.close(figure)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gemskit import backends
@@ -40,7 +41,7 @@ class Planned:
         run(outs, named)
 
 
-def layout(t: Tensor) -> tuple[Any, ...]:
+def layout(t: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
     """What a plan depends on."""
     return t.shape, t.stride(), t.dtype
 

@@ -25,7 +25,8 @@ def environment(machine: str) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "command": "python -m gemskit " + " ".join(sys.argv[1:]),
+        # Where a report was put is nobody's business.
+        "command": "python -m gemskit " + " ".join(Path(a).name if "/" in a else a for a in sys.argv[1:]),
     }
 
 

@@ -35,7 +35,7 @@ VENDOR = Vendor(
         Arch("sm_80", ("cuda", 80, 32), 166912, "compiles", COMPILE_TEST, AMPERE, NO_E4M3),
         Arch("sm_86", ("cuda", 86, 32), 101376, launch=SMALL, unsupported_dtypes=NO_E4M3),
         Arch("sm_89", ("cuda", 89, 32), 101376, launch=SMALL, unsupported_dtypes=FNUZ),
-        Arch("sm_90", ("cuda", 90, 32), 232448, "compiles", COMPILE_TEST, HOPPER, FNUZ),
+        Arch("sm_90", ("cuda", 90, 32), 232448, "verified", "docs/reports/check-h200.json", HOPPER, FNUZ),
         Arch("sm_100", ("cuda", 100, 32), 232448, "compiles", COMPILE_TEST, BLACKWELL, FNUZ),
         Arch("sm_120", ("cuda", 120, 32), 101376, launch=SMALL, unsupported_dtypes=FNUZ),
     ),

@@ -244,13 +244,14 @@ def main() -> int:
     print(f"step   gemskit     torch   difference   (device {options.device})")
     for step, (mine, other) in enumerate(zip(ours, theirs)):
         print(f"{step:4d}  {mine:8.5f}  {other:8.5f}   {abs(mine - other):10.1e}")
-    print(f"largest difference {max(abs(mine - other) for mine, other in zip(ours, theirs)):.1e}")
+    worst = max(abs(mine - other) for mine, other in zip(ours, theirs))
+    print(f"largest difference {worst:.1e}")
 
     prompt = encode("ada sees ")[None].to(options.device)
     cached, uncached = (model.generate(prompt, 40, use_cache) for use_cache in (True, False))
     same = torch.equal(cached, uncached)
     print(f"\ngenerated: {decode(cached[0])!r}\ncached and uncached generation {'agree' if same else 'DIFFER'}")
-    return 0 if same else 1
+    return 0 if same and worst < 1e-4 else 1
 
 
 if __name__ == "__main__":

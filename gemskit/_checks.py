@@ -48,7 +48,11 @@ def translate(op: Op[..., Any], values: Sequence[Any], e: Exception) -> Exceptio
     text = str(e).split("\nException raised")[0].strip()
     kind: type[GemskitError] = ArgumentError
     low = text.lower()
-    if isinstance(e, IndexError) or ("dim" in low and any(w in low for w in _OF_DIMS)):
+    if "not implemented for '" in low or "not supported for '" in low:
+        kind = DtypeError
+    elif isinstance(e, IndexError) or (
+        "dim" in low and any(w in low for w in _OF_DIMS) and "same reduction" not in low
+    ):
         kind = DimError
     elif isinstance(e, NotImplementedError):
         kind = NoKernel
@@ -96,9 +100,17 @@ def inspect_tensors(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[bool, bo
     return kernels, needs_grad and torch.is_grad_enabled(), values
 
 
-def dtypes(op: Op[..., Any], values: tuple[Any, ...]) -> None:
-    """Refuse what no kernel serves."""
+def served(op: Op[..., Any], values: tuple[Any, ...]) -> None:
+    """Refuse what no kernel serves, and dimensions out of range, which a meta run of softmax does not see."""
+    ndim = max(1, next(v.ndim for v in values if isinstance(v, Tensor)))
     for n, v in zip(op.params, values):
+        if n == "dim" and v is not None:
+            for d in (v,) if isinstance(v, int) else v:
+                if not -ndim <= d < ndim:
+                    raise DimError(
+                        f"{op.name}: dim {d} is out of range; given {describe(dict(zip(op.params, values)))}, "
+                        f"accepted are {-ndim} to {ndim - 1}"
+                    )
         if not isinstance(v, Tensor):
             continue
         if v.layout != torch.strided or v.dtype not in SERVED:

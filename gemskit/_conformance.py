@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gemskit import _launch
 from gemskit._op import REGISTRY, Op
-from gemskit.errors import ArgumentError, GemskitError, GradientError, NoKernel
+from gemskit.errors import ArgumentError, DimError, GemskitError, GradientError, NoKernel
 from gemskit.testing import LAYOUTS, Make, Sample, load
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -207,6 +207,10 @@ def _inplace(case: Case, op: Op[..., Any], make: Make) -> str:
 
 def _errors(case: Case, op: Op[..., Any], make: Make) -> str:
     sample = next(samples_of(op, make))
+    if "dim" in op.params:
+        away = _replaced(op, sample, op.params.index("dim"), 9)
+        error = _raises(DimError, lambda: op(*away.args, **away.kwargs), "dim=9")
+        assert op.name in str(error) and "9" in str(error), f"the message does not say what is wrong: {error}"
     place = next(i for i, n in enumerate(op.params) if n in op.tensors)
     for bad in ("text", object()):
         wrong = _replaced(op, sample, place, bad)

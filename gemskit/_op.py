@@ -205,11 +205,12 @@ class Op(Generic[P, R]):
         """Outputs as the operator returns them."""
         return outs[0] if len(outs) == 1 else outs
 
-    def _meaning(self, values: tuple[Any, ...]) -> Any:
+    def _meaning(self, values: tuple[Any, ...], given: tuple[Any, ...] | None = None) -> Any:
+        """The meaning of ``values``; errors describe ``given``, where ``values`` are stand-ins for it."""
         try:
             return self.meaning(**dict(zip(self.params, values)))  # type: ignore[call-arg]
         except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as e:
-            raise _checks.translate(self, values, e) from e
+            raise _checks.translate(self, given or values, e) from e
 
     # -- kernels ---------------------------------------------------------------------------------------------------
     def forward(
@@ -252,9 +253,9 @@ class Op(Generic[P, R]):
         return plan
 
     def _make_plan(self, values: tuple[Any, ...], outs: tuple[Tensor, ...] | None) -> Plan:
-        _checks.dtypes(self, values)
+        _checks.served(self, values)
         meta = tuple(_on_meta(v) if isinstance(v, Tensor) else v for v in values)
-        found = self._meaning(meta)
+        found = self._meaning(meta, values)
         specs = tuple(
             (tuple(t.shape), tuple(t.stride()), t.dtype) for t in (found if isinstance(found, tuple) else (found,))
         )
@@ -345,9 +346,11 @@ class _Differentiable(torch.autograd.Function):
         return outs if others else first
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> Any:
         op: Op[..., Any] = ctx.op
+        if torch.is_grad_enabled():
+            # Kernels are no part of autograd: a second derivative would silently miss this operator's share.
+            raise GradientError(f"{op.name}: has no second derivative; take the first one without create_graph=True")
         have = {**ctx.rest, **dict(zip(ctx.names, ctx.saved_tensors))}
         needs = {n for n, need in zip(op.params, ctx.needs_input_grad[2:]) if need}
         have.update(grad=next(iter(grads)), grads=grads, needs=needs)

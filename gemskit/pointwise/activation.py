@@ -13,7 +13,7 @@ from gemskit import language
 from gemskit.pointwise._drive import pointwise
 
 
-@pointwise(aten="silu")
+@pointwise(aten="silu", floats=("input",))
 def silu(input: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Sigmoid linear unit, ``input * sigmoid(input)``. Source: ``torch.nn.functional.silu``."""
     return torch.nn.functional.silu(input)

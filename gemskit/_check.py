@@ -124,7 +124,8 @@ def write(path: Path, rows: Sequence[dict[str, Any]], counts: Counter[str], took
         f"# Conformance on {machine}", "",
         f"{len(ops)} operators, {len(rows)} checks: " + ", ".join(f"{n} {s}" for s, n in counts.items()) + ".",
         "", *(f"- {k}: {v}" for k, v in facts.items()), "",
-        "A cell says how many checks passed of how many; the [contract](../index.md#the-contract) says what each is.", "",
+        "A cell says how many checks passed of how many; the [contract](../index.md#the-contract) says what each is. "
+        "A dtype that torch refuses passes by being refused here too; the JSON report says where.", "",
         "| operator | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|",
     ]  # fmt: skip
     for name, found in ops.items():

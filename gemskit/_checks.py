@@ -235,6 +235,12 @@ def _overlap(a: Tensor, b: Tensor) -> str:
     return "partial" if dense else "none"
 
 
+def feeds(op: Op[..., Any], outs: Sequence[Tensor], values: tuple[Any, ...]) -> bool:
+    """Whether an input that is not itself overwritten shares memory with an output."""
+    inputs = [v for n, v in zip(op.params, values) if isinstance(v, Tensor) and n not in op.writes]
+    return any(_overlap(o, v) != "none" for o in outs for v in inputs)
+
+
 def _is_dense(t: Tensor) -> bool:
     expected = 1
     for n, s in sorted(zip(t.shape, t.stride()), key=lambda p: (p[1], p[0])):

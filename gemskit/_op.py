@@ -69,14 +69,18 @@ class Op(Generic[P, R]):
         if not meaning.__doc__:
             raise DeclarationError(f"{self.name}: an operator has a docstring")
         # Operators that users declare are theirs: no name of ours is taken from them, no test of ours walks over them.
-        ours = type(self)._registers and self.__module__.partition(".")[0] == "gemskit"
+        ours = self.__module__.partition(".")[0] == "gemskit"
         if ours and self.name in REGISTRY:
             raise DeclarationError(f"{self.name}: declared twice")
         self.signature = inspect.signature(meaning)
         names = list(self.signature.parameters)
         self.has_out = "out" in names
         self.params = tuple(n for n in names if n != "out")
-        kinds = {n: str(self.signature.parameters[n].annotation) for n in self.params}
+        # Strings where the author's module postpones annotations, types where not.
+        kinds = {
+            n: a if isinstance(a := p.annotation, str) else inspect.formatannotation(a)
+            for n, p in self.signature.parameters.items()
+        }
         #: Parameters that take tensors (or numbers that stand for one).
         self.tensors = tuple(n for n in self.params if "Tensor" in kinds[n])
         #: Numbers that only the launch needs: their values never make a new plan or kernel.
@@ -96,8 +100,6 @@ class Op(Generic[P, R]):
         self.differentiable: tuple[str, ...] = ()
         if ours:
             REGISTRY[self.name] = self
-
-    _registers = True
 
     def __repr__(self) -> str:
         return f"<gemskit operator {self.name}{self.signature}>"
@@ -221,6 +223,11 @@ class Op(Generic[P, R]):
         device = next(v.device for v in values if isinstance(v, Tensor))
         if outs is None:
             outs = tuple(torch.empty_strided(s, t, dtype=d, device=device) for s, t, d in plan.outs)
+        elif not self.elementwise and _checks.feeds(self, outs, values):
+            # addmm_(x, x, y): a product would read of its factor what it has just written.
+            for target, value in zip(outs, self.forward(values, None, keep)):
+                target.copy_(value)
+            return outs
         else:
             torch.autograd.graph.increment_version(outs)
         self._run(plan, outs, values, keep)

@@ -72,6 +72,13 @@ def test_subclasses_are_refused() -> None:
         gemskit.silu(torch.ones(3).as_subclass(Mine))
 
 
+def test_in_place_product_with_itself(path: str) -> None:
+    x = torch.arange(36.0).reshape(6, 6) / 36
+    want = torch.addmm(x, x, x)
+    assert gemskit.addmm_(x, x, x) is x
+    torch.testing.assert_close(x, want)
+
+
 def test_no_tensor_is_kept_alive(path: str) -> None:
     x = torch.ones(7, 5, requires_grad=True)
     y = gemskit.softmax(gemskit.silu(x), 1)

@@ -1,0 +1,1 @@
+"""Optional adapters onto other libraries' names. There is none yet."""

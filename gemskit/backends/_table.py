@@ -33,7 +33,6 @@ DEFAULT: Launch = {
     "gemm_few": {"m": 64, "n": 64, "k": 64, "warps": 4, "stages": 2},
     "attention": {"m": 64, "n": 64, "warps": 4, "wide": 4, "stages": 2},
     "scan": {"tile": 2048, "rows": 32, "warps": 8, "split_below": 512},
-    "sort": {"one_tile_max": 2048, "warps": 4},
     "gather": {"block": 512, "warps": 4},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemskit import _interpret, backends
+from gemskit import _driver, _interpret, backends
 
-#: How often each kernel was launched in this process, by kernel name.
+#: Launches from Python; `launches` has all.
 LAUNCHES: Counter[str] = Counter()
 
 
@@ -28,23 +29,80 @@ class Call:
     config: tuple[tuple[str, Any], ...] = ()
 
 
+#: The native launcher's own count.
+native_counts: Callable[[], dict[str, int]] = dict
+
+
+def launches() -> Counter[str]:
+    """How often each kernel was launched in this process, by kernel name."""
+    return LAUNCHES + Counter(native_counts())
+
+
 _recording: list[list[Call]] = []
 _op: list[str] = []
 
+Receive = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
+
 #: Set by :func:`capturing`: receives launches instead of running them.
-_capture: Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None] | None = None
+_capture: Receive | None = None
+
+
+class _Tracing(threading.local):
+    """What this thread traces: the launches of functions of ``meta`` tensors."""
+
+    receive: Receive | None = None
+
+
+_tracing = _Tracing()
+
+
+class Paused:
+    """Whether calls must pass through Python, where they can be recorded or redirected: a count of who asks for it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._follower: Callable[[int], None] | None = None
+        self._lock = threading.Lock()
+
+    def follow(self, pause: Callable[[int], None] | None) -> None:
+        """The native launcher keeps a count of its own: tell it by how much this one changes."""
+        with self._lock:
+            if self._follower is not None:
+                self._follower(-self.count)
+            self._follower = pause
+            if pause is not None:
+                pause(self.count)
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        self._change(1)
+        try:
+            yield
+        finally:
+            self._change(-1)
+
+    def _change(self, by: int) -> None:
+        with self._lock:
+            self.count += by
+            if self._follower is not None:
+                self._follower(by)
+
+
+#: While paused no call is replayed.
+paused = Paused()
 
 
 @contextlib.contextmanager
 def record() -> Iterator[list[Call]]:
     """Collect the operators called in this scope and the kernels that they launched."""
     calls: list[Call] = []
-    _recording.append(calls)
-    try:
-        yield calls
-    finally:
-        # By identity: two empty lists are equal.
-        _recording[:] = [c for c in _recording if c is not calls]
+    with paused():
+        _recording.append(calls)
+        try:
+            yield calls
+        finally:
+            # By identity: two empty lists are equal.
+            _recording[:] = [c for c in _recording if c is not calls]
 
 
 def note(op: str, kernel: str, grid: tuple[int, ...] = (), config: tuple[tuple[str, Any], ...] = ()) -> None:
@@ -54,14 +112,25 @@ def note(op: str, kernel: str, grid: tuple[int, ...] = (), config: tuple[tuple[s
 
 
 @contextlib.contextmanager
-def capturing(receive: Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]) -> Iterator[None]:
+def capturing(receive: Receive) -> Iterator[None]:
     """Hand every launch to ``receive`` (the cross-compilation tests) and treat CPU tensors as the accelerator's."""
     global _capture
-    before, _capture = _capture, receive
+    with paused():
+        before, _capture = _capture, receive
+        try:
+            yield
+        finally:
+            _capture = before
+
+
+@contextlib.contextmanager
+def tracing(receive: Receive) -> Iterator[None]:
+    """Hand the launches of ``meta`` tensors in this thread to ``receive``, and treat them as the accelerator's."""
+    before, _tracing.receive = _tracing.receive, receive
     try:
         yield
     finally:
-        _capture = before
+        _tracing.receive = before
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -69,13 +138,17 @@ def has_kernels(device: torch.device) -> bool:
     kind = device.type
     if kind == "cpu":
         return _capture is not None or _interpret.active()
+    if kind == "meta":
+        return _tracing.receive is not None
     return kind == backends.vendor.device_type
 
 
 def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
     """Launch ``kernel`` on the device and current stream of its first tensor argument."""
     device = _device(args)
-    name = kernel.repr(None).rpartition(".")[2]
+    if _tracing.receive is not None and device.type == "meta":
+        return _tracing.receive(kernel, grid, args, meta)
+    name = _driver.kernel_name(kernel)
     LAUNCHES[name] += 1
     if _recording:
         note(_op[-1] if _op else "", name, grid, tuple(meta.items()))
@@ -84,10 +157,10 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict
     elif device.type == "cpu":
         _interpret.run(kernel, grid, args, meta, check=_interpret.checking())
     elif torch.accelerator.current_device_index() == device.index:
-        kernel[grid](*args, **meta)
+        _driver.launch(kernel, grid, args, meta, device)
     else:
         with torch.get_device_module(device).device(device):
-            kernel[grid](*args, **meta)
+            _driver.launch(kernel, grid, args, meta, device)
 
 
 def _device(args: tuple[Any, ...]) -> torch.device:

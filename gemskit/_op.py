@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from typing_extensions import ParamSpec
 
-from gemskit import _checks, _launch, backends
+from gemskit import _checks, _launch, _replay, backends
 from gemskit._checks import describe
 from gemskit._plan import PLANS
 from gemskit._plan import layout as _layout
@@ -56,6 +57,8 @@ class Op(Generic[P, R]):
     """
 
     family = "free"
+    #: Whether numbers (``scalars``) go into launches as they are, so that their values never matter to a replay.
+    passes_scalars = False
     #: Whether ``out`` may be the very tensor that is read (every element is read before it is written).
     elementwise = False
 
@@ -94,9 +97,17 @@ class Op(Generic[P, R]):
         self.inplace_name: str | None = None
         self._order = _ordering(self)
         self._plans: dict[Any, Plan] = {}
+        linked = [self.passes_scalars and n in self.scalars for n in self.params]
+        places = [self.params.index(w) for w in self.writes]
+        has = _parameters(self.signature)
+        self._calls = _replay.Table(self._call, linked, (), self._enter, has)
+        self._overwrites = _replay.Table(self._call_inplace, linked, places, self._enter_inplace, has)
+        self._trainings = _replay.Table(self._train, linked)
+        self._gradients = _replay.Table(self._differentiate)
         self._free: Callable[..., None] | None = None
         self._vjp: Callable[..., Mapping[str, Tensor | None]] | None = None
         self._saves: tuple[str, ...] = ()
+        self._saves_outs = False
         self.differentiable: tuple[str, ...] = ()
         if ours:
             REGISTRY[self.name] = self
@@ -127,22 +138,19 @@ class Op(Generic[P, R]):
     ) -> None:
         """Attach ``fn(**names)`` as the gradient with respect to the tensors ``of`` (all by default)."""
         self._vjp, self._saves = fn, tuple(names)
+        self._saves_outs = any(n.startswith("out") for n in names)
         self.differentiable = tuple(of if of is not None else self.tensors)
 
     # -- calling ---------------------------------------------------------------------------------------------------
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        values, out = self._order(*args, **kwargs)
-        return self._call(values, out)  # type: ignore[no-any-return]
+        return self._calls.call(*args, **kwargs)  # type: ignore[no-any-return]
 
     @functools.cached_property
     def inplace(self) -> Callable[P, R]:
         """The variant that overwrites its first tensor argument (or those in ``writes``) and returns it."""
 
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            values, out = self._order(*args, **kwargs)
-            if out is not None:
-                raise ArgumentError(f"{self.name}_: takes no out=; it writes {' and '.join(self.writes)}")
-            return self._call_inplace(values)  # type: ignore[no-any-return]
+            return self._overwrites.call(*args, **kwargs)  # type: ignore[no-any-return]
 
         self.inplace_name = call.__name__ = call.__qualname__ = f"{self.name}_"
         call.__module__ = self.__module__
@@ -152,8 +160,18 @@ class Op(Generic[P, R]):
         call.__doc__ = f"In-place :func:`{self.name}`: overwrites {' and '.join(f'``{w}``' for w in self.writes)}."
         return call
 
-    def _call(self, values: tuple[Any, ...], out: Any) -> Any:
-        kernels, needs_grad, values = _checks.inspect_tensors(self, values)
+    def _enter(self, *args: Any, **kwargs: Any) -> Any:
+        values, out = self._order(*args, **kwargs)
+        return self._calls(*values) if out is None else self._call(*values, out=out)
+
+    def _enter_inplace(self, *args: Any, **kwargs: Any) -> Any:
+        values, out = self._order(*args, **kwargs)
+        if out is not None:
+            raise ArgumentError(f"{self.name}_: takes no out=; it writes {' and '.join(self.writes)}")
+        return self._overwrites(*values)
+
+    def _call(self, *given: Any, out: Any = None) -> Any:
+        kernels, needs_grad, values = _checks.inspect_tensors(self, given)
         if needs_grad and out is not None:
             raise GradientError(f"{self.name}: out= takes no part in autograd, but an argument requires a gradient")
         if not kernels:
@@ -164,13 +182,17 @@ class Op(Generic[P, R]):
         if needs_grad and self._has_gradient(values):
             found = _Differentiable.apply(self, False, *values)  # type: ignore[no-untyped-call]
             return found if isinstance(found, Tensor) else self._tuple(found)
-        if out is None:
-            return self._tuple(self.forward(values))
-        return _checks.into_out(self, out, values)
+        if out is not None:
+            return _checks.into_out(self, out, values)
+        outs = self.forward(values)
+        if values is given and self._calls.wants(given):
+            one = len(outs) == 1
+            self._calls.learn(given, self._forwarding(values), single=one, wrap=None if one else self._tuple)
+        return self._tuple(outs)
 
-    def _call_inplace(self, values: tuple[Any, ...]) -> Any:
-        targets = tuple(values[self.params.index(w)] for w in self.writes)
-        kernels, needs_grad, values = _checks.inspect_tensors(self, values)
+    def _call_inplace(self, *given: Any) -> Any:
+        targets = tuple(given[self.params.index(w)] for w in self.writes)
+        kernels, needs_grad, values = _checks.inspect_tensors(self, given)
         _checks.inplace_targets(self, targets, needs_grad and torch.is_grad_enabled())
         if kernels and self.elementwise:
             _checks.inplace_overlap(self, targets, values)
@@ -189,7 +211,10 @@ class Op(Generic[P, R]):
                 f"{self.name}_: its result has no gradient, but what it overwrites takes part in autograd; detach it"
             )
         self.forward(values, targets)
-        return targets[0] if len(targets) == 1 else targets
+        table, one = self._overwrites, len(targets) == 1
+        if values is given and table.wants(given):
+            table.learn(given, self._forwarding(values, targets), single=one)
+        return targets[0] if one else targets
 
     def _has_gradient(self, values: tuple[Any, ...]) -> bool:
         """False where torch has none either (a bool or int result); a gradient that we lack is refused."""
@@ -245,6 +270,49 @@ class Op(Generic[P, R]):
         else:
             plan.run(outs, keep, dict(zip(self.params, values)))
 
+    def _forwarding(
+        self, values: tuple[Any, ...], targets: tuple[Tensor, ...] | None = None, kept: dict[str, Any] | None = None
+    ) -> Callable[..., Sequence[Tensor | None]]:
+        """What `forward` does to ``values``, as a function of stand-ins that can be traced."""
+        plan = self._planned(values, targets)
+
+        def run(*given: Any) -> Sequence[Tensor | None]:
+            named = dict(zip(self.params, given))
+            if targets is not None:
+                outs = tuple(named[w] for w in self.writes)
+            else:
+                outs = tuple(torch.empty_strided(s, t, dtype=d, device="meta") for s, t, d in plan.outs)
+            plan.run(outs, kept, named)
+            return *outs, *(kept or {}).values()
+
+        return run
+
+    def _train(self, *values: Any) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """The outputs, and what the kernel keeps for the gradient."""
+        keep: dict[str, Any] = {}
+        outs = self.forward(values, None, keep)
+        if self._trainings.wants(values):
+            again = self._forwarding(values, None, {})
+            self._trainings.learn(values, again, wrap=functools.partial(_split, len(outs), tuple(keep)))
+        return outs, keep
+
+    def _differentiate(self, how: _How, needs: tuple[bool, ...], *tensors: Any) -> tuple[Tensor | None, ...]:
+        """The gradients by parameter; ``tensors`` are those of the outputs, then what was saved."""
+        assert self._vjp is not None
+        outputs = len(tensors) - len(how[0])
+        have: dict[str, Any] = dict(zip(how[0], tensors[outputs:]))
+        have.update(zip(how[1], how[2]))
+        have["like"] = {n: (shape, dtype) for n, shape, dtype in how[3]}
+        have.update(grad=tensors[0], grads=tensors[:outputs], needs={n for n, need in zip(self.params, needs) if need})
+        if "outs" in self._saves:
+            have["outs"] = tuple(v for n, v in have.items() if n.startswith("out"))
+        found = self._vjp(**{n: have.get(n) for n in self._saves})
+        result = tuple(found.get(n) if need else None for n, need in zip(self.params, needs))
+        values = (how, needs, *tensors)
+        if self._gradients.wants(values):
+            self._gradients.learn(values, self._differentiate)
+        return result
+
     def _planned(self, values: tuple[Any, ...], outs: tuple[Tensor, ...] | None) -> Plan:
         key = (
             *map(_key, self.params, values, [n in self.scalars for n in self.params]),
@@ -260,6 +328,10 @@ class Op(Generic[P, R]):
         return plan
 
     def _make_plan(self, values: tuple[Any, ...], outs: tuple[Tensor, ...] | None) -> Plan:
+        with _replay.aside():
+            return self._new_plan(values, outs)
+
+    def _new_plan(self, values: tuple[Any, ...], outs: tuple[Tensor, ...] | None) -> Plan:
         _checks.served(self, values)
         meta = tuple(_on_meta(v) if isinstance(v, Tensor) else v for v in values)
         found = self._meaning(meta, values)
@@ -272,7 +344,7 @@ class Op(Generic[P, R]):
         layouts = tuple(map(_layout, outs)) if outs else specs
         device = next(v.device for v in values if isinstance(v, Tensor))
         # Stand-ins on meta: a plan must not keep a tensor alive. The device is current, its architecture sets the numbers.
-        with torch.get_device_module(device).device(device) if device.type != "cpu" else contextlib.nullcontext():
+        with torch.get_device_module(device).device(device) if device.type not in ("cpu", "meta") else contextlib.nullcontext():
             return Plan(specs, self.plan(dict(zip(self.params, meta)), tuple(_meta(*spec) for spec in layouts)))
 
     def plan(self, named: Named, outs: tuple[Tensor, ...]) -> Callable[..., None]:
@@ -320,37 +392,64 @@ def _ordering(op: Op[Any, Any]) -> Callable[..., tuple[tuple[Any, ...], Any]]:
     return defaults[op.name]  # type: ignore[no-any-return]
 
 
+def _split(outputs: int, names: tuple[str, ...], results: Sequence[Any]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    return tuple(results[:outputs]), dict(zip(names, results[outputs:]))
+
+
+#: What a gradient gets besides tensors: the names of the saved tensors, the names and values of the rest, and shape and dtype
+#: of the tensor parameters.
+_How = tuple[
+    tuple[str, ...], tuple[str, ...], tuple[Any, ...], tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+]  # fmt: skip
+
+
+def _parameters(signature: inspect.Signature) -> _replay.Parameters:
+    given = list(signature.parameters.values())
+    names = tuple(sys.intern(p.name) for p in given)
+    defaults = tuple(NotImplemented if p.default is p.empty else p.default for p in given)
+    positional = len([p for p in given if p.kind is not p.KEYWORD_ONLY])
+    out = names.index("out") if "out" in names else -1
+    if out not in (-1, len(names) - 1):
+        raise DeclarationError(f"{names}: out is the last parameter")
+    return _replay.Parameters(names, defaults, positional, out)
+
+
 class _Differentiable(torch.autograd.Function):
     """The gradient of any operator. Only entered when an argument needs one."""
 
     @staticmethod
     def forward(ctx: Any, op: Op[..., Any], inplace: bool, *values: Any) -> Any:
-        named = dict(zip(op.params, values))
-        keep: dict[str, Tensor] = {}
+        saves = op._saves
+        save: dict[str, Any] = {}
+        like: list[Any] = []
+        for n, v in zip(op.params, values):
+            if n in saves:
+                # The gradient may need what is about to be overwritten.
+                save[n] = v.clone() if inplace and n in op.writes else v
+            if isinstance(v, Tensor):
+                like.append((n, tuple(v.shape), v.dtype))
         if inplace:
-            outs = tuple(named[w] for w in op.writes)
-            # The gradient may need what is about to be overwritten.
-            for n in op.writes:
-                if n in op._saves:
-                    named[n] = named[n].clone()
+            outs = tuple(values[op.params.index(w)] for w in op.writes)
+            keep: dict[str, Any] = {}
             op.forward(values, outs, keep)
             ctx.mark_dirty(*outs)
         else:
-            outs = op.forward(values, None, keep)
-        ctx.mark_non_differentiable(*(o for o in outs if not o.dtype.is_floating_point))
-        save = {n: named[n] for n in op.params if n in op._saves}
-        for i, o in enumerate(outs):
-            if ("out" if i == 0 else f"out{i}") in op._saves or "outs" in op._saves:
-                save[f"out{i}" if i else "out"] = o
-        save.update({n: t for n, t in keep.items() if n in op._saves})
-        if "like" in op._saves:
-            save["like"] = {n: (v.shape, v.dtype) for n, v in named.items() if isinstance(v, Tensor)}
+            outs, keep = op._trainings.call(*values)
+        if len(outs) > 1:
+            ctx.mark_non_differentiable(*(o for o in outs if not o.dtype.is_floating_point))
+        if op._saves_outs:
+            save.update((n, o) for n, o in zip(("out", "out1", "out2"), outs) if n in saves or "outs" in saves)
+        if keep:
+            save.update((n, t) for n, t in keep.items() if n in saves)
+        tensors = [(n, v) for n, v in save.items() if isinstance(v, Tensor)]
+        rest = [(n, v) for n, v in save.items() if not isinstance(v, Tensor)]
         ctx.op = op
-        ctx.names = [n for n, v in save.items() if isinstance(v, Tensor)]
-        ctx.rest = {n: v for n, v in save.items() if not isinstance(v, Tensor)}
-        ctx.save_for_backward(*(save[n] for n in ctx.names))
-        (first, *others) = outs
-        return outs if others else first
+        ctx.how = (
+            tuple([n for n, _ in tensors]), tuple([n for n, _ in rest]), tuple([v for _, v in rest]),
+            tuple(like) if "like" in saves else (),
+        )  # fmt: skip
+        ctx.save_for_backward(*[v for _, v in tensors])
+        return outs if len(outs) > 1 else outs[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -358,14 +457,7 @@ class _Differentiable(torch.autograd.Function):
         if torch.is_grad_enabled():
             # Kernels are no part of autograd: a second derivative would silently miss this operator's share.
             raise GradientError(f"{op.name}: has no second derivative; take the first one without create_graph=True")
-        have = {**ctx.rest, **dict(zip(ctx.names, ctx.saved_tensors))}
-        needs = {n for n, need in zip(op.params, ctx.needs_input_grad[2:]) if need}
-        have.update(grad=next(iter(grads)), grads=grads, needs=needs)
-        if "outs" in op._saves:
-            have["outs"] = tuple(v for n, v in have.items() if n.startswith("out"))
-        assert op._vjp is not None
-        found = op._vjp(**{n: have.get(n) for n in op._saves})
-        return (None, None, *(found.get(n) if n in needs else None for n in op.params))
+        return (None, None, *op._gradients.call(ctx.how, ctx.needs_input_grad[2:], *grads, *ctx.saved_tensors))
 
 
 def operator(

@@ -118,6 +118,8 @@ class Vendor:
             for the first row, where torch does not tell.
         automatic: False if only ``GEMSKIT_VENDOR`` chooses it.
         launch: overrides of the default launch numbers.
+        launcher: the library and the function of the driver that launches a kernel, with the arguments of
+            ``cuLaunchKernel``; None leaves launches to Triton.
         grid_limits: most programs along the three axes of a grid.
         overrides: operators with a kernel of their own on this vendor.
     """
@@ -134,6 +136,7 @@ class Vendor:
     identify: Literal["capability", "gcn", "first"] = "first"
     automatic: bool = True
     launch: Launch = dataclasses.field(default_factory=dict[str, Numbers], hash=False)
+    launcher: tuple[str, str] | None = None
     grid_limits: tuple[int, int, int] = COMMON_GRID
     overrides: Mapping[str, Override] = dataclasses.field(default_factory=dict[str, Override], hash=False)
 

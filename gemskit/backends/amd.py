@@ -19,6 +19,7 @@ VENDOR = Vendor(
     build="hip",
     device_files=("/dev/kfd", "/dev/dxg"),
     identify="gcn",
+    launcher=("libamdhip64.so", "hipModuleLaunchKernel"),
     # A dispatch counts threads in 32 bits: 2^23 - 1 programs of 8 warps of 64, the most that a row here asks for.
     grid_limits=(2**23 - 1, 65535, 65535),
     archs=(

@@ -29,6 +29,7 @@ VENDOR = Vendor(
     # nvmap is all that Jetson boards have, dxg all that WSL has.
     device_files=("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/nvmap"),
     identify="capability",
+    launcher=("libcuda.so.1", "cuLaunchKernel"),
     # H200, bf16: a looped row of 131,072 in tiles of 8,192 takes 0.062 ms, of 4,096 0.078 (rms_norm of 256 rows).
     launch={"gemm": {"stages": 3}, "gemm_few": {"k": 128, "stages": 4}, "rowwise": {"loop_tile": 8192}},
     archs=(

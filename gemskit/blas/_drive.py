@@ -171,6 +171,7 @@ class Gemm(Op[P, R]):
     """A product of its two ``factors``, each a matrix or a batch of them unless :meth:`views` says otherwise."""
 
     family = "gemm"
+    passes_scalars = True
     _product: Product | None = None
     _views: Views | None = None
 

@@ -31,6 +31,7 @@ class Rowwise(Op[P, R]):
     """An operator of rows. Its first parameter gives the space; vectors broadcast along the rows."""
 
     family = "rowwise"
+    passes_scalars = True
     elementwise = True
 
     def __init__(self, meaning: Callable[P, R], *, results: int = 1, saves: Sequence[str] = (), **options: Any) -> None:

@@ -33,7 +33,7 @@ def scaled_dot_product_attention(
 
 
 def _settings(query: Tensor) -> dict[str, Any]:
-    config = backends.arch(None if query.device.type == "cpu" else query.device).config("attention")
+    config = backends.arch(None if query.device.type in ("cpu", "meta") else query.device).config("attention")
     return dict(config=config, precision="tf32" if tf32() else "ieee")
 
 

@@ -184,6 +184,7 @@ class Pointwise(Op[P, R]):
     """An operator applied to each element, its operands broadcast and promoted as torch does."""
 
     family = "pointwise"
+    passes_scalars = True
     elementwise = True
     _formula: Elementwise | None = None
 

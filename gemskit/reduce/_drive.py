@@ -63,6 +63,7 @@ class Reduction(Op[P, R]):
     """An operator that folds ``dim`` of its first parameter away."""
 
     family = "reduction"
+    passes_scalars = True
 
     def __init__(self, meaning: Callable[P, R], *, results: Any = None, **options: Any) -> None:
         super().__init__(meaning, **options)
@@ -121,6 +122,7 @@ class Scanning(Op[P, R]):
     """An operator of running states along ``dim`` of its first parameter."""
 
     family = "scan"
+    passes_scalars = True
     elementwise = True
 
     def __init__(self, meaning: Callable[P, R], *, results: Any = None, **options: Any) -> None:

@@ -1,0 +1,689 @@
+// The native launcher: finds a call that has been made before and replays it, without Python code.
+//
+// A Table is what `gemskit._replay.Table` is, in front of which it stands: a map from what a call depends on (layouts, alignments,
+// settings, values that are no tensors) to a program (allocations, launches, results). Whatever it does not know, or does not
+// understand, it hands to `slow` with the arguments as they came. It is built against the headers of the installed torch.
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <array>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include <structmember.h>
+
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/Allocator.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+namespace {
+
+// The driver's launch function (`cuLaunchKernel`, `hipModuleLaunchKernel`).
+using Enter = int (*)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
+// torch's C function for the handle of the current stream of a device.
+using Stream = int (*)(int32_t, void**);
+
+struct State {
+  Enter enter = nullptr;
+  Stream stream = nullptr;
+  PyObject* fake = nullptr;  // receives launches instead of the driver, in tests
+  c10::DeviceType type = c10::DeviceType::CPU;
+  bool ready = false;
+  int paused = 0;
+  std::map<std::string, int64_t> counts;  // launches by kernel; its nodes never move
+} state;
+
+constexpr int kValues = 64;       // arguments of a call
+constexpr int kWords = 512;       // words of a key
+constexpr int kParameters = 256;  // parameters of a kernel
+constexpr int kSlots = 96;        // arguments and allocations
+
+struct Patch {
+  int parameter;
+  char type;  // p: pointer, f: float, d: double, i: int32, l: int64
+  int slot;
+  int64_t offset;
+};
+
+struct Launch {
+  std::string name;
+  void* function;
+  unsigned grid[3];
+  unsigned threads, shared;
+  std::vector<uint64_t> parameters;
+  std::vector<Patch> patches;
+  int64_t* count;
+};
+
+struct Allocation {
+  std::vector<int64_t> shape, stride;
+  at::ScalarType dtype;
+  c10::DispatchKeySet keys;
+};
+
+struct Result {
+  int slot = -1;  // -1: None
+  bool view = false;
+  std::vector<int64_t> shape, stride;
+  int64_t offset = 0;
+};
+
+struct Program {
+  c10::Device device{c10::DeviceType::CPU};
+  std::vector<Allocation> allocations;
+  std::vector<Launch> launches;
+  std::vector<Result> results;
+  bool single = false;
+  PyObject* wrap = nullptr;
+  ~Program() { Py_XDECREF(wrap); }
+};
+
+struct Entry {
+  std::vector<uint64_t> key;
+  std::shared_ptr<Program> program;
+};
+
+struct Table {
+  PyObject_HEAD
+  vectorcallfunc call;
+  PyObject* slow;
+  PyObject* names;     // of the parameters, or empty: positional only, any number
+  PyObject* defaults;  // by parameter; NotImplemented where there is none
+  int positional;      // how many may be given by position
+  int out;             // the parameter that must be absent, or -1
+  std::vector<bool>* linked;
+  std::vector<int>* writes;
+  std::unordered_map<uint64_t, std::vector<Entry>>* entries;
+  int64_t size;
+};
+
+// -- keys -------------------------------------------------------------------------------------------------------------------
+
+struct Key {
+  std::array<uint64_t, kWords> words;
+  int n = 0;
+  bool full = false;
+  void push(uint64_t w) {
+    if (n < kWords)
+      words[n++] = w;
+    else
+      full = true;
+  }
+  uint64_t hash() const {
+    uint64_t h = 0x9E3779B97F4A7C15ull;
+    for (int i = 0; i < n; ++i) {
+      h = (h ^ words[i]) * 0xFF51AFD7ED558CCDull;
+      h ^= h >> 32;
+    }
+    return h;
+  }
+};
+
+enum Tag : uint64_t { kNone = 1, kFalse, kTrue, kInt, kFloat, kString, kDtype, kSequence, kTensor, kLinkedInt, kLinkedFloat };
+
+// False: this value is for the slow path.
+bool add_value(Key& key, PyObject* v, bool link) {
+  if (v == Py_None) {
+    key.push(kNone);
+  } else if (v == Py_True || v == Py_False) {
+    key.push(v == Py_True ? kTrue : kFalse);
+  } else if (PyLong_CheckExact(v)) {
+    if (link) {
+      key.push(kLinkedInt);
+    } else {
+      int overflow = 0;
+      long long x = PyLong_AsLongLongAndOverflow(v, &overflow);
+      if (overflow) return false;
+      key.push(kInt);
+      key.push(static_cast<uint64_t>(x));
+    }
+  } else if (PyFloat_CheckExact(v)) {
+    if (link) {
+      key.push(kLinkedFloat);
+    } else {
+      double x = PyFloat_AS_DOUBLE(v);
+      uint64_t bits;
+      std::memcpy(&bits, &x, 8);
+      key.push(kFloat);
+      key.push(bits);
+    }
+  } else if (PyUnicode_CheckExact(v)) {
+    key.push(kString | static_cast<uint64_t>(PyUnicode_GET_LENGTH(v)) << 8);
+    key.push(static_cast<uint64_t>(PyObject_Hash(v)));
+  } else if (THPDtype_Check(v)) {
+    key.push(kDtype | static_cast<uint64_t>(reinterpret_cast<THPDtype*>(v)->scalar_type) << 8);
+  } else if (PyTuple_Check(v) || PyList_CheckExact(v)) {
+    Py_ssize_t n = PySequence_Fast_GET_SIZE(v);
+    key.push(kSequence | static_cast<uint64_t>(n) << 8);
+    for (Py_ssize_t i = 0; i < n; ++i)
+      if (!add_value(key, PySequence_Fast_GET_ITEM(v, i), false)) return false;
+  } else {
+    return false;
+  }
+  return true;
+}
+
+bool add_tensor(Key& key, const at::Tensor& t, bool grad) {
+  auto* impl = t.unsafeGetTensorImpl();
+  if (impl->device_type() != state.type || (grad && impl->requires_grad()) || !impl->has_storage()) return false;
+  auto sizes = impl->sizes(), strides = impl->strides();
+  auto address = reinterpret_cast<uintptr_t>(impl->data());
+  key.push(
+      kTensor | static_cast<uint64_t>(t.scalar_type()) << 8 | static_cast<uint64_t>(sizes.size()) << 16 |
+      static_cast<uint64_t>(address & 15) << 32 | static_cast<uint64_t>(static_cast<uint8_t>(impl->device().index())) << 40);
+  // Wrapped, conjugated, negated and sparse tensors have other keys.
+  key.push(impl->key_set().raw_repr());
+  for (auto x : sizes) key.push(static_cast<uint64_t>(x));
+  for (auto x : strides) key.push(static_cast<uint64_t>(x));
+  return true;
+}
+
+bool is_tensor(PyObject* v) {
+  return Py_TYPE(v) == reinterpret_cast<PyTypeObject*>(THPVariableClass) ||
+      Py_TYPE(v) == reinterpret_cast<PyTypeObject*>(ParameterClass);
+}
+
+bool make_key(Key& key, Table* self, PyObject* const* values, int n) {
+  bool grad = c10::GradMode::is_enabled(), tensors = false;
+  auto& context = at::globalContext();
+  key.push(static_cast<uint64_t>(context.float32MatmulPrecision()) << 1 | context.deterministicAlgorithms());
+  for (int i = 0; i < n; ++i) {
+    if (is_tensor(values[i])) {
+      if (!add_tensor(key, THPVariable_Unpack(values[i]), grad)) return false;
+      tensors = true;
+    } else if (!add_value(key, values[i], i < static_cast<int>(self->linked->size()) && (*self->linked)[i])) {
+      return false;
+    }
+  }
+  return tensors && !key.full;
+}
+
+Program* find(Table* self, const Key& key, std::shared_ptr<Program>& hold) {
+  auto found = self->entries->find(key.hash());
+  if (found == self->entries->end()) return nullptr;
+  for (auto& e : found->second)
+    if (static_cast<int>(e.key.size()) == key.n && !std::memcmp(e.key.data(), key.words.data(), 8 * key.n)) {
+      hold = e.program;  // another thread may clear the table while this one launches
+      return hold.get();
+    }
+  return nullptr;
+}
+
+// -- replaying --------------------------------------------------------------------------------------------------------------
+
+// False: a tensor that is written shares memory with another argument, or cannot be written in this mode.
+bool writable(Table* self, PyObject* const* values, int n) {
+  for (int w : *self->writes) {
+    const at::Tensor& target = THPVariable_Unpack(values[w]);
+    if (target.is_inference() && !c10::InferenceMode::is_enabled()) return false;
+    const void* memory = target.storage().data();
+    for (int i = 0; i < n; ++i)
+      if (i != w && is_tensor(values[i]) && THPVariable_Unpack(values[i]).storage().data() == memory) return false;
+  }
+  return true;
+}
+
+// False: a number does not fit its parameter.
+bool write_number(uint64_t& word, char type, PyObject* v) {
+  word = 0;
+  if (type == 'f' || type == 'd') {
+    double x = PyFloat_CheckExact(v) ? PyFloat_AS_DOUBLE(v) : PyLong_AsDouble(v);
+    if (x == -1.0 && PyErr_Occurred()) {
+      PyErr_Clear();
+      return false;
+    }
+    float narrow = static_cast<float>(x);
+    std::memcpy(&word, type == 'f' ? static_cast<void*>(&narrow) : static_cast<void*>(&x), type == 'f' ? 4 : 8);
+    return true;
+  }
+  if (!PyLong_CheckExact(v)) return false;
+  int overflow = 0;
+  long long x = PyLong_AsLongLongAndOverflow(v, &overflow);
+  if (overflow || (type == 'i' && x != static_cast<int32_t>(x))) return false;
+  word = static_cast<uint64_t>(x);
+  return true;
+}
+
+PyObject* report_fake(const Launch& one, const uint64_t* parameters) {
+  PyObject* list = PyTuple_New(static_cast<Py_ssize_t>(one.parameters.size()));
+  if (!list) return nullptr;
+  for (size_t i = 0; i < one.parameters.size(); ++i)
+    PyTuple_SET_ITEM(list, static_cast<Py_ssize_t>(i), PyLong_FromUnsignedLongLong(parameters[i]));
+  return PyObject_CallFunction(
+      state.fake, "sK(III)N", one.name.c_str(), reinterpret_cast<unsigned long long>(one.function), one.grid[0],
+      one.grid[1], one.grid[2], list);
+}
+
+// Launches; the GIL is held only where launches are faked. Returns the driver's error.
+int launch(const Launch& one, PyObject* const* values, int n, void* const* memory, void* stream, bool& fits) {
+  uint64_t parameters[kParameters];
+  void* where[kParameters];
+  size_t count = one.parameters.size();
+  std::memcpy(parameters, one.parameters.data(), 8 * count);
+  for (const Patch& p : one.patches) {
+    if (p.type == 'p')
+      parameters[p.parameter] = reinterpret_cast<uint64_t>(memory[p.slot]) + p.offset;
+    else if (p.slot >= n || !write_number(parameters[p.parameter], p.type, values[p.slot])) {
+      fits = false;
+      return 0;
+    }
+  }
+  for (size_t i = 0; i < count; ++i) where[i] = &parameters[i];
+  ++*one.count;
+  if (state.fake) {
+    PyObject* r = report_fake(one, parameters);
+    Py_XDECREF(r);
+    return r ? 0 : -1;
+  }
+  int code;
+  // The driver waits here when its queue is full: other threads must go on.
+  PyThreadState* thread = PyEval_SaveThread();
+  code = state.enter(
+      one.function, one.grid[0], one.grid[1], one.grid[2], one.threads, 1, 1, one.shared, stream, where, nullptr);
+  PyEval_RestoreThread(thread);
+  return code;
+}
+
+PyObject* results_of(const Program& program, PyObject* const* values, int n, std::vector<at::Tensor>& made) {
+  auto one = [&](const Result& r) -> PyObject* {
+    if (r.slot < 0) Py_RETURN_NONE;
+    if (r.view) {
+      const at::Tensor& base = r.slot < n ? THPVariable_Unpack(values[r.slot]) : made[r.slot - n];
+      return THPVariable_Wrap(base.as_strided(r.shape, r.stride, base.storage_offset() + r.offset));
+    }
+    if (r.slot < n) return Py_NewRef(values[r.slot]);
+    return THPVariable_Wrap(made[r.slot - n]);
+  };
+  if (program.single) return one(program.results[0]);
+  PyObject* all = PyTuple_New(static_cast<Py_ssize_t>(program.results.size()));
+  if (!all) return nullptr;
+  for (size_t i = 0; i < program.results.size(); ++i) {
+    PyObject* r = one(program.results[i]);
+    if (!r) {
+      Py_DECREF(all);
+      return nullptr;
+    }
+    PyTuple_SET_ITEM(all, static_cast<Py_ssize_t>(i), r);
+  }
+  if (!program.wrap) return all;
+  PyObject* wrapped = PyObject_CallOneArg(program.wrap, all);
+  Py_DECREF(all);
+  return wrapped;
+}
+
+// nullptr without an error set: the slow path must serve.
+PyObject* replay(Table* self, const Program& program, PyObject* const* values, int n) {
+  void* memory[kSlots];
+  for (int i = 0; i < n; ++i)
+    memory[i] = is_tensor(values[i]) ? const_cast<void*>(THPVariable_Unpack(values[i]).unsafeGetTensorImpl()->data()) : nullptr;
+  for (int w : *self->writes) memory[w] = THPVariable_Unpack(values[w]).mutable_data_ptr();
+  c10::OptionalDeviceGuard guard;
+  std::vector<at::Tensor> made;
+  void* stream = nullptr;
+  if (!state.fake) {
+    c10::impl::VirtualGuardImpl device(program.device.type());
+    if (device.getDevice() != program.device) guard.reset_device(program.device);
+    if (state.stream(program.device.index(), &stream)) {
+      PyErr_SetString(PyExc_RuntimeError, "gemskit: torch does not tell the current stream");
+      return nullptr;
+    }
+  }
+  made.reserve(program.allocations.size());
+  auto* allocator = c10::GetAllocator(program.device.type());
+  for (const Allocation& a : program.allocations) {
+    made.emplace_back(at::detail::empty_strided_generic(a.shape, a.stride, allocator, a.keys, a.dtype));
+    memory[n + made.size() - 1] = made.back().unsafeGetTensorImpl()->mutable_data();
+  }
+  bool first = true;
+  for (const Launch& one : program.launches) {
+    bool fits = true;
+    int code = launch(one, values, n, memory, stream, fits);
+    if (!fits) return nullptr;  // numbers are in the first launch of a program, or in every one
+    if (code && first && !state.fake) {
+      // This thread may not have touched the device yet: a query of the stream makes its context current.
+      c10::impl::VirtualGuardImpl device(program.device.type());
+      device.queryStream(device.getStream(program.device));
+      code = launch(one, values, n, memory, stream, fits);
+    }
+    if (code) {
+      if (!PyErr_Occurred())
+        PyErr_Format(
+            PyExc_RuntimeError, "%s: the driver refused the launch with error %d (grid %u, %u, %u; %u threads, %u bytes of "
+            "shared memory)", one.name.c_str(), code, one.grid[0], one.grid[1], one.grid[2], one.threads, one.shared);
+      return nullptr;
+    }
+    first = false;
+  }
+  for (int w : *self->writes) THPVariable_Unpack(values[w]).unsafeGetTensorImpl()->bump_version();
+  return results_of(program, values, n, made);
+}
+
+// The arguments by parameter; false where Python must raise, or has more to do.
+bool bind(Table* self, PyObject* const* args, Py_ssize_t given, PyObject* keywords, PyObject** values, int& n) {
+  Py_ssize_t parameters = PyTuple_GET_SIZE(self->names);
+  if (!parameters) {
+    if (keywords || given > kValues) return false;
+    n = static_cast<int>(given);
+    std::memcpy(values, args, sizeof(PyObject*) * given);
+    return true;
+  }
+  if (given > self->positional) return false;
+  n = static_cast<int>(parameters);
+  for (Py_ssize_t i = 0; i < given; ++i) values[i] = args[i];
+  for (Py_ssize_t i = given; i < parameters; ++i) values[i] = nullptr;
+  Py_ssize_t named = keywords ? PyTuple_GET_SIZE(keywords) : 0;
+  for (Py_ssize_t k = 0; k < named; ++k) {
+    PyObject* name = PyTuple_GET_ITEM(keywords, k);
+    Py_ssize_t i = 0;
+    while (i < parameters && PyTuple_GET_ITEM(self->names, i) != name) ++i;  // names are interned
+    if (i == parameters || values[i]) return false;
+    values[i] = args[given + k];
+  }
+  for (Py_ssize_t i = given; i < parameters; ++i) {
+    if (values[i]) continue;
+    values[i] = PyTuple_GET_ITEM(self->defaults, i);
+    if (values[i] == Py_NotImplemented) return false;
+  }
+  if (self->out >= 0) {
+    if (values[self->out] != Py_None) return false;
+    n = self->out;  // it is the last one
+  }
+  return true;
+}
+
+PyObject* table_call(PyObject* object, PyObject* const* args, size_t nargsf, PyObject* keywords) {
+  auto* self = reinterpret_cast<Table*>(object);
+  HANDLE_TH_ERRORS
+  if (state.ready && !state.paused && !c10::impl::TorchDispatchModeTLS::any_modes_set()) {
+    PyObject* values[kValues];
+    int n = 0;
+    Key key;
+    std::shared_ptr<Program> hold;
+    if (bind(self, args, PyVectorcall_NARGS(nargsf), keywords, values, n) && make_key(key, self, values, n)) {
+      Program* program = find(self, key, hold);
+      if (program && (self->writes->empty() || writable(self, values, n))) {
+        PyObject* result = replay(self, *program, values, n);
+        if (result || PyErr_Occurred()) return result;
+      }
+    }
+  }
+  return PyObject_Vectorcall(self->slow, args, nargsf, keywords);
+  END_HANDLE_TH_ERRORS
+}
+
+// -- programs from Python ---------------------------------------------------------------------------------------------------
+
+bool integers(PyObject* o, std::vector<int64_t>& into) {
+  Py_ssize_t n = PyTuple_Check(o) ? PyTuple_GET_SIZE(o) : -1;
+  if (n < 0) {
+    PyErr_SetString(PyExc_TypeError, "a tuple of integers is expected");
+    return false;
+  }
+  for (Py_ssize_t i = 0; i < n; ++i) into.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(o, i)));
+  return !PyErr_Occurred();
+}
+
+bool read_launch(PyObject* o, Launch& one, Py_ssize_t slots) {
+  const char* name;
+  unsigned long long function;
+  PyObject *parameters, *patches;
+  if (!PyArg_ParseTuple(
+          o, "sK(III)IIO!O!", &name, &function, &one.grid[0], &one.grid[1], &one.grid[2], &one.threads, &one.shared,
+          &PyTuple_Type, &parameters, &PyTuple_Type, &patches))
+    return false;
+  one.name = name;
+  one.function = reinterpret_cast<void*>(function);
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(parameters); ++i)
+    one.parameters.push_back(PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(parameters, i)));
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(patches); ++i) {
+    Patch p;
+    int type;
+    long long offset;
+    if (!PyArg_ParseTuple(PyTuple_GET_ITEM(patches, i), "iCiL", &p.parameter, &type, &p.slot, &offset)) return false;
+    p.type = static_cast<char>(type);
+    p.offset = offset;
+    if (p.parameter < 0 || p.parameter >= static_cast<int>(one.parameters.size()) || p.slot < 0 || p.slot >= slots) {
+      PyErr_SetString(PyExc_ValueError, "a patch is out of range");
+      return false;
+    }
+    one.patches.push_back(p);
+  }
+  if (one.parameters.size() > kParameters) {
+    PyErr_SetString(PyExc_ValueError, "a kernel has too many parameters");
+    return false;
+  }
+  one.count = &state.counts[one.name];
+  return !PyErr_Occurred();
+}
+
+bool read_program(PyObject* spec, Program& program, Py_ssize_t values) {
+  PyObject *index, *allocations, *launches, *results, *wrap;
+  int single;
+  if (!PyArg_ParseTuple(
+          spec, "OO!O!O!pO", &index, &PyTuple_Type, &allocations, &PyTuple_Type, &launches, &PyTuple_Type, &results, &single,
+          &wrap))
+    return false;
+  program.device = c10::Device(state.type, index == Py_None ? -1 : static_cast<c10::DeviceIndex>(PyLong_AsLong(index)));
+  Py_ssize_t slots = values + PyTuple_GET_SIZE(allocations);
+  if (slots > kSlots) {
+    PyErr_SetString(PyExc_ValueError, "a call has too many tensors");
+    return false;
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(allocations); ++i) {
+    Allocation a;
+    PyObject *shape, *stride, *dtype;
+    if (!PyArg_ParseTuple(PyTuple_GET_ITEM(allocations, i), "OOO", &shape, &stride, &dtype)) return false;
+    if (!integers(shape, a.shape) || !integers(stride, a.stride)) return false;
+    a.dtype = reinterpret_cast<THPDtype*>(dtype)->scalar_type;
+    a.keys = c10::DispatchKeySet(c10::computeDispatchKey(a.dtype, std::nullopt, program.device));
+    program.allocations.push_back(std::move(a));
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(launches); ++i) {
+    program.launches.emplace_back();
+    if (!read_launch(PyTuple_GET_ITEM(launches, i), program.launches.back(), slots)) return false;
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(results); ++i) {
+    Result r;
+    PyObject* o = PyTuple_GET_ITEM(results, i);
+    if (o != Py_None) {
+      r.slot = static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(o, 0)));
+      r.view = PyTuple_GET_SIZE(o) > 1;
+      if (r.view) {
+        if (!integers(PyTuple_GET_ITEM(o, 1), r.shape) || !integers(PyTuple_GET_ITEM(o, 2), r.stride)) return false;
+        r.offset = PyLong_AsLongLong(PyTuple_GET_ITEM(o, 3));
+      }
+      if (r.slot < 0 || r.slot >= slots) {
+        PyErr_SetString(PyExc_ValueError, "a result is out of range");
+        return false;
+      }
+    }
+    program.results.push_back(std::move(r));
+  }
+  program.single = single && program.results.size() == 1;
+  program.wrap = wrap == Py_None ? nullptr : Py_NewRef(wrap);
+  return !PyErr_Occurred();
+}
+
+PyObject* table_add(PyObject* object, PyObject* args) {
+  auto* self = reinterpret_cast<Table*>(object);
+  HANDLE_TH_ERRORS
+  PyObject *values, *spec;
+  if (!PyArg_ParseTuple(args, "O!O!", &PyTuple_Type, &values, &PyTuple_Type, &spec)) return nullptr;
+  Py_ssize_t n = PyTuple_GET_SIZE(values);
+  PyObject* items[kValues];
+  Key key;
+  if (n > kValues) Py_RETURN_FALSE;
+  for (Py_ssize_t i = 0; i < n; ++i) items[i] = PyTuple_GET_ITEM(values, i);
+  if (!make_key(key, self, items, static_cast<int>(n))) Py_RETURN_FALSE;
+  auto program = std::make_shared<Program>();
+  if (!read_program(spec, *program, n)) return nullptr;
+  auto& chain = (*self->entries)[key.hash()];
+  chain.push_back({std::vector<uint64_t>(key.words.begin(), key.words.begin() + key.n), std::move(program)});
+  ++self->size;
+  Py_RETURN_TRUE;
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* table_clear(PyObject* object, PyObject*) {
+  auto* self = reinterpret_cast<Table*>(object);
+  // Programs hold Python objects whose destructors may run code: let go of the map first.
+  std::unordered_map<uint64_t, std::vector<Entry>> old;
+  old.swap(*self->entries);
+  self->size = 0;
+  Py_RETURN_NONE;
+}
+
+Py_ssize_t table_length(PyObject* object) { return static_cast<Py_ssize_t>(reinterpret_cast<Table*>(object)->size); }
+
+PyObject* table_new(PyTypeObject* type, PyObject* args, PyObject*) {
+  PyObject *slow, *linked, *writes, *names, *defaults;
+  int positional, out;
+  if (!PyArg_ParseTuple(
+          args, "OO!O!O!O!ii", &slow, &PyTuple_Type, &linked, &PyTuple_Type, &writes, &PyTuple_Type, &names, &PyTuple_Type,
+          &defaults, &positional, &out))
+    return nullptr;
+  if (PyTuple_GET_SIZE(names) > kValues) {
+    PyErr_SetString(PyExc_ValueError, "an operator has too many parameters");
+    return nullptr;
+  }
+  auto* self = reinterpret_cast<Table*>(type->tp_alloc(type, 0));
+  if (!self) return nullptr;
+  self->call = table_call;
+  self->slow = Py_NewRef(slow);
+  self->names = Py_NewRef(names);
+  self->defaults = Py_NewRef(defaults);
+  self->positional = positional;
+  self->out = out;
+  self->linked = new std::vector<bool>;
+  self->writes = new std::vector<int>;
+  self->entries = new std::unordered_map<uint64_t, std::vector<Entry>>;
+  self->size = 0;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(linked); ++i)
+    self->linked->push_back(PyObject_IsTrue(PyTuple_GET_ITEM(linked, i)) == 1);
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(writes); ++i)
+    self->writes->push_back(static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(writes, i))));
+  return reinterpret_cast<PyObject*>(self);
+}
+
+int table_traverse(PyObject* object, visitproc visit, void* arg) {
+  auto* self = reinterpret_cast<Table*>(object);
+  Py_VISIT(Py_TYPE(object));
+  Py_VISIT(self->slow);
+  if (self->entries)
+    for (auto& chain : *self->entries)
+      for (auto& e : chain.second) Py_VISIT(e.program->wrap);
+  return 0;
+}
+
+int table_release(PyObject* object) {
+  auto* self = reinterpret_cast<Table*>(object);
+  Py_CLEAR(self->slow);
+  if (self->entries) Py_XDECREF(table_clear(object, nullptr));
+  return 0;
+}
+
+void table_dealloc(PyObject* object) {
+  auto* self = reinterpret_cast<Table*>(object);
+  PyTypeObject* type = Py_TYPE(object);
+  PyObject_GC_UnTrack(object);
+  table_release(object);
+  Py_CLEAR(self->names);
+  Py_CLEAR(self->defaults);
+  delete self->linked;
+  delete self->writes;
+  delete self->entries;
+  type->tp_free(object);
+  Py_DECREF(type);
+}
+
+PyMethodDef table_methods[] = {
+    {"add", table_add, METH_VARARGS, "add(values, program): serve such calls; False if they cannot be."},
+    {"clear", table_clear, METH_NOARGS, "Forget all calls."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyMemberDef table_members[] = {
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(Table, call), READONLY, nullptr},
+    {nullptr, 0, 0, 0, nullptr},
+};
+
+PyType_Slot table_slots[] = {
+    {Py_tp_new, reinterpret_cast<void*>(table_new)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(table_dealloc)},
+    {Py_tp_traverse, reinterpret_cast<void*>(table_traverse)},
+    {Py_tp_clear, reinterpret_cast<void*>(table_release)},
+    {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
+    {Py_tp_methods, table_methods},
+    {Py_tp_members, table_members},
+    {Py_sq_length, reinterpret_cast<void*>(table_length)},
+    {0, nullptr},
+};
+
+PyType_Spec table_spec = {
+    "_gemskit_native.Table", sizeof(Table), 0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL, table_slots};
+
+// -- the module -------------------------------------------------------------------------------------------------------------
+
+// configure(device type, address of the launch function, address of the stream function, fake or None)
+PyObject* configure(PyObject*, PyObject* args) {
+  HANDLE_TH_ERRORS
+  const char* type;
+  unsigned long long enter, stream;
+  PyObject* fake;
+  if (!PyArg_ParseTuple(args, "sKKO", &type, &enter, &stream, &fake)) return nullptr;
+  state.type = c10::Device(type).type();
+  state.enter = reinterpret_cast<Enter>(enter);
+  state.stream = reinterpret_cast<Stream>(stream);
+  Py_XSETREF(state.fake, fake == Py_None ? nullptr : Py_NewRef(fake));
+  state.ready = state.fake || (state.enter && state.stream);
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* pause(PyObject*, PyObject* by) {
+  state.paused += static_cast<int>(PyLong_AsLong(by));
+  Py_RETURN_NONE;
+}
+
+PyObject* counts(PyObject*, PyObject*) {
+  PyObject* all = PyDict_New();
+  for (auto& [name, n] : state.counts) {
+    PyObject* v = PyLong_FromLongLong(n);
+    PyDict_SetItemString(all, name.c_str(), v);
+    Py_DECREF(v);
+  }
+  return all;
+}
+
+PyMethodDef methods[] = {
+    {"configure", configure, METH_VARARGS, "How to launch."},
+    {"pause", pause, METH_O, "While the sum of what was given is not 0, nothing is replayed."},
+    {"counts", counts, METH_NOARGS, "Launches by kernel name."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_gemskit_native", nullptr, -1, methods};
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__gemskit_native() {
+  PyObject* m = PyModule_Create(&module);
+  PyObject* type = PyType_FromSpec(&table_spec);
+  if (!m || !type || PyModule_AddObject(m, "Table", type)) return nullptr;
+  return m;
+}

@@ -1,0 +1,411 @@
+"""Calls that have been made before: traced once, then replayed without the code that planned them.
+
+A function of tensors that only allocates, takes views and launches kernels is the same sequence of launches for the same
+layouts. `trace` runs it on ``meta`` tensors and writes that sequence down; anything else it does ends the trace, and such a
+call goes through Python for ever. A `Table` finds the sequence by what the call depends on: layouts, alignments, devices,
+settings, and the values that are no tensors. It keeps no tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from gemskit import _driver, _launch, _layout, _native, backends
+from gemskit._driver import Launch, Ref
+
+#: Calls that a table remembers; when full it forgets all, which costs traces, no compilation.
+CALLS = 2048
+
+
+class NotReplayable(Exception):
+    """The traced function did something that a replay would miss."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a call does. Slots count the values given, then the allocations."""
+
+    allocations: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
+    launches: tuple[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], ...]
+    #: For each result None, or its slot; with shape, stride and offset in elements where it is a view of that.
+    results: tuple[tuple[int, tuple[tuple[int, ...], tuple[int, ...], int] | None] | None, ...]
+
+
+# -- tracing ---------------------------------------------------------------------------------------------------------------
+
+
+def _refuse(*args: Any) -> Any:
+    raise NotReplayable("a number that is passed at run time was used to decide something")
+
+
+_USES = (
+    "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod divmod rdivmod pow rpow neg pos abs invert and or "
+    "xor rand ror rxor lshift rshift eq ne lt le gt ge bool hash int float index round trunc floor ceil complex"
+).split()
+
+
+class _Float(float):
+    """A number that goes into a launch as it is: any other use ends the trace."""
+
+    slot: int
+    locals().update({f"__{use}__": _refuse for use in _USES})
+
+
+class _Int(int):
+    slot: int
+    locals().update({f"__{use}__": _refuse for use in _USES})
+
+
+class _Watch(TorchDispatchMode):
+    """Lets allocations and views pass, and notes the former."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in _ALLOCATES:
+            self.made.append(out)
+        elif not func.is_view:
+            raise NotReplayable(f"it calls {func}")
+        return out
+
+
+_aten = torch.ops.aten
+_ALLOCATES = frozenset(
+    (_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default)
+)
+
+
+def trace(fn: Callable[..., Sequence[Tensor | None]], values: Sequence[Any], linked: Sequence[bool]) -> Program:
+    """The program of ``fn(*values)``. Numbers that are ``linked`` may differ in later calls.
+
+    Raises:
+        NotReplayable: ``fn`` does more than allocate, view and launch.
+    """
+    given: list[Any] = []
+    for slot, (v, link) in enumerate(zip(values, linked)):
+        if isinstance(v, Tensor):
+            v = torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="meta")
+        elif link and type(v) in (int, float):
+            v = _Float(v) if type(v) is float else _Int(v)
+            v.slot = slot
+        given.append(v)
+    launches: list[Any] = []
+    with torch.no_grad(), _Watch() as watch, _launch.tracing(lambda *one: launches.append(one)):
+        results = fn(*given)
+    # The tensors are alive until here, so a storage has one address.
+    slots = {t.untyped_storage()._cdata: n for n, t in enumerate(given) if isinstance(t, Tensor)}
+    slots.update({t.untyped_storage()._cdata: n for n, t in enumerate(watch.made, len(given))})
+
+    def reference(v: Any) -> Any:
+        if isinstance(v, Tensor):
+            return Ref(slots[v.untyped_storage()._cdata], v.storage_offset() * v.element_size(), v.dtype)
+        if isinstance(v, (_Float, _Int)):
+            return Ref(v.slot)
+        return tuple(map(reference, v)) if isinstance(v, tuple) else v
+
+    def result(t: Tensor | None) -> Any:
+        if t is None:
+            return None
+        slot = slots[t.untyped_storage()._cdata]
+        base = given[slot] if slot < len(given) else watch.made[slot - len(given)]
+        same = t.shape == base.shape and t.stride() == base.stride()
+        return slot, None if same else (tuple(t.shape), t.stride(), t.storage_offset())
+
+    return Program(
+        tuple((tuple(t.shape), t.stride(), t.dtype) for t in watch.made),
+        tuple((kernel, grid, reference(args), meta) for kernel, grid, args, meta in launches),
+        tuple(map(result, results)),
+    )
+
+
+def aside() -> Any:
+    """What is done in this context is no part of a trace: plans are made there."""
+    return _disable_current_modes()
+
+
+# -- replaying -------------------------------------------------------------------------------------------------------------
+
+
+class Replay:
+    """A program on a device, for values of one alignment."""
+
+    def __init__(self, program: Program, values: Sequence[Any], device: torch.device) -> None:
+        self.program, self.device, self.index = program, device, device.index
+        self.launches = tuple(
+            _driver.prepare(kernel, grid, _placed(args, values, program), meta, device)
+            for kernel, grid, args, meta in program.launches
+        )
+        self._buffers: list[list[Any]] = [[] for _ in self.launches]
+
+    def __call__(self, values: Sequence[Any]) -> list[Tensor | None]:
+        """The results for ``values``, which have the layouts that the table says; the device is current."""
+        memory = [*values, *(_empty(*spec, self.device) for spec in self.program.allocations)]
+        if self.launches:
+            stream = _driver.stream(self.device)
+            enter: Any = _driver.entry()
+            for one, buffers in zip(self.launches, self._buffers):
+                # A buffer is in use by one thread at a time; lists are safe to share.
+                parameters, where, targets = buffers.pop() if buffers else _buffer(one)
+                for target, (_, letter, slot, offset) in zip(targets, one.patches):
+                    target.value = memory[slot].data_ptr() + offset if letter == "p" else memory[slot]
+                _launch.LAUNCHES[one.name] += 1
+                enter(one, parameters, where, stream)
+                buffers.append((parameters, where, targets))
+        return [None if r is None else _result(memory[r[0]], r[1]) for r in self.program.results]
+
+    def native(self, single: bool, wrap: Any) -> tuple[Any, ...]:
+        """The same for the native launcher."""
+        results = tuple(None if r is None else (r[0], *(r[1] or ())) for r in self.program.results)
+        return self.index, self.program.allocations, tuple(map(tuple, self.launches)), results, single, wrap
+
+
+def _placed(args: Any, values: Sequence[Any], program: Program) -> Any:
+    """``args`` with the alignment and reach of each reference."""
+    if isinstance(args, Ref):
+        if args.dtype is None:
+            return args
+        if args.slot < len(values):
+            v: Tensor = values[args.slot]
+            shape, stride, dtype, address = tuple(v.shape), v.stride(), v.dtype, v.data_ptr()
+        else:
+            (shape, stride, dtype), address = program.allocations[args.slot - len(values)], 0
+        near = (_layout.reaches(shape, stride) + 1) * dtype.itemsize < 2**31
+        return dataclasses.replace(args, aligned=(address + args.offset) % 16 == 0, near=near)
+    return tuple(_placed(a, values, program) for a in args) if isinstance(args, tuple) else args
+
+
+_TYPES = {"p": ctypes.c_uint64, "f": ctypes.c_float, "d": ctypes.c_double, "i": ctypes.c_int32, "l": ctypes.c_int64}
+
+
+def _buffer(one: Launch) -> Any:
+    parameters = (ctypes.c_uint64 * len(one.parameters))(*one.parameters)
+    targets = [_TYPES[letter].from_buffer(parameters, 8 * n) for n, letter, _, _ in one.patches]
+    return parameters, _driver.addresses(parameters), targets
+
+
+def _empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+
+def _result(t: Tensor, view: Any) -> Tensor:
+    if view is None:
+        return t
+    shape, stride, offset = view
+    return t.as_strided(shape, stride, t.storage_offset() + offset)
+
+
+class Parameters(NamedTuple):
+    """What the native launcher needs to bind arguments. ``NotImplemented`` is the default of parameters without one."""
+
+    names: tuple[str, ...]
+    defaults: tuple[Any, ...]
+    positional: int
+    #: The place of ``out``, which is the last parameter where there is one, else -1.
+    out: int
+
+
+_tables: weakref.WeakSet[Table] = weakref.WeakSet()
+_module: Any = None
+_upgrading = threading.Lock()
+
+
+def _upgrade() -> None:
+    """Load the native launcher if it has been built by now."""
+    global _module
+    if _module is not None or backends.vendor.launcher is None:
+        return
+    module = _native.load()
+    if module is None or not _upgrading.acquire(blocking=False):
+        return
+    try:
+        where = _driver.addresses_of_launch()
+        if where is not None:
+            install(module, backends.vendor.device_type, *where)
+    finally:
+        _upgrading.release()
+
+
+def install(module: Any, device_type: str, enter: int, stream: int, fake: Any = None) -> None:
+    """Put the native launcher in front of all tables. ``fake`` receives launches in tests."""
+    global _module
+    module.configure(device_type, enter, stream, fake)
+    _launch.paused.follow(module.pause)
+    _launch.native_counts = module.counts
+    _module = module
+    for table in list(_tables):
+        table.use(module)
+
+
+def uninstall() -> None:
+    """Go back to Python, which learns again."""
+    global _module
+    _module = None
+    _launch.paused.follow(None)
+    for table in list(_tables):
+        table.use(None)
+
+
+class Table:
+    """Calls by what they depend on. ``slow(*values)`` serves those that are not there.
+
+    ``call`` is what to call: ``entry``, which brings arguments into order and comes here, or the native launcher, which knows
+    the parameters (``names``, ``defaults``, how many are ``positional``, where ``out`` is) and falls back to ``entry``.
+    """
+
+    def __init__(
+        self, slow: Callable[..., Any], linked: Sequence[bool] = (), writes: Sequence[int] = (),
+        entry: Callable[..., Any] | None = None, parameters: Parameters | None = None,
+    ) -> None:  # fmt: skip
+        self.slow, self.writes = slow, tuple(writes)
+        self.entry: Callable[..., Any] = entry or self.__call__
+        self.parameters = parameters or Parameters((), (), 0, -1)
+        #: By position: numbers whose value does not matter. What comes after has none.
+        self.linked = (*linked, *(False,) * 32)
+        self._replays: dict[Any, tuple[Replay, bool, Any]] = {}
+        self._seen: set[Any] = set()
+        #: Why calls are not replayed.
+        self.refused: dict[Any, str] = {}
+        self.call: Callable[..., Any] = self.entry
+        self._native: Any = None
+        _tables.add(self)
+        if _module is not None:
+            self.use(_module)
+
+    def use(self, module: Any) -> None:
+        """Put the native launcher in front, or go back to Python if None. Either has to learn its calls."""
+        self._replays.clear()
+        self.refused.clear()
+        if module is None:
+            self._native, self.call = None, self.entry
+            return
+        p = self.parameters
+        self._native = module.Table(self.entry, self.linked, self.writes, p.names, p.defaults, p.positional, p.out)
+        self.call = self._native
+
+    def __call__(self, *values: Any) -> Any:
+        if self._replays and not _launch.paused.count and not torch._C._len_torch_dispatch_stack():
+            found = self._replays.get(self._key(values))
+            if found is not None and not (self.writes and _shares(values, self.writes)):
+                replay, single, wrap = found
+                if current_device() == replay.index:
+                    results = replay(values)
+                else:
+                    with _guard(replay.device):
+                        results = replay(values)
+                if self.writes:
+                    torch.autograd.graph.increment_version([values[w] for w in self.writes])
+                return results[0] if single else wrap(results) if wrap is not None else tuple(results)
+        return self.slow(*values)
+
+    def wants(self, values: Sequence[Any]) -> bool:
+        """Whether this call should be learnt: it is made for the second time, so that single calls cost no trace."""
+        if _launch.paused.count or torch._C._len_torch_dispatch_stack() or _driver.entry() is None:
+            return False
+        _upgrade()
+        key = self._key(values)
+        if key is None or key in self._replays or key in self.refused:
+            return False
+        if key in self._seen:
+            return True
+        if len(self._seen) >= 2 * CALLS:
+            self._seen.clear()
+        self._seen.add(key)
+        return False
+
+    def learn(
+        self, values: Sequence[Any], fn: Callable[..., Sequence[Tensor | None]], single: bool = False, wrap: Any = None
+    ) -> None:
+        """Trace ``fn(*values)`` and replay such calls from now on: its one result if ``single``, else ``wrap`` of them."""
+        device = next(v.device for v in values if isinstance(v, Tensor))
+        try:
+            with _guard(device):
+                replay = Replay(trace(fn, values, self.linked), values, device)
+        except NotReplayable as e:
+            if len(self.refused) >= CALLS:
+                self.refused.clear()
+            self.refused[self._key(values)] = str(e)
+            return
+        if self._native is not None:
+            if len(self._native) >= CALLS:
+                self._native.clear()
+            self._native.add(tuple(values), replay.native(single, wrap))
+        else:
+            if len(self._replays) >= CALLS:
+                self._replays.clear()
+            self._replays[self._key(values)] = (replay, single, wrap)
+
+    def _key(self, values: Sequence[Any]) -> Any:
+        grad = torch.is_grad_enabled()
+        try:
+            return (
+                settings(),
+                *[
+                    type(v) if link and type(v) in _NUMBERS else _part(v, grad)
+                    for v, link in zip(values, self.linked)
+                ],
+            )
+        except _Unknown:
+            return None
+
+
+_NUMBERS = (int, float)
+
+
+class _Unknown(Exception):
+    """A value that no table remembers."""
+
+
+def settings() -> Any:
+    """What of torch's settings changes kernels."""
+    return torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+
+
+def _part(v: Any, grad: bool) -> Any:
+    kind = type(v)
+    if kind is Tensor or kind is torch.nn.Parameter:
+        if (grad and v.requires_grad) or v.is_neg():
+            raise _Unknown
+        return v.shape, v.stride(), v.dtype, v.device, v.data_ptr() & 15
+    if kind is float:
+        # 0.0 and -0.0 are equal, NaN is not equal to itself.
+        return v.hex()
+    if kind is tuple or kind is list or kind is torch.Size:
+        return (tuple, *(_part(x, grad) for x in v))
+    if v is None or kind in (bool, int, str, torch.dtype):
+        return kind, v
+    raise _Unknown
+
+
+def _shares(values: Sequence[Any], writes: Sequence[int]) -> bool:
+    """Whether a tensor that is written shares memory with another one, or cannot be written in this mode."""
+    for w in writes:
+        target: Tensor = values[w]
+        if target.is_inference() and not torch.is_inference_mode_enabled():
+            return True
+        memory = target.untyped_storage().data_ptr()
+        for n, v in enumerate(values):
+            if n != w and isinstance(v, Tensor) and v.untyped_storage().data_ptr() == memory:
+                return True
+    return False
+
+
+current_device: Callable[[], int] = torch.accelerator.current_device_index
+
+
+def _guard(device: torch.device) -> Any:
+    """A context in which ``device`` is current."""
+    return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

@@ -28,9 +28,14 @@ from gemskit.testing import Make, Sample
 
 def main(argv: list[str]) -> int:
     """The command."""
+    if "--host" in argv:
+        from gemskit._bench_host import main as host
+
+        return host([a for a in argv if a != "--host"])
     parser = argparse.ArgumentParser(prog="python -m gemskit bench", description=__doc__)
     parser.add_argument("ops", nargs="*", help="operators to time (default: all)")
     parser.add_argument("--report", type=Path, help="write JSON here; a Markdown table and SVG and PNG plots beside it")
+    parser.add_argument("--host", action="store_true", help="time the host instead; --host --help tells its options")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--render", type=Path, help="only draw the table and plots of an existing JSON report")
     options = parser.parse_args(argv)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gemskit import _launch, backends
 from gemskit._dtypes import TRITON
@@ -92,6 +93,10 @@ def inspect_tensors(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[bool, bo
     if mixed:
         device, values = _one_device(op, values)
     kernels = not fake and _launch.has_kernels(device)
+    if kernels and forward_ad._current_level >= 0:
+        for n, v in zip(op.params, values):
+            if isinstance(v, Tensor) and forward_ad.unpack_dual(v).tangent is not None:
+                raise GradientError(f"{op.name}: {n} has a forward-mode derivative (torch.func.jvp), which no kernel takes")
     if not kernels and not fake and device.type not in ("cpu", "meta"):
         raise DeviceError(
             f"{op.name}: tensors are on {device}, but the resolved vendor is {backends.vendor.name!r}, which serves "

@@ -4,112 +4,9 @@
 // settings, values that are no tensors) to a program (allocations, launches, results). Whatever it does not know, or does not
 // understand, it hands to `slow` with the arguments as they came. It is built against the headers of the installed torch.
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
-#include <array>
-#include <cstring>
-#include <map>
-#include <memory>
-#include <string>
-#include <unordered_map>
-#include <vector>
-
-#include <structmember.h>
-
-#include <ATen/Context.h>
-#include <ATen/EmptyTensor.h>
-#include <ATen/core/Tensor.h>
-#include <c10/core/Allocator.h>
-#include <c10/core/DeviceGuard.h>
-#include <c10/core/GradMode.h>
-#include <c10/core/InferenceMode.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
-#include <torch/csrc/Dtype.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
+#include "_native_autograd.h"
 
 namespace {
-
-// The driver's launch function (`cuLaunchKernel`, `hipModuleLaunchKernel`).
-using Enter = int (*)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
-// torch's C function for the handle of the current stream of a device.
-using Stream = int (*)(int32_t, void**);
-
-struct State {
-  Enter enter = nullptr;
-  Stream stream = nullptr;
-  PyObject* fake = nullptr;  // receives launches instead of the driver, in tests
-  c10::DeviceType type = c10::DeviceType::CPU;
-  bool ready = false;
-  int paused = 0;
-  std::map<std::string, int64_t> counts;  // launches by kernel; its nodes never move
-} state;
-
-constexpr int kValues = 64;       // arguments of a call
-constexpr int kWords = 512;       // words of a key
-constexpr int kParameters = 256;  // parameters of a kernel
-constexpr int kSlots = 96;        // arguments and allocations
-
-struct Patch {
-  int parameter;
-  char type;  // p: pointer, f: float, d: double, i: int32, l: int64
-  int slot;
-  int64_t offset;
-};
-
-struct Launch {
-  std::string name;
-  void* function;
-  unsigned grid[3];
-  unsigned threads, shared;
-  std::vector<uint64_t> parameters;
-  std::vector<Patch> patches;
-  int64_t* count;
-};
-
-struct Allocation {
-  std::vector<int64_t> shape, stride;
-  at::ScalarType dtype;
-  c10::DispatchKeySet keys;
-};
-
-struct Result {
-  int slot = -1;  // -1: None
-  bool view = false;
-  std::vector<int64_t> shape, stride;
-  int64_t offset = 0;
-};
-
-struct Program {
-  c10::Device device{c10::DeviceType::CPU};
-  std::vector<Allocation> allocations;
-  std::vector<Launch> launches;
-  std::vector<Result> results;
-  bool single = false;
-  PyObject* wrap = nullptr;
-  ~Program() { Py_XDECREF(wrap); }
-};
-
-struct Entry {
-  std::vector<uint64_t> key;
-  std::shared_ptr<Program> program;
-};
-
-struct Table {
-  PyObject_HEAD
-  vectorcallfunc call;
-  PyObject* slow;
-  PyObject* names;     // of the parameters, or empty: positional only, any number
-  PyObject* defaults;  // by parameter; NotImplemented where there is none
-  int positional;      // how many may be given by position
-  int out;             // the parameter that must be absent, or -1
-  std::vector<bool>* linked;
-  std::vector<int>* writes;
-  std::unordered_map<uint64_t, std::vector<Entry>>* entries;
-  int64_t size;
-};
 
 // -- keys -------------------------------------------------------------------------------------------------------------------
 
@@ -177,9 +74,11 @@ bool add_value(Key& key, PyObject* v, bool link) {
   return true;
 }
 
-bool add_tensor(Key& key, const at::Tensor& t, bool grad) {
+bool add_tensor(Key& key, const at::Tensor& t) {
   auto* impl = t.unsafeGetTensorImpl();
-  if (impl->device_type() != state.type || (grad && impl->requires_grad()) || !impl->has_storage()) return false;
+  if (impl->device_type() != state.type || !impl->has_storage()) return false;
+  // Forward-mode derivatives are not computed: Python refuses them.
+  if (impl->autograd_meta() && t._fw_grad(0).defined()) return false;
   auto sizes = impl->sizes(), strides = impl->strides();
   auto address = reinterpret_cast<uintptr_t>(impl->data());
   key.push(
@@ -192,23 +91,25 @@ bool add_tensor(Key& key, const at::Tensor& t, bool grad) {
   return true;
 }
 
-bool is_tensor(PyObject* v) {
-  return Py_TYPE(v) == reinterpret_cast<PyTypeObject*>(THPVariableClass) ||
-      Py_TYPE(v) == reinterpret_cast<PyTypeObject*>(ParameterClass);
-}
+// The first word holds settings, and from bit 8 on which arguments need a gradient.
+constexpr int kNeeds = 8;
 
 bool make_key(Key& key, Table* self, PyObject* const* values, int n) {
   bool grad = c10::GradMode::is_enabled(), tensors = false;
   auto& context = at::globalContext();
+  uint64_t needs = 0;
   key.push(static_cast<uint64_t>(context.float32MatmulPrecision()) << 1 | context.deterministicAlgorithms());
   for (int i = 0; i < n; ++i) {
     if (is_tensor(values[i])) {
-      if (!add_tensor(key, THPVariable_Unpack(values[i]), grad)) return false;
+      const at::Tensor& t = THPVariable_Unpack(values[i]);
+      if (!add_tensor(key, t)) return false;
+      if (grad && t.requires_grad()) needs |= 1ull << i;
       tensors = true;
     } else if (!add_value(key, values[i], i < static_cast<int>(self->linked->size()) && (*self->linked)[i])) {
       return false;
     }
   }
+  key.words[0] |= needs << kNeeds;
   return tensors && !key.full;
 }
 
@@ -223,154 +124,7 @@ Program* find(Table* self, const Key& key, std::shared_ptr<Program>& hold) {
   return nullptr;
 }
 
-// -- replaying --------------------------------------------------------------------------------------------------------------
-
-// False: a tensor that is written shares memory with another argument, or cannot be written in this mode.
-bool writable(Table* self, PyObject* const* values, int n) {
-  for (int w : *self->writes) {
-    const at::Tensor& target = THPVariable_Unpack(values[w]);
-    if (target.is_inference() && !c10::InferenceMode::is_enabled()) return false;
-    const void* memory = target.storage().data();
-    for (int i = 0; i < n; ++i)
-      if (i != w && is_tensor(values[i]) && THPVariable_Unpack(values[i]).storage().data() == memory) return false;
-  }
-  return true;
-}
-
-// False: a number does not fit its parameter.
-bool write_number(uint64_t& word, char type, PyObject* v) {
-  word = 0;
-  if (type == 'f' || type == 'd') {
-    double x = PyFloat_CheckExact(v) ? PyFloat_AS_DOUBLE(v) : PyLong_AsDouble(v);
-    if (x == -1.0 && PyErr_Occurred()) {
-      PyErr_Clear();
-      return false;
-    }
-    float narrow = static_cast<float>(x);
-    std::memcpy(&word, type == 'f' ? static_cast<void*>(&narrow) : static_cast<void*>(&x), type == 'f' ? 4 : 8);
-    return true;
-  }
-  if (!PyLong_CheckExact(v)) return false;
-  int overflow = 0;
-  long long x = PyLong_AsLongLongAndOverflow(v, &overflow);
-  if (overflow || (type == 'i' && x != static_cast<int32_t>(x))) return false;
-  word = static_cast<uint64_t>(x);
-  return true;
-}
-
-PyObject* report_fake(const Launch& one, const uint64_t* parameters) {
-  PyObject* list = PyTuple_New(static_cast<Py_ssize_t>(one.parameters.size()));
-  if (!list) return nullptr;
-  for (size_t i = 0; i < one.parameters.size(); ++i)
-    PyTuple_SET_ITEM(list, static_cast<Py_ssize_t>(i), PyLong_FromUnsignedLongLong(parameters[i]));
-  return PyObject_CallFunction(
-      state.fake, "sK(III)N", one.name.c_str(), reinterpret_cast<unsigned long long>(one.function), one.grid[0],
-      one.grid[1], one.grid[2], list);
-}
-
-// Launches; the GIL is held only where launches are faked. Returns the driver's error.
-int launch(const Launch& one, PyObject* const* values, int n, void* const* memory, void* stream, bool& fits) {
-  uint64_t parameters[kParameters];
-  void* where[kParameters];
-  size_t count = one.parameters.size();
-  std::memcpy(parameters, one.parameters.data(), 8 * count);
-  for (const Patch& p : one.patches) {
-    if (p.type == 'p')
-      parameters[p.parameter] = reinterpret_cast<uint64_t>(memory[p.slot]) + p.offset;
-    else if (p.slot >= n || !write_number(parameters[p.parameter], p.type, values[p.slot])) {
-      fits = false;
-      return 0;
-    }
-  }
-  for (size_t i = 0; i < count; ++i) where[i] = &parameters[i];
-  ++*one.count;
-  if (state.fake) {
-    PyObject* r = report_fake(one, parameters);
-    Py_XDECREF(r);
-    return r ? 0 : -1;
-  }
-  int code;
-  // The driver waits here when its queue is full: other threads must go on.
-  PyThreadState* thread = PyEval_SaveThread();
-  code = state.enter(
-      one.function, one.grid[0], one.grid[1], one.grid[2], one.threads, 1, 1, one.shared, stream, where, nullptr);
-  PyEval_RestoreThread(thread);
-  return code;
-}
-
-PyObject* results_of(const Program& program, PyObject* const* values, int n, std::vector<at::Tensor>& made) {
-  auto one = [&](const Result& r) -> PyObject* {
-    if (r.slot < 0) Py_RETURN_NONE;
-    if (r.view) {
-      const at::Tensor& base = r.slot < n ? THPVariable_Unpack(values[r.slot]) : made[r.slot - n];
-      return THPVariable_Wrap(base.as_strided(r.shape, r.stride, base.storage_offset() + r.offset));
-    }
-    if (r.slot < n) return Py_NewRef(values[r.slot]);
-    return THPVariable_Wrap(made[r.slot - n]);
-  };
-  if (program.single) return one(program.results[0]);
-  PyObject* all = PyTuple_New(static_cast<Py_ssize_t>(program.results.size()));
-  if (!all) return nullptr;
-  for (size_t i = 0; i < program.results.size(); ++i) {
-    PyObject* r = one(program.results[i]);
-    if (!r) {
-      Py_DECREF(all);
-      return nullptr;
-    }
-    PyTuple_SET_ITEM(all, static_cast<Py_ssize_t>(i), r);
-  }
-  if (!program.wrap) return all;
-  PyObject* wrapped = PyObject_CallOneArg(program.wrap, all);
-  Py_DECREF(all);
-  return wrapped;
-}
-
-// nullptr without an error set: the slow path must serve.
-PyObject* replay(Table* self, const Program& program, PyObject* const* values, int n) {
-  void* memory[kSlots];
-  for (int i = 0; i < n; ++i)
-    memory[i] = is_tensor(values[i]) ? const_cast<void*>(THPVariable_Unpack(values[i]).unsafeGetTensorImpl()->data()) : nullptr;
-  for (int w : *self->writes) memory[w] = THPVariable_Unpack(values[w]).mutable_data_ptr();
-  c10::OptionalDeviceGuard guard;
-  std::vector<at::Tensor> made;
-  void* stream = nullptr;
-  if (!state.fake) {
-    c10::impl::VirtualGuardImpl device(program.device.type());
-    if (device.getDevice() != program.device) guard.reset_device(program.device);
-    if (state.stream(program.device.index(), &stream)) {
-      PyErr_SetString(PyExc_RuntimeError, "gemskit: torch does not tell the current stream");
-      return nullptr;
-    }
-  }
-  made.reserve(program.allocations.size());
-  auto* allocator = c10::GetAllocator(program.device.type());
-  for (const Allocation& a : program.allocations) {
-    made.emplace_back(at::detail::empty_strided_generic(a.shape, a.stride, allocator, a.keys, a.dtype));
-    memory[n + made.size() - 1] = made.back().unsafeGetTensorImpl()->mutable_data();
-  }
-  bool first = true;
-  for (const Launch& one : program.launches) {
-    bool fits = true;
-    int code = launch(one, values, n, memory, stream, fits);
-    if (!fits) return nullptr;  // numbers are in the first launch of a program, or in every one
-    if (code && first && !state.fake) {
-      // This thread may not have touched the device yet: a query of the stream makes its context current.
-      c10::impl::VirtualGuardImpl device(program.device.type());
-      device.queryStream(device.getStream(program.device));
-      code = launch(one, values, n, memory, stream, fits);
-    }
-    if (code) {
-      if (!PyErr_Occurred())
-        PyErr_Format(
-            PyExc_RuntimeError, "%s: the driver refused the launch with error %d (grid %u, %u, %u; %u threads, %u bytes of "
-            "shared memory)", one.name.c_str(), code, one.grid[0], one.grid[1], one.grid[2], one.threads, one.shared);
-      return nullptr;
-    }
-    first = false;
-  }
-  for (int w : *self->writes) THPVariable_Unpack(values[w]).unsafeGetTensorImpl()->bump_version();
-  return results_of(program, values, n, made);
-}
+// -- calls ------------------------------------------------------------------------------------------------------------------
 
 // The arguments by parameter; false where Python must raise, or has more to do.
 bool bind(Table* self, PyObject* const* args, Py_ssize_t given, PyObject* keywords, PyObject** values, int& n) {
@@ -414,11 +168,20 @@ PyObject* table_call(PyObject* object, PyObject* const* args, size_t nargsf, PyO
     Key key;
     std::shared_ptr<Program> hold;
     if (bind(self, args, PyVectorcall_NARGS(nargsf), keywords, values, n) && make_key(key, self, values, n)) {
+      uint64_t needs = key.words[0] >> kNeeds;
       Program* program = find(self, key, hold);
+      PyObject* result = nullptr;
       if (program && (self->writes->empty() || writable(self, values, n))) {
-        PyObject* result = replay(self, *program, values, n);
-        if (result || PyErr_Occurred()) return result;
+        std::vector<at::Tensor> made;
+        if (run(self, *program, values, n, made)) return results_of(*program, values, n, made);
+      } else if (needs && self->training) {
+        auto* training = reinterpret_cast<Table*>(self->training);
+        key.words[0] ^= needs << kNeeds;
+        program = find(training, key, hold);
+        if (program && program->autograd && !(needs & ~program->autograd->differentiable))
+          result = differentiable(training, *program, values, n);
       }
+      if (result || PyErr_Occurred()) return result;
     }
   }
   return PyObject_Vectorcall(self->slow, args, nargsf, keywords);
@@ -470,12 +233,41 @@ bool read_launch(PyObject* o, Launch& one, Py_ssize_t slots) {
   return !PyErr_Occurred();
 }
 
+bool read_autograd(PyObject* o, Program& program, Py_ssize_t values) {
+  auto autograd = std::make_unique<Autograd>();
+  const char* name;
+  PyObject *gradients, *how, *wrap, *numbers, *sources;
+  unsigned long long differentiable;
+  if (!PyArg_ParseTuple(
+          o, "sOO!OO!O!iK", &name, &gradients, &PyTuple_Type, &how, &wrap, &PyTuple_Type, &numbers, &PyTuple_Type, &sources,
+          &autograd->outputs, &differentiable))
+    return false;
+  autograd->name = name;
+  autograd->gradients = Py_NewRef(gradients);
+  autograd->how = Py_NewRef(how);
+  autograd->wrap = Py_NewRef(wrap);
+  autograd->differentiable = differentiable;
+  std::vector<int64_t> saved;
+  if (!integers(sources, saved)) return false;
+  autograd->sources.assign(saved.begin(), saved.end());
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(numbers); ++i) {
+    int place, slot;
+    if (!PyArg_ParseTuple(PyTuple_GET_ITEM(numbers, i), "ii", &place, &slot)) return false;
+    autograd->numbers.emplace_back(place, slot);
+  }
+  // An output that is an argument, or a view of one, would get the history of both: Python serves those.
+  for (const Result& r : program.results)
+    if (r.view || r.slot < values) return true;
+  program.autograd = std::move(autograd);
+  return true;
+}
+
 bool read_program(PyObject* spec, Program& program, Py_ssize_t values) {
-  PyObject *index, *allocations, *launches, *results, *wrap;
+  PyObject *index, *allocations, *launches, *results, *wrap, *autograd;
   int single;
   if (!PyArg_ParseTuple(
-          spec, "OO!O!O!pO", &index, &PyTuple_Type, &allocations, &PyTuple_Type, &launches, &PyTuple_Type, &results, &single,
-          &wrap))
+          spec, "OO!O!O!pOO", &index, &PyTuple_Type, &allocations, &PyTuple_Type, &launches, &PyTuple_Type, &results, &single,
+          &wrap, &autograd))
     return false;
   program.device = c10::Device(state.type, index == Py_None ? -1 : static_cast<c10::DeviceIndex>(PyLong_AsLong(index)));
   Py_ssize_t slots = values + PyTuple_GET_SIZE(allocations);
@@ -515,6 +307,7 @@ bool read_program(PyObject* spec, Program& program, Py_ssize_t values) {
   }
   program.single = single && program.results.size() == 1;
   program.wrap = wrap == Py_None ? nullptr : Py_NewRef(wrap);
+  if (autograd != Py_None && !read_autograd(autograd, program, values)) return false;
   return !PyErr_Occurred();
 }
 
@@ -564,6 +357,7 @@ PyObject* table_new(PyTypeObject* type, PyObject* args, PyObject*) {
   if (!self) return nullptr;
   self->call = table_call;
   self->slow = Py_NewRef(slow);
+  self->training = nullptr;
   self->names = Py_NewRef(names);
   self->defaults = Py_NewRef(defaults);
   self->positional = positional;
@@ -583,15 +377,14 @@ int table_traverse(PyObject* object, visitproc visit, void* arg) {
   auto* self = reinterpret_cast<Table*>(object);
   Py_VISIT(Py_TYPE(object));
   Py_VISIT(self->slow);
-  if (self->entries)
-    for (auto& chain : *self->entries)
-      for (auto& e : chain.second) Py_VISIT(e.program->wrap);
+  Py_VISIT(self->training);
   return 0;
 }
 
 int table_release(PyObject* object) {
   auto* self = reinterpret_cast<Table*>(object);
   Py_CLEAR(self->slow);
+  Py_CLEAR(self->training);
   if (self->entries) Py_XDECREF(table_clear(object, nullptr));
   return 0;
 }
@@ -610,7 +403,18 @@ void table_dealloc(PyObject* object) {
   Py_DECREF(type);
 }
 
+// link(table): the one that has calls which need a gradient, of the same arguments.
+PyObject* table_link(PyObject* object, PyObject* training) {
+  if (Py_TYPE(training) != Py_TYPE(object)) {
+    PyErr_SetString(PyExc_TypeError, "a Table is expected");
+    return nullptr;
+  }
+  Py_XSETREF(reinterpret_cast<Table*>(object)->training, Py_NewRef(training));
+  Py_RETURN_NONE;
+}
+
 PyMethodDef table_methods[] = {
+    {"link", table_link, METH_O, "The table of calls that need a gradient."},
     {"add", table_add, METH_VARARGS, "add(values, program): serve such calls; False if they cannot be."},
     {"clear", table_clear, METH_NOARGS, "Forget all calls."},
     {nullptr, nullptr, 0, nullptr},
@@ -639,16 +443,17 @@ PyType_Spec table_spec = {
 
 // -- the module -------------------------------------------------------------------------------------------------------------
 
-// configure(device type, address of the launch function, address of the stream function, fake or None)
+// configure(device type, address of the launch function, address of the stream function, refuse, fake or None)
 PyObject* configure(PyObject*, PyObject* args) {
   HANDLE_TH_ERRORS
   const char* type;
   unsigned long long enter, stream;
-  PyObject* fake;
-  if (!PyArg_ParseTuple(args, "sKKO", &type, &enter, &stream, &fake)) return nullptr;
+  PyObject *refuse, *fake;
+  if (!PyArg_ParseTuple(args, "sKKOO", &type, &enter, &stream, &refuse, &fake)) return nullptr;
   state.type = c10::Device(type).type();
   state.enter = reinterpret_cast<Enter>(enter);
   state.stream = reinterpret_cast<Stream>(stream);
+  Py_XSETREF(state.refuse, Py_NewRef(refuse));
   Py_XSETREF(state.fake, fake == Py_None ? nullptr : Py_NewRef(fake));
   state.ready = state.fake || (state.enter && state.stream);
   Py_RETURN_NONE;

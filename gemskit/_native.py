@@ -22,7 +22,6 @@ import time
 import warnings
 from pathlib import Path
 from types import ModuleType
-from typing import IO
 
 #: Seconds between two looks: while a build may finish, and where only the environment can change the answer.
 POLL, SETTLED = 1.0, 60.0
@@ -67,10 +66,11 @@ def _recipe(source: Path, words: list[str]) -> tuple[str, str, list[str]]:
     # No paths but the compiler's: equal versions in two environments share a build.
     versions = (torch.__version__, torch.version.git_version, torch.version.cuda, torch.version.hip, triton.__version__)
     machine = (importlib.machinery.EXTENSION_SUFFIXES[0], os.uname().machine, os.confstr("CS_GNU_LIBC_VERSION"))
+    texts = [file.read_bytes() for file in (source, *sorted(source.parent.glob(f"{source.stem}*.h")))]
+    stem = f"launcher-{digest(texts, versions, machine, flags, libraries[1:])}"
     # File, size and date of each word that is a program: --version would cost a process.
-    programs = [os.path.realpath(found) for word in words if (found := shutil.which(word))]
-    identity = [(file, (at := os.stat(file)).st_size, at.st_mtime_ns) for file in programs]
-    stem = f"launcher-{digest(source.read_bytes(), versions, machine, flags, libraries[1:])}"
+    programs = [Path(found).resolve() for word in words if (found := shutil.which(word))]
+    identity = [(str(file), (at := file.stat()).st_size, at.st_mtime_ns) for file in programs]
     return stem, digest(words[1:], identity), command
 
 
@@ -105,37 +105,18 @@ def _failed(target: Path, since: float) -> bool:
     return since < at < time.time() + SETTLED
 
 
-def _claim(lock: int, until: float) -> bool:
-    """Take the lock, which the kernel releases when its holder dies; tries until that time of the monotonic clock."""
-    import fcntl
-
-    # A file system without locks raises another error: at worst two build, and each replaces the file at once.
-    with contextlib.suppress(OSError):
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= until:
-                    return False
-                time.sleep(0.05)
-    return True
-
-
-def _build(target: Path, log: IO[bytes], lock: int, command: list[str]) -> None:
+def _build(target: Path, lock: int, command: list[str]) -> None:
     """Compile to ``target``, or leave a mark beside it. Releases ``lock``."""
     import fcntl
 
     temp = target.with_suffix(f".{os.getpid()}.tmp")
+    words = [*command, "-o", str(temp)]
     try:
-        for old in target.parent.glob("launcher-*.tmp"):  # Of builds that were killed.
-            if time.time() - old.stat().st_mtime > 2 * TIMEOUT:
-                old.unlink()
         if not _sound(target):
-            words = [*command, "-o", str(temp)]
-            log.write(f"{shlex.join(words)}\n".encode())
-            log.flush()
-            subprocess.run(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=TIMEOUT, check=True)
+            with target.with_suffix(".log").open("wb") as log:
+                log.write(f"{shlex.join(words)}\n".encode())
+                log.flush()
+                subprocess.run(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=TIMEOUT, check=True)
             body = temp.read_bytes()
             temp.write_bytes(body + SEAL + hashlib.sha256(body).hexdigest().encode())
             temp.chmod(0o700)
@@ -151,16 +132,14 @@ def _build(target: Path, log: IO[bytes], lock: int, command: list[str]) -> None:
 
 
 class Extension:
-    """The extension module ``name``, compiled from the one file ``source``."""
+    """The extension module ``name``, compiled from ``source``, which may include headers beside it that begin with its name."""
 
     def __init__(self, source: Path, name: str) -> None:
         self.source, self.name = source, name
         self._module: ModuleType | None = None
-        self._path: Path | None = None
-        self._reason = self._error = ""
-        self._next = 0.0
+        self._reason, self._must, self._next = "", False, 0.0
         self._builds = self._child = self._pid = 0
-        self._warnings: dict[str, bool] = {}  # Text, and whether the caller has been told.
+        self._told: set[str] = set()
         self._lock = threading.Lock()
 
     def load(self, wait: bool = False) -> ModuleType | None:
@@ -169,44 +148,50 @@ class Extension:
         :raises GemskitError: ``GEMSKIT_NATIVE=1`` and there is none; the reason is in the message.
         :raises ArgumentError: ``GEMSKIT_NATIVE`` is neither ``0`` nor ``1``.
         """
-        if self._module is None and (wait or self._error or time.monotonic() >= self._next):
+        if self._module is None and (wait or time.monotonic() >= self._next):
             self._look(True, wait)
+        if self._module is None and self._must:
+            from gemskit import errors
+
+            reason = self._reason.removeprefix("python: ")
+            raise errors.GemskitError(f"GEMSKIT_NATIVE=1, but there is no native launcher: {reason}")
         return self._module
 
     def status(self) -> str:
         """One line: what is in use, or why it is Python. Loads what is built, builds nothing."""
         if self._module is None:
             self._look(False, False)
-        return self._reason if self._module is None else f"native ({self._path})"
+        return f"native ({self._module.__file__})" if self._module else self._reason
 
     def _look(self, start: bool, wait: bool) -> None:
-        from gemskit.errors import ArgumentError, GemskitError
-
         mode = os.environ.get("GEMSKIT_NATIVE", "")
         if mode not in ("", "0", "1"):
-            raise ArgumentError(
-                f"GEMSKIT_NATIVE={mode!r} is not accepted: 0 (never), 1 (at once), unset (in background)"
+            from gemskit import errors
+
+            raise errors.ArgumentError(
+                f"GEMSKIT_NATIVE={mode!r}: accepted are 0 (never), 1 (at once), unset (background)"
             )
-        must = start and mode == "1"
         if self._pid != os.getpid():  # A fork: a thread of the parent may hold the lock, and the child is not ours.
             self._pid, self._child, self._lock = os.getpid(), 0, threading.Lock()
-        if not self._lock.acquire(blocking=wait or must):
+        self._must = mode == "1"
+        wait = wait or (start and self._must and not self._builds)
+        if not self._lock.acquire(blocking=wait):
             return  # Another thread is at it.
         try:
-            if self._module is None and not (must and self._error and not wait):
-                self._reason = "off (GEMSKIT_NATIVE=0)" if mode == "0" else self._find(start, wait or must)
-                self._next = time.monotonic() + (POLL if self._reason == "building" else SETTLED)
-            self._error = self._reason.removeprefix("python: ") if must and self._module is None else ""
+            if self._module is None:
+                if start:  # Before a warning, which may be an error.
+                    self._next = time.monotonic() + SETTLED
+                self._reason = "off (GEMSKIT_NATIVE=0)" if mode == "0" else self._find(start, wait)
+                if start and self._reason == "building":
+                    self._next = time.monotonic() + POLL
         finally:
             self._lock.release()
-        if self._error:
-            raise GemskitError(f"GEMSKIT_NATIVE=1, but there is no native launcher: {self._error}")
-        for text in [text for text, told in self._warnings.items() if not told]:
-            self._warnings[text] = True
-            warnings.warn(f"gemskit's native launcher: {text}; calls go through Python", RuntimeWarning)
 
     def _warn(self, reason: str) -> str:
-        self._warnings.setdefault(reason.removeprefix("python: "), False)
+        """The reason, of which the caller is told once."""
+        if reason not in self._told:
+            self._told.add(reason)
+            warnings.warn(f"gemskit calls go through Python: {reason.removeprefix('python: ')}", RuntimeWarning)
         return reason
 
     def _find(self, start: bool, wait: bool) -> str:
@@ -246,7 +231,7 @@ class Extension:
             sound = _sound(target)
         if not sound:
             reason = f"python: build failed, see {target.with_suffix('.log')}"
-            return self._warn(reason) if wait or self._builds else reason
+            return self._warn(reason) if self._builds else reason
         if reason := self._open(target):
             _mark(target, reason)
             target.unlink(missing_ok=True)
@@ -255,33 +240,39 @@ class Extension:
 
     def _begin(self, target: Path, command: list[str], start: bool, wait: bool) -> str:
         """Build; returns what stands in the way, or nothing where a build has ended."""
+        import fcntl
+
         header, log, now = Path(sysconfig.get_path("include"), "Python.h"), target.with_suffix(".log"), time.time()
         if not header.is_file():
             return f"python: {header} is missing (a package such as python3-dev has it)"
         lock = os.open(target.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            if not _claim(lock, time.monotonic() + TIMEOUT if wait else 0.0):
+            # The kernel releases it when its holder dies. Where the file system has no locks, at worst two build.
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
                 return "building"
+            except OSError:
+                pass
             # By now another process may have built it, or failed to.
-            if (_sound(target) and not wait) or _failed(target, now if wait else now - RETRY):
+            if _sound(target) or _failed(target, now if wait else now - RETRY):
                 return ""
-            if not start:
-                return "python: not built yet, the first call starts it"
             if self._builds and not wait:
                 return self._warn(f"python: the build ended without a result, see {log}")
-            if not wait and "python" not in Path(sys.executable or "").name:
-                return f"python: sys.executable is not Python ({sys.executable}), GEMSKIT_NATIVE=1 builds without it"
-            with log.open("wb") as out:
-                if wait:
-                    _build(target, out, lock, command)
-                    return ""
-                program = [sys.executable, "-I", "-S", __file__, str(target), str(lock), *command]
-                # It inherits the lock, so nobody else starts one before it ends.
+            if not start:
+                return "python: not built yet, the first call starts it"
+            self._builds = 1
+            if wait:
+                _build(target, lock, command)
+                return ""
+            # It inherits the lock, so nobody else starts one before it ends.
+            program = [sys.executable or "python3", "-I", "-S", __file__, str(target), str(lock), *command]
+            with log.open("ab") as out:
                 child = subprocess.Popen(
                     program, stdin=subprocess.DEVNULL, stdout=out, stderr=out, pass_fds=[lock], start_new_session=True
                 )
             # It may outlive this process, which would warn of a child without a return code.
-            self._child, child.returncode, self._builds = child.pid, 0, 1
+            self._child, child.returncode = child.pid, 0
             return "building"
         finally:
             os.close(lock)
@@ -290,13 +281,12 @@ class Extension:
         """Load the file; returns why it does not load."""
         try:
             loader = importlib.machinery.ExtensionFileLoader(self.name, str(path))
-            module = importlib.util.module_from_spec(
-                importlib.machinery.ModuleSpec(self.name, loader, origin=str(path))
-            )
+            spec = importlib.machinery.ModuleSpec(self.name, loader, origin=str(path))
+            module = importlib.util.module_from_spec(spec)
             loader.exec_module(module)
         except Exception as error:
             return f"python: {path} does not load ({error})"
-        self._path, self._module = path, module
+        self._module = module
         return ""
 
 
@@ -305,4 +295,4 @@ load, status = _launcher.load, _launcher.status
 
 if __name__ == "__main__":
     os.nice(19)
-    _build(Path(sys.argv[1]), sys.stdout.buffer, int(sys.argv[2]), sys.argv[3:])
+    _build(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

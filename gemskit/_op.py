@@ -22,6 +22,7 @@ from typing_extensions import ParamSpec
 
 from gemskit import _checks, _launch, _replay, backends
 from gemskit._checks import describe
+from gemskit._bind import is_number
 from gemskit._plan import PLANS
 from gemskit._plan import layout as _layout
 from gemskit.errors import ArgumentError, DeclarationError, GradientError, NoKernel
@@ -104,6 +105,8 @@ class Op(Generic[P, R]):
         self._overwrites = _replay.Table(self._call_inplace, linked, places, self._enter_inplace, has)
         self._trainings = _replay.Table(self._train, linked)
         self._gradients = _replay.Table(self._differentiate)
+        self._calls.training = self._trainings
+        self._calls.link()
         self._free: Callable[..., None] | None = None
         self._vjp: Callable[..., Mapping[str, Tensor | None]] | None = None
         self._saves: tuple[str, ...] = ()
@@ -292,9 +295,40 @@ class Op(Generic[P, R]):
         keep: dict[str, Any] = {}
         outs = self.forward(values, None, keep)
         if self._trainings.wants(values):
-            again = self._forwarding(values, None, {})
-            self._trainings.learn(values, again, wrap=functools.partial(_split, len(outs), tuple(keep)))
+            again, wrap = self._forwarding(values, None, {}), functools.partial(_split, len(outs), tuple(keep))
+            self._trainings.learn(values, again, wrap=wrap, autograd=self._taking_part(values, outs, keep))
         return outs, keep
+
+    def _saved(self, values: Sequence[Any], outs: Sequence[Tensor], keep: Mapping[str, Any]) -> dict[str, Any]:
+        """What the gradient needs, by name, and for each where it is among the values, outputs and what was kept."""
+        found = {n: (v, i) for i, (n, v) in enumerate(zip(self.params, values)) if n in self._saves}
+        at = len(values)
+        if self._saves_outs:
+            names = enumerate(("out", "out1", "out2")[: len(outs)])
+            found.update((n, (outs[i], at + i)) for i, n in names if n in self._saves or "outs" in self._saves)
+        at += len(outs)
+        found.update((n, (v, at + i)) for i, (n, v) in enumerate(keep.items()) if n in self._saves)
+        return found
+
+    def _how(self, values: Sequence[Any], saved: Mapping[str, Any]) -> _How:
+        tensors = tuple([n for n, (v, _) in saved.items() if isinstance(v, Tensor)])
+        rest = [(n, v) for n, (v, _) in saved.items() if not isinstance(v, Tensor)]
+        like: Any = ()
+        if "like" in self._saves:
+            like = tuple([(n, tuple(v.shape), v.dtype) for n, v in zip(self.params, values) if isinstance(v, Tensor)])
+        return tensors, tuple([n for n, _ in rest]), tuple([v for _, v in rest]), like
+
+    def _taking_part(self, values: Sequence[Any], outs: Sequence[Tensor], keep: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The same for the native launcher, which makes a node of autograd itself."""
+        saved = self._saved(values, outs, keep)
+        how = self._how(values, saved)
+        slots = [i for n, (_, i) in saved.items() if n in how[1]]
+        numbers = tuple(
+            (place, i) for place, i in enumerate(slots) if i < len(values) and self._trainings.linked[i] and is_number(values[i])
+        )
+        sources = tuple(i for v, i in saved.values() if isinstance(v, Tensor))
+        bits = sum(1 << i for i, n in enumerate(self.params) if n in self.differentiable)
+        return self.name, self._gradients.call, how, self._tuple, numbers, sources, len(outs), bits
 
     def _differentiate(self, how: _How, needs: tuple[bool, ...], *tensors: Any) -> tuple[Tensor | None, ...]:
         """The gradients by parameter; ``tensors`` are those of the outputs, then what was saved."""
@@ -419,44 +453,30 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: Op[..., Any], inplace: bool, *values: Any) -> Any:
-        saves = op._saves
-        save: dict[str, Any] = {}
-        like: list[Any] = []
-        for n, v in zip(op.params, values):
-            if n in saves:
-                # The gradient may need what is about to be overwritten.
-                save[n] = v.clone() if inplace and n in op.writes else v
-            if isinstance(v, Tensor):
-                like.append((n, tuple(v.shape), v.dtype))
+        given: Sequence[Any] = values
         if inplace:
             outs = tuple(values[op.params.index(w)] for w in op.writes)
+            # The gradient may need what is about to be overwritten.
+            given = [v.clone() if n in op.writes and n in op._saves else v for n, v in zip(op.params, values)]
             keep: dict[str, Any] = {}
             op.forward(values, outs, keep)
             ctx.mark_dirty(*outs)
         else:
             outs, keep = op._trainings.call(*values)
-        if len(outs) > 1:
+        ctx.floats = [o.dtype.is_floating_point for o in outs]
+        if not all(ctx.floats):
             ctx.mark_non_differentiable(*(o for o in outs if not o.dtype.is_floating_point))
-        if op._saves_outs:
-            save.update((n, o) for n, o in zip(("out", "out1", "out2"), outs) if n in saves or "outs" in saves)
-        if keep:
-            save.update((n, t) for n, t in keep.items() if n in saves)
-        tensors = [(n, v) for n, v in save.items() if isinstance(v, Tensor)]
-        rest = [(n, v) for n, v in save.items() if not isinstance(v, Tensor)]
-        ctx.op = op
-        ctx.how = (
-            tuple([n for n, _ in tensors]), tuple([n for n, _ in rest]), tuple([v for _, v in rest]),
-            tuple(like) if "like" in saves else (),
-        )  # fmt: skip
-        ctx.save_for_backward(*[v for _, v in tensors])
+        saved = op._saved(given, outs, keep)
+        ctx.op, ctx.how = op, op._how(given, saved)
+        ctx.save_for_backward(*[v for v, _ in saved.values() if isinstance(v, Tensor)])
         return outs if len(outs) > 1 else outs[0]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         op: Op[..., Any] = ctx.op
         if torch.is_grad_enabled():
-            # Kernels are no part of autograd: a second derivative would silently miss this operator's share.
-            raise GradientError(f"{op.name}: has no second derivative; take the first one without create_graph=True")
+            _replay.no_second_derivative(op.name)
+        grads = tuple(g if has else None for g, has in zip(grads, ctx.floats))
         return (None, None, *op._gradients.call(ctx.how, ctx.needs_input_grad[2:], *grads, *ctx.saved_tensors))
 
 

@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from gemskit import _driver, _launch, _layout, _native, backends
 from gemskit._driver import Launch, Ref
+from gemskit.errors import GradientError
 
 #: Calls that a table remembers; when full it forgets all, which costs traces, no compilation.
 CALLS = 2048
@@ -167,10 +169,10 @@ class Replay:
                 buffers.append((parameters, where, targets))
         return [None if r is None else _result(memory[r[0]], r[1]) for r in self.program.results]
 
-    def native(self, single: bool, wrap: Any) -> tuple[Any, ...]:
+    def native(self, single: bool, wrap: Any, autograd: Any) -> tuple[Any, ...]:
         """The same for the native launcher."""
         results = tuple(None if r is None else (r[0], *(r[1] or ())) for r in self.program.results)
-        return self.index, self.program.allocations, tuple(map(tuple, self.launches)), results, single, wrap
+        return self.index, self.program.allocations, tuple(map(tuple, self.launches)), results, single, wrap, autograd
 
 
 def _placed(args: Any, values: Sequence[Any], program: Program) -> Any:
@@ -239,15 +241,23 @@ def _upgrade() -> None:
         _upgrading.release()
 
 
+def no_second_derivative(name: str) -> None:
+    """Kernels are no part of autograd: a second derivative would silently miss this operator's share."""
+    raise GradientError(f"{name}: has no second derivative; take the first one without create_graph=True")
+
+
 def install(module: Any, device_type: str, enter: int, stream: int, fake: Any = None) -> None:
     """Put the native launcher in front of all tables. ``fake`` receives launches in tests."""
     global _module
-    module.configure(device_type, enter, stream, fake)
+    module.configure(device_type, enter, stream, no_second_derivative, fake)
     _launch.paused.follow(module.pause)
     _launch.native_counts = module.counts
     _module = module
-    for table in list(_tables):
+    tables = list(_tables)
+    for table in tables:
         table.use(module)
+    for table in tables:
+        table.link()
 
 
 def uninstall() -> None:
@@ -280,6 +290,8 @@ class Table:
         #: Why calls are not replayed.
         self.refused: dict[Any, str] = {}
         self.call: Callable[..., Any] = self.entry
+        #: The table of the same calls where they need a gradient.
+        self.training: Table | None = None
         self._native: Any = None
         _tables.add(self)
         if _module is not None:
@@ -296,8 +308,13 @@ class Table:
         self._native = module.Table(self.entry, self.linked, self.writes, p.names, p.defaults, p.positional, p.out)
         self.call = self._native
 
+    def link(self) -> None:
+        """Tell the native launcher about ``training``."""
+        if self._native is not None and self.training is not None:
+            self._native.link(self.training._native)
+
     def __call__(self, *values: Any) -> Any:
-        if self._replays and not _launch.paused.count and not torch._C._len_torch_dispatch_stack():
+        if self._replays and _replays_now():
             found = self._replays.get(self._key(values))
             if found is not None and not (self.writes and _shares(values, self.writes)):
                 replay, single, wrap = found
@@ -313,7 +330,7 @@ class Table:
 
     def wants(self, values: Sequence[Any]) -> bool:
         """Whether this call should be learnt: it is made for the second time, so that single calls cost no trace."""
-        if _launch.paused.count or torch._C._len_torch_dispatch_stack() or _driver.entry() is None:
+        if not _replays_now() or _driver.entry() is None:
             return False
         _upgrade()
         key = self._key(values)
@@ -327,9 +344,13 @@ class Table:
         return False
 
     def learn(
-        self, values: Sequence[Any], fn: Callable[..., Sequence[Tensor | None]], single: bool = False, wrap: Any = None
-    ) -> None:
-        """Trace ``fn(*values)`` and replay such calls from now on: its one result if ``single``, else ``wrap`` of them."""
+        self, values: Sequence[Any], fn: Callable[..., Sequence[Tensor | None]], single: bool = False, wrap: Any = None,
+        autograd: Any = None,
+    ) -> None:  # fmt: skip
+        """Trace ``fn(*values)`` and replay such calls from now on: its one result if ``single``, else ``wrap`` of them.
+
+        ``autograd`` is what the native launcher needs to make the call part of autograd.
+        """
         device = next(v.device for v in values if isinstance(v, Tensor))
         try:
             with _guard(device):
@@ -342,7 +363,7 @@ class Table:
         if self._native is not None:
             if len(self._native) >= CALLS:
                 self._native.clear()
-            self._native.add(tuple(values), replay.native(single, wrap))
+            self._native.add(tuple(values), replay.native(single, wrap, autograd))
         else:
             if len(self._replays) >= CALLS:
                 self._replays.clear()
@@ -365,6 +386,11 @@ class Table:
 _NUMBERS = (int, float)
 
 
+def _replays_now() -> bool:
+    """Whether nothing wants to see the call: no recording, no dispatch mode, no forward-mode derivative."""
+    return not (_launch.paused.count or torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0)
+
+
 class _Unknown(Exception):
     """A value that no table remembers."""
 
@@ -377,9 +403,9 @@ def settings() -> Any:
 def _part(v: Any, grad: bool) -> Any:
     kind = type(v)
     if kind is Tensor or kind is torch.nn.Parameter:
-        if (grad and v.requires_grad) or v.is_neg():
+        if v.is_neg():
             raise _Unknown
-        return v.shape, v.stride(), v.dtype, v.device, v.data_ptr() & 15
+        return v.shape, v.stride(), v.dtype, v.device, v.data_ptr() & 15, grad and v.requires_grad
     if kind is float:
         # 0.0 and -0.0 are equal, NaN is not equal to itself.
         return v.hex()

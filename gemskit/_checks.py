@@ -68,8 +68,26 @@ def translate(op: Op[..., Any], values: Sequence[Any], e: Exception) -> Exceptio
 def inspect_tensors(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[bool, bool, tuple[Any, ...]]:
     """Whether kernels run, whether a gradient is needed, and the values with 0-dim CPU tensors brought along."""
     device: torch.device | None = None
+    needs_grad = False
+    for v, stand_ins in zip(values, op.stand_ins):
+        kind = type(v)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if device is None:
+                device = v.device
+            elif v.device != device:
+                return _inspect(op, values)
+            needs_grad = needs_grad or v.requires_grad
+        elif stand_ins is not None and kind not in stand_ins:
+            return _inspect(op, values)
+    if device is None or device.type != "cpu" or _launch.has_kernels(device):
+        return _inspect(op, values)
+    return False, needs_grad, values
+
+
+def _inspect(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[bool, bool, tuple[Any, ...]]:
+    device: torch.device | None = None
     needs_grad = mixed = fake = False
-    for n, v in zip(op.params, values):
+    for n, v, stand_ins in zip(op.params, values, op.stand_ins):
         if isinstance(v, Tensor):
             if type(v) not in _PLAIN:
                 if not type(v).__module__.startswith("torch._subclasses"):
@@ -82,7 +100,7 @@ def inspect_tensors(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[bool, bo
                 device = v.device
             elif v.device != device:
                 mixed = True
-        elif n in op.tensors and not _stands_in(op, n, v):
+        elif stand_ins is not None and not isinstance(v, tuple(stand_ins)):
             raise DtypeError(
                 f"{op.name}: {n} must be a Tensor, given {type(v).__name__} {v!r}; accepted: {op.name}{op.signature}"
             )
@@ -96,7 +114,12 @@ def inspect_tensors(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[bool, bo
     if kernels and forward_ad._current_level >= 0:
         for n, v in zip(op.params, values):
             if isinstance(v, Tensor) and forward_ad.unpack_dual(v).tangent is not None:
-                raise GradientError(f"{op.name}: {n} has a forward-mode derivative (torch.func.jvp), which no kernel takes")
+                raise GradientError(
+                    f"{op.name}: {n} has a forward-mode derivative (torch.func.jvp), which no kernel takes"
+                )
+    if kernels and any(isinstance(v, Tensor) and v.is_neg() for v in values):
+        # The memory of imag(conj(z)) holds the values with the other sign.
+        values = tuple(v.resolve_neg() if isinstance(v, Tensor) else v for v in values)
     if not kernels and not fake and device.type not in ("cpu", "meta"):
         raise DeviceError(
             f"{op.name}: tensors are on {device}, but the resolved vendor is {backends.vendor.name!r}, which serves "
@@ -133,13 +156,6 @@ def results(op: Op[..., Any], specs: Sequence[tuple[Sequence[int], Sequence[int]
     for _, _, dtype in specs:
         if dtype not in SERVED:
             raise NoKernel(f"{op.name}: no kernel for a result of {dtype}; served are {NAMES}")
-
-
-def _stands_in(op: Op[..., Any], name: str, v: Any) -> bool:
-    kind = str(op.signature.parameters[name].annotation)
-    if v is None:
-        return "None" in kind
-    return isinstance(v, (int, float, complex)) and ("Number" in kind or "float" in kind or "Scalar" in kind)
 
 
 def _one_device(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[torch.device, tuple[Any, ...]]:

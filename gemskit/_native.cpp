@@ -33,13 +33,13 @@ struct Key {
 enum Tag : uint64_t { kNone = 1, kFalse, kTrue, kInt, kFloat, kString, kDtype, kSequence, kTensor, kLinkedInt, kLinkedFloat };
 
 // False: this value is for the slow path.
-bool add_value(Key& key, PyObject* v, bool link) {
+bool add_value(Key& key, PyObject* v, int link) {
   if (v == Py_None) {
     key.push(kNone);
   } else if (v == Py_True || v == Py_False) {
     key.push(v == Py_True ? kTrue : kFalse);
   } else if (PyLong_CheckExact(v)) {
-    if (link) {
+    if (link > 1) {
       key.push(kLinkedInt);
     } else {
       int overflow = 0;
@@ -67,7 +67,7 @@ bool add_value(Key& key, PyObject* v, bool link) {
     Py_ssize_t n = PySequence_Fast_GET_SIZE(v);
     key.push(kSequence | static_cast<uint64_t>(n) << 8);
     for (Py_ssize_t i = 0; i < n; ++i)
-      if (!add_value(key, PySequence_Fast_GET_ITEM(v, i), false)) return false;
+      if (!add_value(key, PySequence_Fast_GET_ITEM(v, i), 0)) return false;
   } else {
     return false;
   }
@@ -105,7 +105,7 @@ bool make_key(Key& key, Table* self, PyObject* const* values, int n) {
       if (!add_tensor(key, t)) return false;
       if (grad && t.requires_grad()) needs |= 1ull << i;
       tensors = true;
-    } else if (!add_value(key, values[i], i < static_cast<int>(self->linked->size()) && (*self->linked)[i])) {
+    } else if (!add_value(key, values[i], i < static_cast<int>(self->linked->size()) ? (*self->linked)[i] : 0)) {
       return false;
     }
   }
@@ -152,10 +152,7 @@ bool bind(Table* self, PyObject* const* args, Py_ssize_t given, PyObject* keywor
     values[i] = PyTuple_GET_ITEM(self->defaults, i);
     if (values[i] == Py_NotImplemented) return false;
   }
-  if (self->out >= 0) {
-    if (values[self->out] != Py_None) return false;
-    n = self->out;  // it is the last one
-  }
+  if (self->out >= 0 && values[self->out] == Py_None) n = self->out;  // it is the last one
   return true;
 }
 
@@ -167,14 +164,16 @@ PyObject* table_call(PyObject* object, PyObject* const* args, size_t nargsf, PyO
     int n = 0;
     Key key;
     std::shared_ptr<Program> hold;
-    if (bind(self, args, PyVectorcall_NARGS(nargsf), keywords, values, n) && make_key(key, self, values, n)) {
+    bool bound = bind(self, args, PyVectorcall_NARGS(nargsf), keywords, values, n);
+    Table* table = self->out >= 0 && n > self->out ? reinterpret_cast<Table*>(self->into) : self;
+    if (bound && table && make_key(key, table, values, n)) {
       uint64_t needs = key.words[0] >> kNeeds;
-      Program* program = find(self, key, hold);
+      Program* program = find(table, key, hold);
       PyObject* result = nullptr;
-      if (program && (self->writes->empty() || writable(self, values, n))) {
+      if (program && (table->writes->empty() || writable(table, values, n))) {
         std::vector<at::Tensor> made;
-        if (run(self, *program, values, n, made)) return results_of(*program, values, n, made);
-      } else if (needs && self->training) {
+        if (run(table, *program, values, n, made)) return results_of(*program, values, n, made);
+      } else if (needs && table->training) {
         auto* training = reinterpret_cast<Table*>(self->training);
         key.words[0] ^= needs << kNeeds;
         program = find(training, key, hold);
@@ -357,17 +356,17 @@ PyObject* table_new(PyTypeObject* type, PyObject* args, PyObject*) {
   if (!self) return nullptr;
   self->call = table_call;
   self->slow = Py_NewRef(slow);
-  self->training = nullptr;
+  self->training = self->into = nullptr;
   self->names = Py_NewRef(names);
   self->defaults = Py_NewRef(defaults);
   self->positional = positional;
   self->out = out;
-  self->linked = new std::vector<bool>;
+  self->linked = new std::vector<char>;
   self->writes = new std::vector<int>;
   self->entries = new std::unordered_map<uint64_t, std::vector<Entry>>;
   self->size = 0;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(linked); ++i)
-    self->linked->push_back(PyObject_IsTrue(PyTuple_GET_ITEM(linked, i)) == 1);
+    self->linked->push_back(static_cast<char>(PyLong_AsLong(PyTuple_GET_ITEM(linked, i))));
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(writes); ++i)
     self->writes->push_back(static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(writes, i))));
   return reinterpret_cast<PyObject*>(self);
@@ -378,6 +377,7 @@ int table_traverse(PyObject* object, visitproc visit, void* arg) {
   Py_VISIT(Py_TYPE(object));
   Py_VISIT(self->slow);
   Py_VISIT(self->training);
+  Py_VISIT(self->into);
   return 0;
 }
 
@@ -385,6 +385,7 @@ int table_release(PyObject* object) {
   auto* self = reinterpret_cast<Table*>(object);
   Py_CLEAR(self->slow);
   Py_CLEAR(self->training);
+  Py_CLEAR(self->into);
   if (self->entries) Py_XDECREF(table_clear(object, nullptr));
   return 0;
 }
@@ -403,18 +404,18 @@ void table_dealloc(PyObject* object) {
   Py_DECREF(type);
 }
 
-// link(table): the one that has calls which need a gradient, of the same arguments.
-PyObject* table_link(PyObject* object, PyObject* training) {
-  if (Py_TYPE(training) != Py_TYPE(object)) {
-    PyErr_SetString(PyExc_TypeError, "a Table is expected");
-    return nullptr;
-  }
-  Py_XSETREF(reinterpret_cast<Table*>(object)->training, Py_NewRef(training));
+// link(training, into): the tables of calls that need a gradient, and of those with `out` as last argument.
+PyObject* table_link(PyObject* object, PyObject* args) {
+  PyObject *training, *into;
+  if (!PyArg_ParseTuple(args, "O!O!", Py_TYPE(object), &training, Py_TYPE(object), &into)) return nullptr;
+  auto* self = reinterpret_cast<Table*>(object);
+  Py_XSETREF(self->training, Py_NewRef(training));
+  Py_XSETREF(self->into, Py_NewRef(into));
   Py_RETURN_NONE;
 }
 
 PyMethodDef table_methods[] = {
-    {"link", table_link, METH_O, "The table of calls that need a gradient."},
+    {"link", table_link, METH_VARARGS, "link(training, into): tables of calls that need a gradient, that have an out."},
     {"add", table_add, METH_VARARGS, "add(values, program): serve such calls; False if they cannot be."},
     {"clear", table_clear, METH_NOARGS, "Forget all calls."},
     {nullptr, nullptr, 0, nullptr},

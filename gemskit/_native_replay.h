@@ -122,11 +122,12 @@ struct Table {
   vectorcallfunc call;
   PyObject* slow;
   PyObject* training;  // the table of calls that need a gradient, or null
+  PyObject* into;      // the table of calls with `out` as last argument, or null
   PyObject* names;     // of the parameters, or empty: positional only, any number
   PyObject* defaults;  // by parameter; NotImplemented where there is none
   int positional;      // how many may be given by position
   int out;             // the parameter that must be absent, or -1
-  std::vector<bool>* linked;
+  std::vector<char>* linked;  // by argument: 2 any number, 1 floats only: their values do not matter
   std::vector<int>* writes;
   std::unordered_map<uint64_t, std::vector<Entry>>* entries;
   int64_t size;

@@ -8,7 +8,6 @@ settings, and the values that are no tensors. It keeps no tensor.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import dataclasses
 import threading
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from gemskit import _driver, _launch, _layout, _native, backends
+from gemskit import _driver, _launch, _native, backends
 from gemskit._driver import Launch, Ref
 from gemskit.errors import GradientError
 
@@ -91,7 +90,7 @@ _ALLOCATES = frozenset(
 )
 
 
-def trace(fn: Callable[..., Sequence[Tensor | None]], values: Sequence[Any], linked: Sequence[bool]) -> Program:
+def trace(fn: Callable[..., Sequence[Tensor | None]], values: Sequence[Any], linked: Sequence[int]) -> Program:
     """The program of ``fn(*values)``. Numbers that are ``linked`` may differ in later calls.
 
     Raises:
@@ -101,7 +100,7 @@ def trace(fn: Callable[..., Sequence[Tensor | None]], values: Sequence[Any], lin
     for slot, (v, link) in enumerate(zip(values, linked)):
         if isinstance(v, Tensor):
             v = torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="meta")
-        elif link and type(v) in (int, float):
+        elif links(link, v):
             v = _Float(v) if type(v) is float else _Int(v)
             v.slot = slot
         given.append(v)
@@ -134,9 +133,15 @@ def trace(fn: Callable[..., Sequence[Tensor | None]], values: Sequence[Any], lin
     )
 
 
+def links(link: int, v: Any) -> bool:
+    """Whether ``v`` is a number whose value does not matter: any for 2, a float for 1."""
+    kind = type(v)
+    return (kind is float and link > 0) or (kind is int and link > 1)
+
+
 def aside() -> Any:
     """What is done in this context is no part of a trace: plans are made there."""
-    return _disable_current_modes()
+    return _launch.NOTHING if _launch.tracing_receiver() is None else _disable_current_modes()
 
 
 # -- replaying -------------------------------------------------------------------------------------------------------------
@@ -146,28 +151,37 @@ class Replay:
     """A program on a device, for values of one alignment."""
 
     def __init__(self, program: Program, values: Sequence[Any], device: torch.device) -> None:
-        self.program, self.device, self.index = program, device, device.index
+        self.program, self.device, self.index, self.results = program, device, device.index, program.results
         self.launches = tuple(
             _driver.prepare(kernel, grid, _placed(args, values, program), meta, device)
             for kernel, grid, args, meta in program.launches
         )
         self._buffers: list[list[Any]] = [[] for _ in self.launches]
 
-    def __call__(self, values: Sequence[Any]) -> list[Tensor | None]:
+    def __call__(self, values: Sequence[Any]) -> Sequence[Tensor | None]:
         """The results for ``values``, which have the layouts that the table says; the device is current."""
-        memory = [*values, *(_empty(*spec, self.device) for spec in self.program.allocations)]
+        memory = list(values)
+        allocate = _driver.allocate
+        for shape, stride, dtype in self.program.allocations:
+            memory.append(allocate(shape, stride, dtype))
         if self.launches:
-            stream = _driver.stream(self.device)
+            stream = _driver.stream(self.index)
             enter: Any = _driver.entry()
             for one, buffers in zip(self.launches, self._buffers):
-                # A buffer is in use by one thread at a time; lists are safe to share.
-                parameters, where, targets = buffers.pop() if buffers else _buffer(one)
-                for target, (_, letter, slot, offset) in zip(targets, one.patches):
-                    target.value = memory[slot].data_ptr() + offset if letter == "p" else memory[slot]
+                try:
+                    # A buffer is in use by one thread at a time; lists are safe to share.
+                    buffer = buffers.pop()
+                except IndexError:
+                    buffer = _buffer(one)
+                parameters, where, targets = buffer
+                for target, pointer, slot, offset in targets:
+                    target.value = memory[slot].data_ptr() + offset if pointer else memory[slot]
                 _launch.LAUNCHES[one.name] += 1
                 enter(one, parameters, where, stream)
-                buffers.append((parameters, where, targets))
-        return [None if r is None else _result(memory[r[0]], r[1]) for r in self.program.results]
+                buffers.append(buffer)
+        return [
+            None if r is None else memory[r[0]] if r[1] is None else _view(memory[r[0]], r[1]) for r in self.results
+        ]
 
     def native(self, single: bool, wrap: Any, autograd: Any) -> tuple[Any, ...]:
         """The same for the native launcher."""
@@ -185,8 +199,8 @@ def _placed(args: Any, values: Sequence[Any], program: Program) -> Any:
             shape, stride, dtype, address = tuple(v.shape), v.stride(), v.dtype, v.data_ptr()
         else:
             (shape, stride, dtype), address = program.allocations[args.slot - len(values)], 0
-        near = (_layout.reaches(shape, stride) + 1) * dtype.itemsize < 2**31
-        return dataclasses.replace(args, aligned=(address + args.offset) % 16 == 0, near=near)
+        aligned = (address + args.offset) % 16 == 0
+        return dataclasses.replace(args, aligned=aligned, near=_driver.near(shape, stride, dtype))
     return tuple(_placed(a, values, program) for a in args) if isinstance(args, tuple) else args
 
 
@@ -195,17 +209,11 @@ _TYPES = {"p": ctypes.c_uint64, "f": ctypes.c_float, "d": ctypes.c_double, "i": 
 
 def _buffer(one: Launch) -> Any:
     parameters = (ctypes.c_uint64 * len(one.parameters))(*one.parameters)
-    targets = [_TYPES[letter].from_buffer(parameters, 8 * n) for n, letter, _, _ in one.patches]
+    targets = [(_TYPES[c].from_buffer(parameters, 8 * n), c == "p", slot, offset) for n, c, slot, offset in one.patches]
     return parameters, _driver.addresses(parameters), targets
 
 
-def _empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
-
-
-def _result(t: Tensor, view: Any) -> Tensor:
-    if view is None:
-        return t
+def _view(t: Tensor, view: tuple[tuple[int, ...], tuple[int, ...], int]) -> Tensor:
     shape, stride, offset = view
     return t.as_strided(shape, stride, t.storage_offset() + offset)
 
@@ -257,7 +265,7 @@ def install(module: Any, device_type: str, enter: int, stream: int, fake: Any = 
     for table in tables:
         table.use(module)
     for table in tables:
-        table.link()
+        table._link()
 
 
 def uninstall() -> None:
@@ -277,21 +285,20 @@ class Table:
     """
 
     def __init__(
-        self, slow: Callable[..., Any], linked: Sequence[bool] = (), writes: Sequence[int] = (),
+        self, slow: Callable[..., Any], linked: Sequence[int] = (), writes: Sequence[int] = (),
         entry: Callable[..., Any] | None = None, parameters: Parameters | None = None,
     ) -> None:  # fmt: skip
         self.slow, self.writes = slow, tuple(writes)
         self.entry: Callable[..., Any] = entry or self.__call__
         self.parameters = parameters or Parameters((), (), 0, -1)
-        #: By position: numbers whose value does not matter. What comes after has none.
-        self.linked = (*linked, *(False,) * 32)
+        #: By position: which numbers are passed on as they are (see `links`). What comes after has none.
+        self.linked = (*linked, *(0,) * 32)
         self._replays: dict[Any, tuple[Replay, bool, Any]] = {}
         self._seen: set[Any] = set()
         #: Why calls are not replayed.
         self.refused: dict[Any, str] = {}
         self.call: Callable[..., Any] = self.entry
-        #: The table of the same calls where they need a gradient.
-        self.training: Table | None = None
+        self._linked: tuple[Table, ...] = ()
         self._native: Any = None
         _tables.add(self)
         if _module is not None:
@@ -308,21 +315,22 @@ class Table:
         self._native = module.Table(self.entry, self.linked, self.writes, p.names, p.defaults, p.positional, p.out)
         self.call = self._native
 
-    def link(self) -> None:
-        """Tell the native launcher about ``training``."""
-        if self._native is not None and self.training is not None:
-            self._native.link(self.training._native)
+    def link(self, training: Table, into: Table) -> None:
+        """The tables of the same calls where they need a gradient, and where they have ``out`` as last argument."""
+        self._linked = training, into
+        self._link()
+
+    def _link(self) -> None:
+        if self._native is not None and self._linked:
+            self._native.link(*(table._native for table in self._linked))
 
     def __call__(self, *values: Any) -> Any:
         if self._replays and _replays_now():
             found = self._replays.get(self._key(values))
             if found is not None and not (self.writes and _shares(values, self.writes)):
                 replay, single, wrap = found
-                if current_device() == replay.index:
+                with _launch.guard(replay.device):
                     results = replay(values)
-                else:
-                    with _guard(replay.device):
-                        results = replay(values)
                 if self.writes:
                     torch.autograd.graph.increment_version([values[w] for w in self.writes])
                 return results[0] if single else wrap(results) if wrap is not None else tuple(results)
@@ -353,7 +361,7 @@ class Table:
         """
         device = next(v.device for v in values if isinstance(v, Tensor))
         try:
-            with _guard(device):
+            with _launch.guard(device):
                 replay = Replay(trace(fn, values, self.linked), values, device)
         except NotReplayable as e:
             if len(self.refused) >= CALLS:
@@ -373,31 +381,27 @@ class Table:
         grad = torch.is_grad_enabled()
         try:
             return (
-                settings(),
-                *[
-                    type(v) if link and type(v) in _NUMBERS else _part(v, grad)
-                    for v, link in zip(values, self.linked)
-                ],
+                _precision(),
+                _deterministic(),
+                *[type(v) if link and links(link, v) else _part(v, grad) for v, link in zip(values, self.linked)],
             )
         except _Unknown:
             return None
 
 
-_NUMBERS = (int, float)
-
-
 def _replays_now() -> bool:
     """Whether nothing wants to see the call: no recording, no dispatch mode, no forward-mode derivative."""
-    return not (_launch.paused.count or torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0)
+    return not (_launch.paused.count or _modes() or forward_ad._current_level >= 0)
 
 
 class _Unknown(Exception):
     """A value that no table remembers."""
 
 
-def settings() -> Any:
-    """What of torch's settings changes kernels."""
-    return torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+#: What of torch's settings changes kernels.
+_precision = torch._C._get_float32_matmul_precision
+_deterministic = torch._C._get_deterministic_algorithms
+_modes = torch._C._len_torch_dispatch_stack
 
 
 def _part(v: Any, grad: bool) -> Any:
@@ -427,11 +431,3 @@ def _shares(values: Sequence[Any], writes: Sequence[int]) -> bool:
             if n != w and isinstance(v, Tensor) and v.untyped_storage().data_ptr() == memory:
                 return True
     return False
-
-
-current_device: Callable[[], int] = torch.accelerator.current_device_index
-
-
-def _guard(device: torch.device) -> Any:
-    """A context in which ``device`` is current."""
-    return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

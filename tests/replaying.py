@@ -39,12 +39,12 @@ class Fake:
         self.replayed: list[tuple[Any, ...]] = []
         self._loaded: dict[Any, _driver.Loaded] = {}
 
-    def load(self, kernel: Any, args: Any, meta: Any, device: Any) -> _driver.Loaded:
+    def load(self, kernel: Any, spec: Any, args: Any, meta: Any, device: Any) -> _driver.Loaded:
         signature = tuple(kinds(a, p.do_not_specialize, p.annotation_type or None) for a, p in zip(args, kernel.params))
         key = (id(kernel), signature, tuple(meta.items()))
         if key not in self._loaded:
             name = _driver.kernel_name(kernel)
-            self._loaded[key] = _driver.Loaded(name, 1000 + len(self._loaded), 128, 0, signature, kernel)
+            self._loaded[key] = _driver.Loaded(name, 1000 + len(self._loaded), 128, 0, tuple(_driver.flat(signature)), kernel)
         return self._loaded[key]
 
     def receive(self, kernel: Any, grid: Any, args: Any, meta: Any) -> None:
@@ -64,7 +64,7 @@ def faking(patch: Any) -> Iterator[Fake]:
     fake = Fake()
     patch.setattr(_driver, "load", fake.load)
     patch.setattr(_driver, "entry", lambda: fake)
-    patch.setattr(_driver, "stream", lambda device: 0)
-    patch.setattr(_replay, "current_device", lambda: None)
+    patch.setattr(_driver, "stream", lambda index: 0)
+    patch.setattr(_driver, "allocate", lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype))
     patch.setattr(_launch, "_capture", fake.receive)
     yield fake

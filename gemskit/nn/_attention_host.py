@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from gemskit import _layout
 from gemskit._launch import launch
 from gemskit.errors import NoKernel
 from gemskit.nn._attention import (
@@ -35,7 +35,7 @@ def blocks(head_size: int, config: Mapping[str, int], *, itemsize: int = 2, kern
     (default ``warps``). ``kernel`` is "forward", "key_value" or "query". Wider heads and 4 or 8 byte
     elements take smaller blocks, so that accumulators stay in registers and tiles in shared memory.
     """
-    wide = max(16, triton.next_power_of_2(head_size))
+    wide = max(16, _layout.next_power_of_2(head_size))
     m, n, warps, stages = config["m"], config["n"], config["warps"], config["stages"]
     if itemsize > 2:  # no matrix unit takes these at full precision: operands live in registers
         side = max(16, min(32, 4096 // (wide * itemsize)))
@@ -108,7 +108,7 @@ class _Problem:
         (short,) = struct.unpack("f", struct.pack("f", factor))
         self.sizes = (self.heads, self.heads // owners, self.length, self.size)
         self.scalars = (short, factor - short, float(dropout_p), 1 / (1 - dropout_p) if dropout_p < 1 else 0.0)
-        wide, wide_value = (max(16, triton.next_power_of_2(t.shape[-1])) for t in (query, value))
+        wide, wide_value = (max(16, _layout.next_power_of_2(t.shape[-1])) for t in (query, value))
         if query.shape[-1] != wide and value.shape[-1] != wide_value:
             # Triton 3.6 miscompiles tiles of 64 x 64 that are padded to two widths (sm_90, E 33, Ev 20: off by 1.4).
             wide = wide_value = max(wide, wide_value)
@@ -192,7 +192,7 @@ def forward(
     with p.target(out, p.heads) as result:
         launch(
             attention_forward,
-            (triton.cdiv(p.length, block["M"]) * p.batch * p.heads,),
+            (_layout.cdiv(p.length, block["M"]) * p.batch * p.heads,),
             (
                 p.query,
                 p.key,
@@ -249,7 +249,7 @@ def backward(
     delta = torch.empty_like(lse)
     launch(
         attention_delta,
-        (triton.cdiv(p.length, 32) * p.batch * p.heads,),
+        (_layout.cdiv(p.length, 32) * p.batch * p.heads,),
         (out, grad, delta, *out.stride(), *grad.stride(), p.heads, p.length),
         {"VALUE": p.meta["VALUE"], "EV": p.meta["EV"], "M": 32, "WIDE": p.meta["WIDE"], "num_warps": 4},
     )
@@ -265,7 +265,7 @@ def backward(
             for with_key, with_value in both:
                 launch(
                     attention_grad_key_value,
-                    (triton.cdiv(p.size, block["N"]) * p.batch * p.owners,),
+                    (_layout.cdiv(p.size, block["N"]) * p.batch * p.owners,),
                     (
                         *tensors,
                         to_key,
@@ -284,7 +284,7 @@ def backward(
         with p.target(grad_query, p.heads) as to_query:
             launch(
                 attention_grad_query,
-                (triton.cdiv(p.length, block["M"]) * p.batch * p.heads,),
+                (_layout.cdiv(p.length, block["M"]) * p.batch * p.heads,),
                 (*tensors, to_query, seed, *strides, *to_query.stride(), *p.sizes, *p.scalars),
                 {**p.meta, "MASK": p.kind, **block},
             )
@@ -307,7 +307,7 @@ def _mask_gradient(
             f"scaled_dot_product_attention: the gradient of an attn_mask of {grad_mask.dim()} dimensions "
             "was asked for, up to 4 accepted"
         )
-    counts = (p.batch, p.heads, triton.cdiv(p.length, block["M"]), triton.cdiv(p.size, block["N"]))
+    counts = (p.batch, p.heads, _layout.cdiv(p.length, block["M"]), _layout.cdiv(p.size, block["N"]))
     single = [n == 1 for n in grad_mask.shape]
     launch(
         attention_grad_mask,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gemskit._dtypes import compute_type
+from gemskit._layout import contiguous
 from gemskit._op import Named, Op, P, R
 from gemskit.nn._rows import Rows, Statistic
 from gemskit.reduce._fold import Fold
@@ -65,6 +66,17 @@ class Rowwise(Op[P, R]):
         """
         self._kernel = Rows(self.name, fn, self._statistics, results=self.results + len(self.saves))
         return fn
+
+    def shapes(self, values: Sequence[Any]) -> Sequence[tuple[int, ...]] | None:
+        named = dict(zip(self.params, values))
+        size = tuple(values[0].shape)
+        row = tuple(named.get("normalized_shape", ()))
+        if 0 in size or not size or size[len(size) - len(row) :] != row:
+            return None
+        for v in values:
+            if isinstance(v, Tensor) and (tuple(v.shape) not in (size, row) or v.stride() != contiguous(v.shape)):
+                return None
+        return (size,) * self.results
 
     def plan(self, named: Named, outs: tuple[Tensor, ...]) -> Callable[..., None]:
         kernel = self._kernel

@@ -190,17 +190,17 @@ class Rows(Planned):
         # The tile lives in registers: 16,384 floats in 16 warps just do not spill, so doubles, whose
         # exponential takes registers too, get a quarter of that.
         one_tile, loop_tile = (config[k] * 16 // max(4, compute.itemsize) ** 2 for k in ("one_tile_max", "loop_tile"))
-        bn = triton.next_power_of_2(max(cols, 1))
+        bn = _layout.next_power_of_2(max(cols, 1))
         # The first operand that is read by element says which way memory runs.
         lead = n + next((k for k, a in enumerate(along) if a == 3), 0)
         across = rows > 1 and row[lead][-1] == 1 and col[lead][-1] != 1
-        bm = min(max(config["across"], config["short"] // bn), triton.next_power_of_2(rows)) if across else 1
+        bm = min(max(config["across"], config["short"] // bn), _layout.next_power_of_2(rows)) if across else 1
         split = not self.statistics["tile"] and 3 in outs_along
         loop = not split and bm * bn > one_tile
         if loop or split:
             bn = min(bn, max(16, loop_tile // bm))
         if not loop and not across:
-            bm = max(1, min(config["short"] // bn, triton.next_power_of_2(max(rows, 1))))
+            bm = max(1, min(config["short"] // bn, _layout.next_power_of_2(max(rows, 1))))
         path = "loop" if loop else "tile"
         by_element = {"col", *(o for o, a in zip(operands, along) if a != 2)}
         kernel, runtime = self._bind(named, operands, compute, path)
@@ -220,7 +220,7 @@ class Rows(Planned):
             WIDE=_layout.is_wide(row_sizes, row) or _layout.is_wide(col_sizes, col) or _layout.is_wide(shape, full),
             num_warps=min(config["warps"], max(1, bm * bn * max(4, compute.itemsize) // 2048)),
         )
-        grid = triton.cdiv(rows, bm) * (triton.cdiv(cols, bn) if split else 1) if any(o.numel() for o in outs) else 0
+        grid = _layout.cdiv(rows, bm) * (_layout.cdiv(cols, bn) if split else 1) if any(o.numel() for o in outs) else 0
         strides = (tuple(row[:n]), tuple(col[:n]), tuple(row[n:]), tuple(col[n:]))
 
         def run(outs: Sequence[Tensor], named: Named) -> None:

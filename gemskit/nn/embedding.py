@@ -124,8 +124,8 @@ def _tile(cols: int, rows: int, itemsize: int) -> dict[str, int]:
     """A program moves 16 bytes for each of the table's ``block`` lanes, whole rows if they fit."""
     config = backends.arch().config("gather")
     elements = max(1, config["block"] * 16 // itemsize)
-    bn = min(triton.next_power_of_2(max(cols, 1)), elements)
-    bm = min(max(1, elements // bn), triton.next_power_of_2(max(rows, 1)), 64)
+    bn = min(_layout.next_power_of_2(max(cols, 1)), elements)
+    bm = min(max(1, elements // bn), _layout.next_power_of_2(max(rows, 1)), 64)
     return dict(BN=bn, BM=bm, num_warps=config["warps"])
 
 
@@ -144,7 +144,7 @@ class _Embedding(Op[P, R]):
         wide = wide or _layout.is_wide((1, cols), [weight.stride()])
         meta = dict(_tile(cols, rows, weight.element_size()), WIDE=wide)
         strided = (sizes, out_rows, index_rows, out.stride(-1), *weight.stride(), rows, cols, size)
-        grid = triton.cdiv(rows, meta["BM"]) * triton.cdiv(cols, meta["BN"])
+        grid = _layout.cdiv(rows, meta["BM"]) * _layout.cdiv(cols, meta["BN"])
 
         def run(outs: Sequence[Tensor], keep: Any, arguments: Named) -> None:
             if grid:
@@ -193,18 +193,18 @@ def _gradient(
         count = _zeros((size,), torch.int32, device)
         meta: dict[str, Any] = dict(BM=256, WIDE=wide, num_warps=4)
         if rows:
-            launch(embedding_count, (triton.cdiv(rows, 256),), (count, input, sizes, index_rows, rows, size), meta)
+            launch(embedding_count, (_layout.cdiv(rows, 256),), (count, input, sizes, index_rows, rows, size), meta)
     strided = (grad, input, count, sizes, grad_rows, index_rows, grad.stride(-1), rows, cols, size, padding)
     if torch.are_deterministic_algorithms_enabled():
         out = torch.empty((size, cols), dtype=dtype, device=device)
-        bn = min(1024, triton.next_power_of_2(max(cols, 1)))
+        bn = min(1024, _layout.next_power_of_2(max(cols, 1)))
         meta = dict(ACC=TRITON[acc], BM=1024, BN=bn, WIDE=wide or _layout.is_wide((size, cols), []), num_warps=4)
         if out.numel():
-            launch(embedding_grad_ordered, (size * triton.cdiv(cols, bn),), (out, *strided), meta)
+            launch(embedding_grad_ordered, (size * _layout.cdiv(cols, bn),), (out, *strided), meta)
         return {"weight": out}
     out = _zeros((size, cols), acc, device)
     meta = dict(_tile(cols, rows, grad.element_size()), ACC=TRITON[acc], WIDE=wide)
-    grid = triton.cdiv(rows, meta["BM"]) * triton.cdiv(cols, meta["BN"])
+    grid = _layout.cdiv(rows, meta["BM"]) * _layout.cdiv(cols, meta["BN"])
     if grid and out.numel():
         launch(embedding_grad, (grid,), (out, *strided), meta)
     if acc == dtype:

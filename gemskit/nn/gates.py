@@ -30,6 +30,9 @@ class _Gate(Pointwise[P, R]):
     # A packed input has another shape than the result: it cannot be overwritten.
     elementwise = False
 
+    def shapes(self, values: Sequence[Any]) -> None:
+        return None
+
     def plan(self, named: Named, outs: tuple[Tensor, ...]) -> Callable[..., None]:
         if named["y"] is not None:
             return super().plan(named, outs)

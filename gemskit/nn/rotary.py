@@ -148,7 +148,7 @@ def _plan(named: Named, ins: Sequence[Tensor], outs: Sequence[Tensor], back: boo
         selected = _layout.broadcast_strides(position, tokens)
     strides = [*(t.stride()[:-2] for t in (*outs, *ins)), *tables, selected]
     sizes, flat = _layout.collapse(tokens, strides)
-    rest, bp = channels - 2 * pairs, triton.next_power_of_2(pairs)
+    rest, bp = channels - 2 * pairs, _layout.next_power_of_2(pairs)
     n, heads = len(ins), tuple(t.shape[-2] for t in ins)
     grid = math.prod(tokens) if any(heads) else 0
     meta = dict(
@@ -159,9 +159,9 @@ def _plan(named: Named, ins: Sequence[Tensor], outs: Sequence[Tensor], back: boo
         SECOND=1 if interleaved else pairs,
         BACK=back,
         # 2048 pairs a step are 16 values of each factor in a thread.
-        BH=min(triton.next_power_of_2(max(heads)), max(1, 2048 // bp)),
+        BH=min(_layout.next_power_of_2(max(heads)), max(1, 2048 // bp)),
         BP=bp,
-        BR=triton.next_power_of_2(max(rest, 1)),
+        BR=_layout.next_power_of_2(max(rest, 1)),
         WIDE=_layout.is_wide(sizes, flat)
         or any(_layout.is_wide(t.shape, [t.stride()]) for t in (*outs, *ins, cos, sin)),
         num_warps=4,

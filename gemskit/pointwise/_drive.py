@@ -20,7 +20,7 @@ from gemskit._bind import SCALARS, adapter, arguments, fill, parameters, scalar_
 from gemskit._dtypes import TRITON, common_dtype, compute_type
 from gemskit._launch import launch
 from gemskit._op import Named, Op, P, R
-from gemskit._plan import Planned
+from gemskit._plan import PLANS, Planned
 
 #: Filled in per operator: the formula, called by the names of its parameters.
 FORMULA: Any = None
@@ -132,11 +132,11 @@ class Elementwise(Planned):
         block = config["block"]
         if any(s[-2] == 1 and s[-1] != 1 for s in flat) and n1 > 1:
             side = config["side"]
-            b1, b0 = min(side, triton.next_power_of_2(n1)), min(side, triton.next_power_of_2(n0))
+            b1, b0 = min(side, _layout.next_power_of_2(n1)), min(side, _layout.next_power_of_2(n0))
         else:
-            b0 = min(block, triton.next_power_of_2(n0))
-            b1 = min(max(1, block // b0), triton.next_power_of_2(n1))
-        grid = triton.cdiv(n0, b0) * triton.cdiv(n1, b1)
+            b0 = min(block, _layout.next_power_of_2(n0))
+            b1 = min(max(1, block // b0), _layout.next_power_of_2(n1))
+        grid = _layout.cdiv(n0, b0) * _layout.cdiv(n1, b1)
         for n in sizes[:-2]:
             grid *= n
         kernel, runtime = self._bind(named, operands, compute, via)
@@ -199,6 +199,7 @@ class Pointwise(Op[P, R]):
     ) -> None:
         super().__init__(meaning, **options)
         self.keep, self.results, self.rounds = tuple(keep), results, rounds
+        self._probed: dict[Any, torch.dtype] = {}
 
     def formula(self, fn: Any) -> Any:
         """Attach the formula: a jit function that names the parameters it needs, or ``index`` (the logical index).
@@ -239,12 +240,27 @@ class Pointwise(Op[P, R]):
         self.set_gradient(vjp, ("needs", "like", *names), of)
         return fn
 
+    def shapes(self, values: Sequence[Any]) -> Sequence[tuple[int, ...]] | None:
+        shape: tuple[int, ...] = ()
+        for v in values:
+            if isinstance(v, Tensor) and v.ndim:
+                size = tuple(v.shape)
+                if (shape and size != shape) or 0 in size or v.stride() != _layout.contiguous(size):
+                    return None
+                shape = size
+        return (shape,) * self.results
+
     def plan(self, named: Named, outs: tuple[Tensor, ...]) -> Callable[..., None]:
         if self._formula is None:
             return super().plan(named, outs)
         values = [named[n] for n in self.tensors if n not in self.keep and named[n] is not None]
         common = common_dtype(values) if values else outs[0].dtype
-        result = self._probe(named)
+        kind = self.kind(tuple(named.values()))
+        result = self._probed.get(kind)
+        if result is None:
+            if len(self._probed) >= PLANS:
+                self._probed.clear()
+            result = self._probed[kind] = self._probe(named)
         dtype = result if result.is_floating_point else common
         # torch promotes operands before it computes: 70000 with a float16 tensor is inf.
         via = dtype if dtype.is_floating_point else None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gemskit._checks import describe
 from gemskit._dtypes import compute_type
+from gemskit._layout import contiguous
 from gemskit._op import Named, Op, P, R
 from gemskit.errors import DimError
 from gemskit.reduce._fold import Fold
@@ -90,6 +91,19 @@ class Reduction(Op[P, R]):
             return fn
 
         return attach
+
+    def shapes(self, values: Sequence[Any]) -> Sequence[tuple[int, ...]] | None:
+        named = dict(zip(self.params, values))
+        input: Tensor = values[0]
+        size = tuple(input.shape)
+        if 0 in size or not size or len(self.tensors) > 1 or input.stride() != contiguous(size):
+            return None
+        dims = dims_of(named.get("dim"), len(size))
+        if named.get("keepdim"):
+            shape = tuple([1 if d in dims else n for d, n in enumerate(size)])
+        else:
+            shape = tuple([n for d, n in enumerate(size) if d not in dims])
+        return (shape,) * (2 if self.results else 1)
 
     def plan(self, named: Named, outs: tuple[Tensor, ...]) -> Callable[..., None]:
         fold = next((f for when, f in self._folds if when(named)), None)

@@ -139,17 +139,17 @@ class Fold(Planned):
         config = backends.arch().config("reduction")
         tile = config["tile"]
         if in_rows and row_sizes[-1] > 1 and in_rows[0][-1] == 1 and col[0][-1] != 1:
-            bm = min(config["rows"], triton.next_power_of_2(rows))
-            bn = max(1, min(tile // bm, triton.next_power_of_2(max(cols, 1))))
+            bm = min(config["rows"], _layout.next_power_of_2(rows))
+            bn = max(1, min(tile // bm, _layout.next_power_of_2(max(cols, 1))))
         else:
-            bn = min(tile, triton.next_power_of_2(max(cols, 1)))
-            bm = max(1, min(tile // bn, triton.next_power_of_2(max(rows, 1))))
-        blocks = triton.cdiv(rows, bm)
+            bn = min(tile, _layout.next_power_of_2(max(cols, 1)))
+            bm = max(1, min(tile // bn, _layout.next_power_of_2(max(rows, 1))))
+        blocks = _layout.cdiv(rows, bm)
         pieces = 1
         if blocks < config["split_below"] and cols > 2 * bn:
-            pieces = min(triton.cdiv(cols, 2 * bn), triton.cdiv(config["split_below"], max(1, blocks)))
-        part = triton.cdiv(triton.cdiv(cols, pieces), bn) * bn if cols else 0
-        pieces = triton.cdiv(cols, part) if cols else 1
+            pieces = min(_layout.cdiv(cols, 2 * bn), _layout.cdiv(config["split_below"], max(1, blocks)))
+        part = _layout.cdiv(_layout.cdiv(cols, pieces), bn) * bn if cols else 0
+        pieces = _layout.cdiv(cols, part) if cols else 1
         states = state_types(self.state, compute, cols)
         meta = dict(
             CAST=TRITON[cast or compute],
@@ -185,7 +185,7 @@ class Fold(Planned):
                 tuple(outs), partial, row_sizes, (pieces,), out_rows, dense, tuple((rows,) for _ in partial),
                 *scalars, rows, pieces, pieces, cols,
             )  # fmt: skip
-            launch(last[0], (triton.cdiv(rows, again["BM"]),), arguments, again)
+            launch(last[0], (_layout.cdiv(rows, again["BM"]),), arguments, again)
 
         return run
 
@@ -252,5 +252,5 @@ def identity_of(v: float | str, dtype: torch.dtype) -> float:
 
 
 def _second(pieces: int, rows: int, tile: int) -> dict[str, int]:
-    bn = min(tile, triton.next_power_of_2(pieces))
-    return dict(BN=bn, BM=max(1, min(tile // bn, triton.next_power_of_2(rows), 128)))
+    bn = min(tile, _layout.next_power_of_2(pieces))
+    return dict(BN=bn, BM=max(1, min(tile // bn, _layout.next_power_of_2(rows), 128)))

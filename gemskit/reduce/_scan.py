@@ -136,17 +136,17 @@ class Scan(Planned):
         config = backends.arch().config("scan")
         tile = config["tile"]
         if ins and row[n][-1] == 1 and col[n] != 1 and rows > 1:
-            bm = min(config["rows"], triton.next_power_of_2(rows))
-            bn = min(tile // bm, triton.next_power_of_2(cols))
+            bm = min(config["rows"], _layout.next_power_of_2(rows))
+            bn = min(tile // bm, _layout.next_power_of_2(cols))
         else:
-            bn = min(tile, triton.next_power_of_2(cols))
-            bm = min(tile // bn, triton.next_power_of_2(rows))
-        blocks = triton.cdiv(rows, bm)
+            bn = min(tile, _layout.next_power_of_2(cols))
+            bm = min(tile // bn, _layout.next_power_of_2(rows))
+        blocks = _layout.cdiv(rows, bm)
         pieces = 1
         if blocks < config["split_below"] and cols > 2 * bn:
-            pieces = min(triton.cdiv(cols, 2 * bn), triton.cdiv(config["split_below"], blocks))
-        part = triton.cdiv(triton.cdiv(cols, pieces), bn) * bn
-        pieces = triton.cdiv(cols, part)
+            pieces = min(_layout.cdiv(cols, 2 * bn), _layout.cdiv(config["split_below"], blocks))
+        part = _layout.cdiv(_layout.cdiv(cols, pieces), bn) * bn
+        pieces = _layout.cdiv(cols, part)
         states = state_types(self.state, compute, cols)
         kernel, join = self._bind(operands), self._bind(()) if pieces > 1 else None
         meta = dict(
@@ -162,7 +162,7 @@ class Scan(Planned):
             WIDE=_layout.is_wide(shape, both),
             num_warps=config["warps"],
         )
-        width = triton.next_power_of_2(pieces)
+        width = _layout.next_power_of_2(pieces)
         again = dict(meta, KEEP=(1,) * len(states), REVERSE=False, BN=width, BM=min(max(1, tile // width), 64))
         layout = (row_sizes, tuple(row[:n]), tuple(row[n:]), col[:n], col[n:])
         # Scratch is (pieces, rows).
@@ -184,7 +184,7 @@ class Scan(Planned):
                 dense = ((rows,), ones, ones, steps, steps)
                 launch(
                     join,
-                    (triton.cdiv(rows, again["BM"]),),
+                    (_layout.cdiv(rows, again["BM"]),),
                     (carries, totals, None, *dense, rows, pieces, pieces),
                     again,
                 )

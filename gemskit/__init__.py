@@ -8,6 +8,7 @@ from gemskit import language as language
 from gemskit._interpret import interpret as interpret
 from gemskit._launch import Call as Call
 from gemskit._launch import record as record
+from gemskit._op import REGISTRY as _REGISTRY
 from gemskit._op import operators as operators
 from gemskit.backends import device as device
 from gemskit.backends import vendor as vendor
@@ -94,5 +95,8 @@ from gemskit.reduce import mean as mean
 from gemskit.reduce import min as min
 from gemskit.reduce import sum as sum
 from gemskit.reduce import var as var
+
+for _name in operators():
+    _REGISTRY[_name].register()
 
 __version__ = "0.1.0"

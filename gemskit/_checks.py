@@ -68,25 +68,54 @@ def translate(op: Op[..., Any], values: Sequence[Any], e: Exception) -> Exceptio
 def inspect_tensors(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[bool, bool, tuple[Any, ...]]:
     """Whether kernels run, whether a gradient is needed, and the values with 0-dim CPU tensors brought along."""
     device: torch.device | None = None
-    needs_grad = False
+    needs_grad, plain = False, True
     for v, stand_ins in zip(values, op.stand_ins):
         kind = type(v)
         if kind is Tensor or kind is torch.nn.Parameter:
             if device is None:
                 device = v.device
             elif v.device != device:
-                return _inspect(op, values)
+                plain = False
+                break
             needs_grad = needs_grad or v.requires_grad
         elif stand_ins is not None and kind not in stand_ins:
-            return _inspect(op, values)
-    if device is None or device.type != "cpu" or _launch.has_kernels(device):
-        return _inspect(op, values)
-    return False, needs_grad, values
+            plain = False
+            break
+    fake = False
+    if device is None or not plain:
+        device, fake, needs_grad, values = _one_device(op, values)
+    kernels = not fake and _launch.has_kernels(device)
+    if kernels:
+        values = _for_kernels(op, values)
+    elif not fake and device.type not in ("cpu", "meta"):
+        raise DeviceError(
+            f"{op.name}: tensors are on {device}, but the resolved vendor is {backends.vendor.name!r}, which serves "
+            f"{backends.vendor.device_type!r}; set GEMSKIT_VENDOR to the vendor of that device"
+        )
+    return kernels, needs_grad and torch.is_grad_enabled(), values
 
 
-def _inspect(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[bool, bool, tuple[Any, ...]]:
-    device: torch.device | None = None
-    needs_grad = mixed = fake = False
+def _for_kernels(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[Any, ...]:
+    negated = False
+    for n, v in zip(op.params, values):
+        if isinstance(v, Tensor):
+            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(v).tangent is not None:
+                raise GradientError(
+                    f"{op.name}: {n} has a forward-mode derivative (torch.func.jvp), which no kernel takes"
+                )
+            negated = negated or v.is_neg()
+    # The memory of imag(conj(z)) holds the values with the other sign.
+    return tuple(v.resolve_neg() if isinstance(v, Tensor) else v for v in values) if negated else values
+
+
+def _one_device(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[torch.device, bool, bool, tuple[Any, ...]]:
+    """The device of all tensors, whether there are fake ones, whether one requires a gradient, and the values there.
+
+    torch lets a 0-dim CPU tensor take part in elementwise operators anywhere; nothing else may be mixed.
+    """
+    devices: set[torch.device] = set()
+    all_devices: set[torch.device] = set()
+    needs_grad = fake = False
     for n, v, stand_ins in zip(op.params, values, op.stand_ins):
         if isinstance(v, Tensor):
             if type(v) not in _PLAIN:
@@ -96,36 +125,25 @@ def _inspect(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[bool, bool, tup
                     )
                 fake = True
             needs_grad = needs_grad or v.requires_grad
-            if device is None:
-                device = v.device
-            elif v.device != device:
-                mixed = True
+            all_devices.add(v.device)
+            if not (op.elementwise and v.ndim == 0 and v.device.type == "cpu"):
+                devices.add(v.device)
         elif stand_ins is not None and not isinstance(v, tuple(stand_ins)):
             raise DtypeError(
                 f"{op.name}: {n} must be a Tensor, given {type(v).__name__} {v!r}; accepted: {op.name}{op.signature}"
             )
-    if device is None:
+    if not all_devices:
         raise ArgumentError(
             f"{op.name}: at least one argument must be a Tensor; given {describe(dict(zip(op.params, values)))}"
         )
-    if mixed:
-        device, values = _one_device(op, values)
-    kernels = not fake and _launch.has_kernels(device)
-    if kernels and forward_ad._current_level >= 0:
-        for n, v in zip(op.params, values):
-            if isinstance(v, Tensor) and forward_ad.unpack_dual(v).tangent is not None:
-                raise GradientError(
-                    f"{op.name}: {n} has a forward-mode derivative (torch.func.jvp), which no kernel takes"
-                )
-    if kernels and any(isinstance(v, Tensor) and v.is_neg() for v in values):
-        # The memory of imag(conj(z)) holds the values with the other sign.
-        values = tuple(v.resolve_neg() if isinstance(v, Tensor) else v for v in values)
-    if not kernels and not fake and device.type not in ("cpu", "meta"):
+    if len(all_devices) == 1:
+        return all_devices.pop(), fake, needs_grad, values
+    if len(devices) != 1:
         raise DeviceError(
-            f"{op.name}: tensors are on {device}, but the resolved vendor is {backends.vendor.name!r}, which serves "
-            f"{backends.vendor.device_type!r}; set GEMSKIT_VENDOR to the vendor of that device"
+            f"{op.name}: all tensors must be on one device; given {describe(dict(zip(op.params, values)))}"
         )
-    return kernels, needs_grad and torch.is_grad_enabled(), values
+    (device,) = devices
+    return device, fake, needs_grad, tuple(v.to(device) if isinstance(v, Tensor) else v for v in values)
 
 
 def served(op: Op[..., Any], values: tuple[Any, ...]) -> None:
@@ -156,21 +174,6 @@ def results(op: Op[..., Any], specs: Sequence[tuple[Sequence[int], Sequence[int]
     for _, _, dtype in specs:
         if dtype not in SERVED:
             raise NoKernel(f"{op.name}: no kernel for a result of {dtype}; served are {NAMES}")
-
-
-def _one_device(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[torch.device, tuple[Any, ...]]:
-    """torch lets a 0-dim CPU tensor take part in elementwise operators anywhere; nothing else may be mixed."""
-    found = {
-        v.device
-        for v in values
-        if isinstance(v, Tensor) and not (op.elementwise and v.ndim == 0 and v.device.type == "cpu")
-    }
-    if len(found) != 1:
-        raise DeviceError(
-            f"{op.name}: all tensors must be on one device; given {describe(dict(zip(op.params, values)))}"
-        )
-    (device,) = found
-    return device, tuple(v.to(device) if isinstance(v, Tensor) else v for v in values)
 
 
 def _cast(op: Op[..., Any], what: str, have: torch.dtype, want: torch.dtype) -> None:

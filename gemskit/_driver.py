@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 import struct
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -86,8 +87,10 @@ def launch(
         kernel[grid](*args, **meta)
         return
     one = prepare(kernel, grid, args, meta, device)
-    values = (ctypes.c_uint64 * len(one.parameters))(*one.parameters)
-    enter(one, values, addresses(values), stream(device.index))
+    values = array("Q", one.parameters)
+    start, n = values.buffer_info()
+    where = array("Q", range(start, start + 8 * n, 8))
+    enter(one, values, where.buffer_info()[0], stream(device.index))
 
 
 def prepare(
@@ -135,8 +138,11 @@ def specialisation(kernel: Any, args: tuple[Any, ...]) -> tuple[tuple[Any, ...],
     """What of the arguments Triton compiles another kernel for, and the arguments without their nesting."""
     key: list[Any] = []
     leaves: list[Any] = []
-    for v, parameter in zip(args, kernel.params):
-        if parameter.do_not_specialize and v is not None:
+    numbers = kernel.__dict__.get("_numbers")
+    if numbers is None:
+        numbers = kernel._numbers = tuple(p.do_not_specialize for p in kernel.params)
+    for v, number in zip(args, numbers):
+        if number and v is not None:
             # A run-time number: its type is the parameter's annotation.
             key.append("n")
             leaves.append(v)
@@ -150,15 +156,16 @@ def _specialise(v: Any, key: list[Any], leaves: list[Any]) -> None:
     if kind is tuple:
         key.append(~len(v))
         for x in v:
-            if type(x) is int:
-                key.append((x == 1) + 2 * (x % 16 == 0) + 4 * (-(2**31) <= x < 2**31))
+            if type(x) is int and -(2**31) <= x < 2**31:
+                key.append(1 if x == 1 else 2 if x & 15 else 3)
                 leaves.append(x)
             else:
                 _specialise(x, key, leaves)
         return
     leaves.append(v)
     if kind is int:
-        key.append((v == 1) + 2 * (v % 16 == 0) + 4 * (-(2**31) <= v < 2**31))
+        narrow = -(2**31) <= v < 2**31
+        key.append((1 if v == 1 else 2 if v & 15 else 3) if narrow else 4 if v & 15 else 5)
     elif kind is Ref:
         key.append((v.dtype, v.aligned, v.near))
     elif isinstance(v, Tensor):

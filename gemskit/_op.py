@@ -17,9 +17,10 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from typing_extensions import ParamSpec
 
-from gemskit import _checks, _launch, _replay, backends
+from gemskit import _checks, _compile, _launch, _replay, backends
 from gemskit._checks import describe
 from gemskit._layout import contiguous
 from gemskit._plan import PLANS
@@ -45,12 +46,14 @@ _Spec = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 Named = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """What a layout of arguments needs: its outputs and the launch into them."""
 
     outs: tuple[_Spec, ...]
     run: Callable[..., None]
+    #: Whether it served a call before: what is called twice is worth a trace.
+    again: bool = False
 
 
 class Op(Generic[P, R]):
@@ -102,6 +105,8 @@ class Op(Generic[P, R]):
         #: By parameter, what may be given in place of a tensor; None for parameters that take no tensor.
         self.stand_ins = tuple(_stand_ins(kinds[n]) if n in self.tensors else None for n in self.params)
         self._is_scalar = tuple(n in self.scalars for n in self.params)
+        self._is_sizes = tuple(n == "normalized_shape" for n in self.params)
+        self._shapes: Callable[..., Sequence[tuple[int, ...]] | None] | None = None
         self._plans: dict[Any, Plan] = {}
         #: The dtypes of the results by :meth:`kind`, where :meth:`shapes` gives the rest.
         self._kinds: dict[Any, tuple[torch.dtype, ...]] = {}
@@ -152,8 +157,14 @@ class Op(Generic[P, R]):
         self._saves_outs = any(n.startswith("out") for n in names)
         self.differentiable = tuple(of if of is not None else self.tensors)
 
+    def register(self) -> None:
+        """Make the operator, with all that is attached to it, known to ``torch.compile`` and ``torch.export``."""
+        _compile.register(self)
+
     # -- calling ---------------------------------------------------------------------------------------------------
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if is_compiling():
+            return _compile.call(self, args, kwargs)  # type: ignore[no-any-return]
         return self._calls.call(*args, **kwargs)  # type: ignore[no-any-return]
 
     @functools.cached_property
@@ -161,6 +172,8 @@ class Op(Generic[P, R]):
         """The variant that overwrites its first tensor argument (or those in ``writes``) and returns it."""
 
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if is_compiling():
+                return _compile.call_inplace(self, args, kwargs)  # type: ignore[no-any-return]
             return self._overwrites.call(*args, **kwargs)  # type: ignore[no-any-return]
 
         self.inplace_name = call.__name__ = call.__qualname__ = f"{self.name}_"
@@ -190,10 +203,12 @@ class Op(Generic[P, R]):
         if needs_grad and self._has_gradient(values):
             found = _Differentiable.apply(self, False, *values)  # type: ignore[no-untyped-call]
             return found if isinstance(found, Tensor) else self._tuple(found)
-        outs = self.forward(values)
-        if values is given and self._calls.wants(given):
+        plan = self._planned(values, None)
+        outs = self._fresh(plan, values, None)
+        if plan.again and values is given and self._calls.wants(given, again=True):
             one = len(outs) == 1
             self._calls.learn(given, self._forwarding(values), single=one, wrap=None if one else self._tuple)
+        plan.again = True
         return self._tuple(outs)
 
     def _call_into(self, *given: Any) -> Any:
@@ -266,16 +281,20 @@ class Op(Generic[P, R]):
     ) -> tuple[Tensor, ...]:
         """Run the kernel, without autograd, into ``outs`` (in-place targets) or fresh outputs."""
         plan = self._planned(values, outs)
-        device = next(v.device for v in values if isinstance(v, Tensor))
         if outs is None:
-            outs = tuple(torch.empty_strided(s, t, dtype=d, device=device) for s, t, d in plan.outs)
-        elif not self.elementwise and _checks.feeds(self, outs, values):
+            return self._fresh(plan, values, keep)
+        if not self.elementwise and _checks.feeds(self, outs, values):
             # addmm_(x, x, y): a product would read of its factor what it has just written.
             for target, value in zip(outs, self.forward(values, None, keep)):
                 target.copy_(value)
             return outs
-        else:
-            torch.autograd.graph.increment_version(outs)
+        torch.autograd.graph.increment_version(outs)
+        self._run(plan, outs, values, keep)
+        return outs
+
+    def _fresh(self, plan: Plan, values: tuple[Any, ...], keep: dict[str, Tensor] | None) -> tuple[Tensor, ...]:
+        device = _device_of(values)
+        outs = tuple([torch.empty_strided(s, t, dtype=d, device=device) for s, t, d in plan.outs])
         self._run(plan, outs, values, keep)
         return outs
 
@@ -387,18 +406,15 @@ class Op(Generic[P, R]):
 
     def _new_plan(self, values: tuple[Any, ...], outs: tuple[Tensor, ...] | None) -> Plan:
         _checks.served(self, values)
-        meta = tuple(_on_meta(v) if isinstance(v, Tensor) else v for v in values)
-        specs = self._results(values, meta)
+        specs = self._results(values)
         if outs:
             _checks.inplace_results(self, outs, [(s, d) for s, _, d in specs])
         _checks.results(self, specs)
-        layouts = tuple(map(_layout, outs)) if outs else specs
-        device = next(v.device for v in values if isinstance(v, Tensor))
-        # Stand-ins on meta: a plan must not keep a tensor alive. The device is current, its architecture sets the numbers.
-        with _launch.guard(device):
-            return Plan(specs, self.plan(dict(zip(self.params, meta)), tuple(_meta(*spec) for spec in layouts)))
+        # The device is current: its architecture sets the numbers.
+        with _launch.guard(_device_of(values)):
+            return Plan(specs, self.plan(dict(zip(self.params, values)), outs or tuple([_meta(*s) for s in specs])))
 
-    def _results(self, values: tuple[Any, ...], meta: tuple[Any, ...]) -> tuple[_Spec, ...]:
+    def _results(self, values: tuple[Any, ...]) -> tuple[_Spec, ...]:
         """Shape, stride and dtype of the results: from the meaning, which takes 0.02 to 0.1 ms, or from what is known of it."""
         shapes, kind = self.shapes(values), None
         if shapes is not None:
@@ -406,7 +422,7 @@ class Op(Generic[P, R]):
             known = self._kinds.get(kind)
             if known is not None:
                 return tuple([(s, contiguous(s), d) for s, d in zip(shapes, known)])
-        found = self._meaning(meta, values)
+        found = self._meaning(tuple(_on_meta(v) if isinstance(v, Tensor) else v for v in values), values)
         specs = tuple(
             (tuple(t.shape), tuple(t.stride()), t.dtype) for t in (found if isinstance(found, tuple) else (found,))
         )
@@ -420,8 +436,8 @@ class Op(Generic[P, R]):
         """All of the arguments but sizes and strides."""
         return tuple(
             [
-                (v.dtype, v.ndim) if isinstance(v, Tensor) else _key(v, scalar)
-                for v, scalar in zip(values, self._is_scalar)
+                (v.dtype, v.ndim) if isinstance(v, Tensor) else len(v) if sizes else _key(v, scalar)
+                for v, scalar, sizes in zip(values, self._is_scalar, self._is_sizes)
             ]
         )
 
@@ -431,14 +447,25 @@ class Op(Generic[P, R]):
         It must not answer for arguments that the meaning refuses for their sizes. Each answer is compared with the meaning
         once for every :meth:`kind`.
         """
-        return None
+        return self._shapes(*values) if self._shapes is not None else None
+
+    def shape_rule(self, fn: Callable[..., Sequence[tuple[int, ...]] | None]) -> None:
+        """Attach ``fn(*arguments)``, which answers for :meth:`shapes`."""
+        self._shapes = fn
 
     def plan(self, named: Named, outs: tuple[Tensor, ...]) -> Callable[..., None]:
-        """The launch for arguments and outputs of this layout (given as meta tensors): ``run(outs, keep, arguments)``."""
+        """The launch for arguments and outputs of this layout: ``run(outs, keep, arguments)``. It keeps none of them."""
         free = self._free
         if free is None:
             raise NoKernel(f"{self.name}: no kernel for {describe(dict(named))}")
         return lambda outs, keep, arguments: free(outs, keep, **arguments)
+
+
+def _device_of(values: Sequence[Any]) -> torch.device:
+    for v in values:
+        if isinstance(v, Tensor):
+            return v.device
+    raise AssertionError("a call has at least one tensor argument")
 
 
 def _meta(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:

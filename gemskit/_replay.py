@@ -336,15 +336,15 @@ class Table:
                 return results[0] if single else wrap(results) if wrap is not None else tuple(results)
         return self.slow(*values)
 
-    def wants(self, values: Sequence[Any]) -> bool:
-        """Whether this call should be learnt: it is made for the second time, so that single calls cost no trace."""
+    def wants(self, values: Sequence[Any], again: bool = False) -> bool:
+        """Whether this call should be learnt: it is made ``again``, so that single calls cost no trace."""
         if not _replays_now() or _driver.entry() is None:
             return False
         _upgrade()
         key = self._key(values)
         if key is None or key in self._replays or key in self.refused:
             return False
-        if key in self._seen:
+        if again or key in self._seen:
             return True
         if len(self._seen) >= 2 * CALLS:
             self._seen.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,25 +37,71 @@ class Fake:
         self.slow: list[tuple[Any, ...]] = []
         #: What was replayed.
         self.replayed: list[tuple[Any, ...]] = []
+        #: Raised by the next launches, if set.
+        self.error: Exception | None = None
+        #: The tensors of launches through Python while it is a list, so that no address is used twice.
+        self.alive: list[Any] | None = None
         self._loaded: dict[Any, _driver.Loaded] = {}
+        self._by_function: dict[int, _driver.Loaded] = {}
 
     def load(self, kernel: Any, spec: Any, args: Any, meta: Any, device: Any) -> _driver.Loaded:
         signature = tuple(kinds(a, p.do_not_specialize, p.annotation_type or None) for a, p in zip(args, kernel.params))
-        key = (id(kernel), signature, tuple(meta.items()))
+        key = (id(kernel), spec, signature, tuple(meta.items()))
         if key not in self._loaded:
-            name = _driver.kernel_name(kernel)
-            self._loaded[key] = _driver.Loaded(name, 1000 + len(self._loaded), 128, 0, tuple(_driver.flat(signature)), kernel)
+            name, function = _driver.kernel_name(kernel), 1000 + len(self._loaded)
+            one = _driver.Loaded(name, function, 128, 0, tuple(_driver.flat(signature)), kernel)
+            self._loaded[key] = self._by_function[function] = one
         return self._loaded[key]
 
     def receive(self, kernel: Any, grid: Any, args: Any, meta: Any) -> None:
         one = _driver.prepare(kernel, grid, args, meta, torch.device("cpu"))
+        if self.alive is not None:
+            self.alive.append(args)
+        if self.error is not None:
+            raise self.error
         self.slow.append((one.name, one.function, one.grid, one.parameters))
 
     def __call__(self, one: _driver.Launch, parameters: Any, where: Any, stream: int) -> None:
-        self.replayed.append((one.name, one.function, one.grid, tuple(parameters)))
+        self.native(one.name, one.function, one.grid, tuple(parameters))
 
     def native(self, name: str, function: int, grid: tuple[int, int, int], parameters: tuple[int, ...]) -> None:
+        """What the native launcher calls."""
+        if self.error is not None:
+            raise self.error
         self.replayed.append((name, function, grid, parameters))
+
+    def clear(self) -> None:
+        """Forget what was noted."""
+        self.slow.clear()
+        self.replayed.clear()
+
+    def numbers(self, launch: tuple[Any, ...]) -> list[tuple[str, int]]:
+        """Type and bits of the parameters that are no pointers."""
+        return [(kind, bits) for kind, bits in self._words(launch) if kind[0] != "*"]
+
+    def comparable(self, launches: Sequence[tuple[Any, ...]], known: Sequence[Tensor]) -> list[Any]:
+        """Launches with pointers as places in the ``known`` tensors' memory, others numbered as they appear."""
+        spans = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for t in known for s in [t.untyped_storage()]]
+        fresh: dict[int, int] = {}
+
+        def place(address: int) -> Any:
+            for n, (first, end) in enumerate(spans):
+                if first <= address < end:
+                    return "known", n, address - first
+            return "fresh", fresh.setdefault(address, len(fresh))
+
+        return [
+            (*one[:3], [(kind, place(bits) if kind[0] == "*" else bits) for kind, bits in self._words(one)])
+            for one in launches
+        ]
+
+    def _words(self, launch: tuple[Any, ...]) -> list[tuple[str, int]]:
+        kinds = [k for k in self._by_function[launch[1]].kinds if k != "constexpr"]
+        assert len(launch[3]) == len(kinds) + 2, "two words of scratch memory"
+        # A kernel reads four bytes of these.
+        return [
+            (k, bits & 0xFFFFFFFF if k in ("i32", "fp32") else bits) for k, bits in zip([*kinds, "u64", "u64"], launch[3])
+        ]
 
 
 @contextlib.contextmanager
@@ -67,4 +113,15 @@ def faking(patch: Any) -> Iterator[Fake]:
     patch.setattr(_driver, "stream", lambda index: 0)
     patch.setattr(_driver, "allocate", lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype))
     patch.setattr(_launch, "_capture", fake.receive)
+    patch.setattr(_launch, "native_counts", _launch.native_counts)
+    # No build in the background: who wants the native launcher installs it.
+    patch.setattr(_replay, "_upgrade", lambda: None)
     yield fake
+    _replay.uninstall()
+
+
+def forget() -> None:
+    """Make all tables new."""
+    for table in list(_replay._tables):
+        table._seen.clear()
+    _replay.uninstall()

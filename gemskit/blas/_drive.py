@@ -190,12 +190,15 @@ class Gemm(Op[P, R]):
         return fn
 
     def shapes(self, values: Sequence[Any]) -> Sequence[tuple[int, ...]] | None:
-        if len(self.tensors) > 2 or self._views is not None:
-            return None
-        a, b = (tuple(v.shape) for v in values[:2])
+        if self._views is not None:
+            return super().shapes(values)
+        named = dict(zip(self.params, values))
+        a, b = (tuple(named.pop(n).shape) for n in self.factors)
         if len(a) < 2 or a[:-2] != b[:-2] or a[-1] != b[-2] or 0 in a or 0 in b:
             return None
-        return ((*a[:-1], b[-1]),)
+        out = (*a[:-1], b[-1])
+        others = [tuple(v.shape) for v in named.values() if isinstance(v, Tensor)]
+        return (out,) if all(o in (out, out[-1:]) for o in others) else None
 
     def plan(self, named: Named, outs: tuple[Tensor, ...]) -> Callable[..., None]:
         if self._product is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gemskit import language
 from gemskit._dtypes import Number, compute_type
+from gemskit._layout import contiguous
 from gemskit.blas._drive import gemm
 from gemskit.errors import NoKernel
 from gemskit.pointwise._drive import Elementwise
@@ -117,6 +118,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Source: ``torch.nn.functional.linear``.
     """
     return torch.nn.functional.linear(input, weight, bias)
+
+
+@linear.shape_rule
+def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> list[tuple[int, ...]] | None:
+    size, (n, k) = tuple(input.shape), weight.shape if weight.ndim == 2 else (0, 0)
+    fits = size and size[-1] == k and k and 0 not in size and input.stride() == contiguous(size)
+    return [(*size[:-1], n)] if fits and n and (bias is None or tuple(bias.shape) == (n,)) else None
 
 
 @linear.views

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gemskit import backends
+from gemskit._layout import contiguous
 from gemskit._op import operator
 from gemskit.blas._drive import tf32
 from gemskit.nn import _attention_host as host
@@ -30,6 +31,18 @@ def scaled_dot_product_attention(
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
+
+
+@scaled_dot_product_attention.shape_rule
+def _(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *rest: Any) -> list[tuple[int, ...]] | None:
+    sizes = [tuple(t.shape) for t in (query, key, value)]
+    q, k, v = sizes
+    plain = (
+        attn_mask is None and len(q) == 4 and q[0] == k[0] and q[3] == k[3] and k[:3] == v[:3] and 0 not in (*q, *k, *v)
+    )
+    if not plain or any(t.stride() != contiguous(t.shape) for t in (query, key, value)):
+        return None
+    return [(*q[:3], v[3])] if q[1] == k[1] or (rest[3] and q[1] % k[1] == 0) else None
 
 
 def _settings(query: Tensor) -> dict[str, Any]:

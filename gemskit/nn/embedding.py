@@ -214,4 +214,11 @@ def _gradient(
     return {"weight": narrow}
 
 
+@embedding.shape_rule
+def _(input: Tensor, weight: Tensor, *rest: Any) -> list[tuple[int, ...]] | None:
+    size = tuple(input.shape)
+    plain = weight.ndim == 2 and 0 not in (*size, *weight.shape) and input.stride() == _layout.contiguous(size)
+    return [(*size, weight.shape[1])] if plain else None
+
+
 embedding.set_gradient(_gradient, ("grad", "input", "padding_idx", "scale_grad_by_freq", "like"), of=("weight",))

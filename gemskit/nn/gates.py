@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from gemskit import language
 from gemskit._dtypes import compute_type
+from gemskit._layout import contiguous
 from gemskit._op import Named, P, R
 from gemskit.errors import DtypeError, ShapeError
 from gemskit.pointwise._drive import Elementwise, Pointwise
@@ -30,8 +31,12 @@ class _Gate(Pointwise[P, R]):
     # A packed input has another shape than the result: it cannot be overwritten.
     elementwise = False
 
-    def shapes(self, values: Sequence[Any]) -> None:
-        return None
+    def shapes(self, values: Sequence[Any]) -> Sequence[tuple[int, ...]] | None:
+        if values[1] is not None:
+            return super().shapes(values)
+        size = tuple(values[0].shape)
+        plain = size and 0 not in size and size[-1] % 2 == 0 and values[0].stride() == contiguous(size)
+        return [(*size[:-1], size[-1] // 2)] if plain else None
 
     def plan(self, named: Named, outs: tuple[Tensor, ...]) -> Callable[..., None]:
         if named["y"] is not None:

@@ -49,6 +49,13 @@ def cross_entropy(
     return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
 
 
+@cross_entropy.shape_rule
+def _(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> list[tuple[int, ...]] | None:
+    reduction, size = rest[3], tuple(input.shape)
+    plain = len(size) == 2 and 0 not in size and tuple(target.shape) == size[:1] and rest[0] is None and rest[2] is None
+    return [()] if plain and reduction in ("mean", "sum") and (weight is None or weight.shape == size[1:]) else None
+
+
 # -- row kernels ----------------------------------------------------------------------------------------------------------
 # With q_c = ((1 - label_smoothing) * p_c + label_smoothing / C) * weight_c and its sum `mass`, the loss of a row is
 # -sum_c q_c * (input_c - peak - log_total) = log_total * mass - sum_c q_c * (input_c - peak), and its gradient

@@ -41,7 +41,7 @@ def _(grad, p, seed, index):
 
 def _seed(input: Tensor) -> Tensor | None:
     """A seed on the device: drawn from torch's generator there without a host read, so that a captured graph draws anew."""
-    if not _launch.has_kernels(input.device):
+    if not torch.compiler.is_compiling() and not _launch.has_kernels(input.device):
         return None
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=input.device)
 

@@ -7,7 +7,7 @@ import sys
 
 COMMANDS = """usage: python -m gemskit COMMAND [options]
 
-  info    versions, the vendor and architecture resolved, whether the interpreter is on
+  info    versions, the vendor and architecture resolved, how kernels are launched, whether the interpreter is on
   ops     every operator: signature, variants, gradient
   check   conformance of every operator on this machine's accelerator (or --interpret), with a report
   bench   time operators against torch eager and torch.compile, with the roofline; report and plots
@@ -17,13 +17,15 @@ python -m gemskit COMMAND --help tells the options."""
 
 
 def info(argv: list[str]) -> int:
-    """Print what this installation is and what it resolved to."""
+    """Print what this installation is and what it resolved to; ``--build`` builds the native launcher first."""
     import torch
     import triton
 
     import gemskit
-    from gemskit import _interpret, backends
+    from gemskit import _interpret, _native, backends
 
+    if "--build" in argv:
+        _native.load(wait=True)
     print(f"gemskit   {gemskit.__version__}")
     print(f"python    {platform.python_version()}   torch {torch.__version__}   triton {triton.__version__}")
     print(f"vendor    {backends.vendor.name} ({backends.vendor.title})   device {gemskit.device!r}")
@@ -31,6 +33,7 @@ def info(argv: list[str]) -> int:
         index = torch.accelerator.current_device_index()
         row = backends.arch(torch.device(gemskit.device, index))
         print(f"arch      {row.name}   {row.status}{f' ({row.evidence})' if row.evidence else ''}")
+    print(f"launcher  {_native.status()}")
     print(f"interpret {'on' if _interpret.active() else 'off'}   operators {len(gemskit.operators())}")
     return 0
 

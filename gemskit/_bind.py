@@ -66,6 +66,19 @@ def arguments(
     return runtime, {**expressions, **operands}
 
 
+def given(names: Sequence[str], named: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What of the arguments the code of a kernel depends on: a key for filled drivers."""
+    key: list[Any] = []
+    for n in names:
+        v = named.get(n)
+        if isinstance(v, torch.Tensor):
+            v = torch.Tensor
+        elif is_number(v):
+            v = int if isinstance(v, int) else float
+        key.append(v)
+    return tuple(key)
+
+
 def scalar_types(runtime: Sequence[str], compute: torch.dtype) -> dict[str, str]:
     """The Triton types of the scalar slots in use."""
     return {s: scalar_annotation(compute) for s in SCALARS[: len(runtime)]}

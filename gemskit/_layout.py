@@ -64,17 +64,27 @@ def order(sizes: Sequence[int], strides: Sequence[Strides]) -> list[int]:
     return sorted(range(len(sizes)), key=lambda d: tuple(-s[d] for s in strides[:1]) + (d,))
 
 
-def reaches(sizes: Sequence[int], strides: Strides) -> int:
+def reaches(sizes: Sequence[int], strides: Sequence[int]) -> int:
     """The largest element offset that these strides reach."""
-    return sum((n - 1) * abs(s) for n, s in zip(sizes, strides) if n)
+    total = 0
+    for n, s in zip(sizes, strides):
+        if n > 1:
+            total += (n - 1) * abs(s)
+    return total
 
 
 def is_wide(sizes: Sequence[int], strides: Sequence[Strides], slack: int = 1 << 16) -> bool:
     """Whether an element count or offset leaves int32; ``slack`` covers what masked lanes compute beyond the end."""
+    most = 2**31 - slack
     total = 1
     for n in sizes:
         total *= n
-    return max([total, *(reaches(sizes, s) for s in strides)]) + slack >= 2**31
+    if total >= most:
+        return True
+    for s in strides:
+        if reaches(sizes, s) >= most:
+            return True
+    return False
 
 
 @triton.jit

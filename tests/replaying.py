@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from gemskit import _driver, _launch, _replay
+from gemskit import _driver, _launch, _native, _replay
+from gemskit._op import Op
 
 
 def kinds(v: Any, fixed: bool, kind: str | None) -> Any:
@@ -100,7 +106,8 @@ class Fake:
         assert len(launch[3]) == len(kinds) + 2, "two words of scratch memory"
         # A kernel reads four bytes of these.
         return [
-            (k, bits & 0xFFFFFFFF if k in ("i32", "fp32") else bits) for k, bits in zip([*kinds, "u64", "u64"], launch[3])
+            (k, bits & 0xFFFFFFFF if k in ("i32", "fp32") else bits)
+            for k, bits in zip([*kinds, "u64", "u64"], launch[3])
         ]
 
 
@@ -125,3 +132,61 @@ def forget() -> None:
     for table in list(_replay._tables):
         table._seen.clear()
     _replay.uninstall()
+
+
+@pytest.fixture(scope="session")
+def native() -> ModuleType:
+    if sys.platform != "linux" or not _native.compiler():
+        pytest.skip("no C++ compiler")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        pytest.skip("no Python.h")
+    module = _native.load(wait=True)
+    if module is None and _native.status().startswith("off"):
+        pytest.skip(_native.status())
+    assert module is not None, _native.status()
+    return module
+
+
+@pytest.fixture(params=["python", "native"])
+def fake(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    with faking(monkeypatch) as device:
+        forget()
+        if request.param == "native":
+            _replay.install(request.getfixturevalue("native"), "cpu", 0, 0, device.native)
+        yield device
+
+
+def ones(*shape: int, **how: Any) -> Tensor:
+    return torch.ones(shape, **how)
+
+
+def warm(call: Callable[[], Any], fake: Fake, times: int = 3) -> Any:
+    """The last of ``times`` results; by then it is replayed."""
+    for _ in range(times):
+        fake.clear()
+        result = call()
+    assert fake.replayed and not fake.slow, "the third call was not replayed"
+    fake.clear()
+    return result
+
+
+def size(op: Op[..., Any] | _replay.Table) -> int:
+    """How many calls a table knows."""
+    table = op._calls if isinstance(op, Op) else op
+    return len(table._replays) if table._native is None else len(table._native)
+
+
+def flat(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [t for t in result if isinstance(t, Tensor)]
+
+
+def looks(t: Tensor | None) -> Any:
+    if t is None:
+        return None
+    # The stride of a single element means nothing, and empty_like on meta tensors gives another one.
+    stride = tuple(s for n, s in zip(t.shape, t.stride()) if n != 1)
+    return tuple(t.shape), stride, t.dtype, t.device, t.requires_grad, t.is_leaf, type(t), t._is_view()
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.ones(*shape, requires_grad=True)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemskit import _layout, backends
-from gemskit._bind import SCALARS, adapter, arguments, fill, parameters, scalar_types, slots
+from gemskit._bind import SCALARS, adapter, arguments, fill, given, parameters, scalar_types, slots
 from gemskit._checks import describe
 from gemskit._dtypes import TRITON, compute_type
 from gemskit._launch import launch
@@ -85,6 +85,7 @@ class Product:
     def __init__(self, name: str, epilogue: Any) -> None:
         self.name, self.epilogue, self.names = name, epilogue, parameters(epilogue)
         self._bound: dict[Any, Any] = {}
+        self._known: dict[Any, tuple[Any, tuple[str, ...]]] = {}
 
     def plan(self, a: Tensor, b: Tensor, named: Named, out: Tensor) -> Callable[..., None]:
         """The launch for ``a`` (.., M, K), ``b`` (.., K, N) and ``out`` (.., M, N), batches broadcast."""
@@ -129,12 +130,16 @@ class Product:
         return run
 
     def _bind(self, named: Named, operands: Sequence[str], acc: torch.dtype) -> tuple[Any, tuple[str, ...]]:
+        asked = (acc, given(self.names, named))
+        if asked in self._known:
+            return self._known[asked]
         reads = {"acc": "acc", **{n: f"values[{k}]" for k, n in enumerate(operands)}}
         runtime, expressions = arguments(self.names, {n: named.get(n) for n in self.names}, reads, acc)
         key = (tuple(operands), tuple(expressions.items()), acc)
         if key not in self._bound:
             call = adapter(f"{self.name}_epilogue", f"acc, values, {', '.join(SCALARS)}", self.epilogue, expressions)
             self._bound[key] = fill(_tiles, self.name, scalar_types(runtime, acc), EPILOGUE=call)
+        self._known[asked] = self._bound[key], runtime
         return self._bound[key], runtime
 
 

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemskit import _layout, backends
-from gemskit._bind import SCALARS, adapter, arguments, fill, generated, parameters, scalar_types, slots
+from gemskit._bind import SCALARS, adapter, arguments, fill, generated, given, parameters, scalar_types, slots
 from gemskit._dtypes import TRITON
 from gemskit._launch import launch
 from gemskit._layout import offset
@@ -163,6 +163,7 @@ class Rows(Planned):
         self.statistics = {loop: tuple(s for s in statistics if s.only in ("", loop)) for loop in ("tile", "loop")}
         self.names = tuple(dict.fromkeys(p for f in (*(s.observe for s in statistics), formula) for p in parameters(f)))
         self._bound: dict[Any, Any] = {}
+        self._known: dict[Any, tuple[Any, tuple[str, ...]]] = {}
         super().__init__()
 
     def plan(
@@ -217,7 +218,7 @@ class Rows(Planned):
             SPLIT=split,
             BM=bm,
             BN=bn,
-            WIDE=_layout.is_wide(row_sizes, row) or _layout.is_wide(col_sizes, col) or _layout.is_wide(shape, full),
+            WIDE=_layout.is_wide(shape, full),
             num_warps=min(config["warps"], max(1, bm * bn * max(4, compute.itemsize) // 2048)),
         )
         grid = _layout.cdiv(rows, bm) * (_layout.cdiv(cols, bn) if split else 1) if any(o.numel() for o in outs) else 0
@@ -234,12 +235,15 @@ class Rows(Planned):
     def _bind(
         self, named: Named, operands: Sequence[str], compute: torch.dtype, path: str
     ) -> tuple[Any, tuple[str, ...]]:
+        asked = (compute, path, given(self.names, named))
+        if asked in self._known:
+            return self._known[asked]
         statistics = self.statistics[path]
         reads = {o: f"v[{k}]" for k, o in enumerate(operands)}
         known = [n for s in statistics for n in s.names]
         reads.update({n: f"stats[{k}]" for k, n in enumerate(known)}, col="col", cols="cols")
-        given = {n: named.get(n) for n in self.names if n not in reads or n in operands}
-        runtime, expressions = arguments(self.names, given, reads, compute)
+        values = {n: named.get(n) for n in self.names if n not in reads or n in operands}
+        runtime, expressions = arguments(self.names, values, reads, compute)
         # Ints stay ints, so that one compared with indices is compared exactly.
         types = scalar_types(runtime, compute) | {
             s: "i64" for s, n in zip(SCALARS, runtime) if isinstance(named[n], int)
@@ -269,6 +273,7 @@ class Rows(Planned):
                 COMBINE=_choice("combine", "a", combine, functions),
                 FORMULA=adapter(f"{self.name}_formula", pool, self.formula, expressions, wrap),
             )
+        self._known[asked] = self._bound[key], runtime
         return self._bound[key], runtime
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemskit import _layout, backends
-from gemskit._bind import SCALARS, adapter, arguments, fill, parameters, scalar_types, slots
+from gemskit._bind import SCALARS, adapter, arguments, fill, given, parameters, scalar_types, slots
 from gemskit._dtypes import TRITON, common_dtype, compute_type
 from gemskit._launch import launch
 from gemskit._op import Named, Op, P, R
@@ -101,7 +101,9 @@ class Elementwise(Planned):
         #: Operands that keep their own dtype: conditions, seeds.
         self.keep = frozenset(keep)
         self.names = parameters(formula)
+        #: Filled drivers by what is filled in, and by what they were asked for with.
         self._bound: dict[Any, Any] = {}
+        self._known: dict[Any, tuple[Any, tuple[str, ...]]] = {}
         super().__init__()
 
     def plan(
@@ -169,6 +171,9 @@ class Elementwise(Planned):
         self, named: Named, operands: Sequence[str], compute: torch.dtype, via: torch.dtype
     ) -> tuple[Any, tuple[str, ...]]:
         """The filled driver, and the names of its run-time scalars. Strings, None and bools become part of the code."""
+        asked = (compute, via, given(self.names, named))
+        if asked in self._known:
+            return self._known[asked]
         reads = {n: f"values[{k}]" for k, n in enumerate((*operands, "index"))}
         reads["position"] = reads["index"]
         runtime, expressions = arguments(self.names, {n: named.get(n) for n in self.names}, reads, compute)
@@ -182,6 +187,7 @@ class Elementwise(Planned):
             wrap = "({},)" if self.results == 1 else "{}"
             call = adapter(self.name, f"values, {', '.join(SCALARS)}", self.formula, expressions, wrap)
             kernel = self._bound[key] = fill(_tiles, self.name, scalar_types(runtime, compute), FORMULA=call)
+        self._known[asked] = kernel, runtime
         return kernel, runtime
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemskit import _layout, backends, language
-from gemskit._bind import SCALARS, adapter, arguments, fill, generated, parameters, scalar_types, slots
+from gemskit._bind import SCALARS, adapter, arguments, fill, generated, given, parameters, scalar_types, slots
 from gemskit._dtypes import TRITON, accumulate_type
 from gemskit._launch import launch
 from gemskit._layout import offset
@@ -95,6 +95,7 @@ class Fold(Planned):
         self.names = (*parameters(map), *(parameters(finish) if finish else ()))
         self.wrap = wrap or ("({},)" if len(self.identity) == 1 else "{}")
         self._bound: dict[Any, Any] = {}
+        self._known: dict[Any, tuple[Any, tuple[str, ...]]] = {}
         super().__init__()
 
     @classmethod
@@ -159,9 +160,7 @@ class Fold(Planned):
             IDENTITY=tuple(identity_of(v, s) for v, s in zip(self.identity, states)),
             BM=bm,
             BN=bn,
-            WIDE=_layout.is_wide(row_sizes, list(row))
-            or _layout.is_wide(col_sizes, col)
-            or _layout.is_wide(shape, full),
+            WIDE=_layout.is_wide(shape, full) or _layout.is_wide(row_sizes, out_rows),
             num_warps=config["warps"],
         )
         split = pieces > 1
@@ -193,9 +192,12 @@ class Fold(Planned):
         self, named: Named, operands: Sequence[str], compute: torch.dtype, step: str
     ) -> tuple[Any, tuple[str, ...]]:
         """The filled driver for the whole fold, or for the first or the last step of a split one."""
+        asked = (compute, step, given(self.names, named))
+        if asked in self._known:
+            return self._known[asked]
         reads = {n: f"values[{k}]" for k, n in enumerate(operands)}
-        given = {n: named.get(n) for n in self.names}
-        runtime, expressions = arguments(self.names, given, {**reads, "col": "col", "count": "count"}, compute)
+        values = {n: named.get(n) for n in self.names}
+        runtime, expressions = arguments(self.names, values, {**reads, "col": "col", "count": "count"}, compute)
         key = (tuple(operands), tuple(expressions.items()), compute, step)
         if key not in self._bound:
             n = len(self.identity)
@@ -224,6 +226,7 @@ class Fold(Planned):
             self._bound[key] = fill(
                 _fold, name, scalar_types(runtime, compute), MAP=mapped, MERGE=merge, COMBINE=combine, FINISH=finish
             )
+        self._known[asked] = self._bound[key], runtime
         return self._bound[key], runtime
 
 

@@ -333,7 +333,7 @@ class Table:
                     results = replay(values)
                 if self.writes:
                     torch.autograd.graph.increment_version([values[w] for w in self.writes])
-                return results[0] if single else wrap(results) if wrap is not None else tuple(results)
+                return results[0] if single else wrap(tuple(results)) if wrap is not None else tuple(results)
         return self.slow(*values)
 
     def wants(self, values: Sequence[Any], again: bool = False) -> bool:

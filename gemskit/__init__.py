@@ -10,6 +10,8 @@ from gemskit._launch import Call as Call
 from gemskit._launch import record as record
 from gemskit._op import REGISTRY as _REGISTRY
 from gemskit._op import operators as operators
+from gemskit._warmup import Warmup as Warmup
+from gemskit._warmup import warmup as warmup
 from gemskit.backends import device as device
 from gemskit.backends import vendor as vendor
 from gemskit.blas import addmm as addmm

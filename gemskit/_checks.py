@@ -242,9 +242,15 @@ def into_out(op: Op[..., Any], out: Any, values: tuple[Any, ...]) -> Any:
     return out
 
 
+def _memory(t: Tensor) -> int:
+    """What tensors share that share memory. Storages on ``meta`` have no address."""
+    storage = t.untyped_storage()
+    return storage.data_ptr() or int(storage._cdata)
+
+
 def _overlap(a: Tensor, b: Tensor) -> str:
     """``none``, ``full`` (the same elements in the same order) or ``partial``."""
-    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() or not a.numel() or not b.numel():
+    if _memory(a) != _memory(b) or not a.numel() or not b.numel():
         return "none"
     if a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype:
         return "full"

@@ -146,6 +146,9 @@ def specialisation(kernel: Any, args: tuple[Any, ...]) -> tuple[tuple[Any, ...],
             # A run-time number: its type is the parameter's annotation.
             key.append("n")
             leaves.append(v)
+        elif type(v) is int and -(2**31) <= v < 2**31:
+            key.append(1 if v == 1 else 2 if v & 15 else 3)
+            leaves.append(v)
         else:
             _specialise(v, key, leaves)
     return tuple(key), leaves
@@ -164,8 +167,7 @@ def _specialise(v: Any, key: list[Any], leaves: list[Any]) -> None:
         return
     leaves.append(v)
     if kind is int:
-        narrow = -(2**31) <= v < 2**31
-        key.append((1 if v == 1 else 2 if v & 15 else 3) if narrow else 4 if v & 15 else 5)
+        key.append(4 if v & 15 else 5)  # over 31 bits
     elif kind is Ref:
         key.append((v.dtype, v.aligned, v.near))
     elif isinstance(v, Tensor):

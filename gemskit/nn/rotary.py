@@ -252,6 +252,15 @@ def _turn(t: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return out
 
 
+@apply_rotary_pos_emb.shape_rule
+def _(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, rotary_interleaved: bool, layout: str
+) -> list[tuple[int, ...]] | None:
+    _check(q, k, cos, sin, position_ids, layout)
+    plain = all(0 not in t.shape and t.stride() == _layout.contiguous(t.shape) for t in (q, k))
+    return [tuple(q.shape), tuple(k.shape)] if plain else None
+
+
 def _gradient(grads: tuple[Tensor, Tensor], needs: set[str], **named: Any) -> dict[str, Tensor]:
     wanted = {n: g for n, g in zip(("q", "k"), grads) if n in needs}
     outs = [torch.empty(g.shape, dtype=g.dtype, device=g.device) for g in wanted.values()]

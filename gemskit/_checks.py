@@ -99,6 +99,8 @@ def _for_kernels(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[Any, ...]:
     negated = False
     for n, v in zip(op.params, values):
         if isinstance(v, Tensor):
+            if v.layout is not torch.strided:
+                raise NoKernel(f"{op.name}: no kernel for {n}: {describe(v)}, {v.layout}; served are strided tensors")
             if forward_ad._current_level >= 0 and forward_ad.unpack_dual(v).tangent is not None:
                 raise GradientError(
                     f"{op.name}: {n} has a forward-mode derivative (torch.func.jvp), which no kernel takes"
@@ -159,10 +161,8 @@ def served(op: Op[..., Any], values: tuple[Any, ...]) -> None:
                     )
         if not isinstance(v, Tensor):
             continue
-        if v.layout != torch.strided or v.dtype not in SERVED:
-            raise NoKernel(
-                f"{op.name}: no kernel for {n}: {describe(v)}, {v.layout}; served are strided tensors of {NAMES}"
-            )
+        if v.dtype not in SERVED:
+            raise NoKernel(f"{op.name}: no kernel for {n}: {describe(v)}; served are tensors of {NAMES}")
         if n in op.floats and not v.dtype.is_floating_point:
             raise DtypeError(
                 f"{op.name}: {n} must be floating point (float16, bfloat16, float32, float64), given {describe(v)}"
@@ -226,6 +226,7 @@ def into_out(op: Op[..., Any], out: Any, values: tuple[Any, ...]) -> Any:
         _cast(op, "out", o.dtype, dtype)
         _resized(op, o, shape)
         _internal_overlap(op, "out", o)
+        _not_inference(op, "out", o)
     clash = any(
         _overlap(o, v) == "partial" or (not op.elementwise and _overlap(o, v) != "none") for o in outs for v in inputs
     )
@@ -288,12 +289,20 @@ def _internal_overlap(op: Op[..., Any], what: str, t: Tensor) -> None:
         )
 
 
+def _not_inference(op: Op[..., Any], what: str, t: Tensor) -> None:
+    if t.is_inference() and not torch.is_inference_mode_enabled():
+        raise GradientError(
+            f"{op.name}: {what} was made in torch.inference_mode() and cannot be written outside of it; clone it first"
+        )
+
+
 def inplace_targets(op: Op[..., Any], targets: Sequence[Any], needs_grad: bool) -> None:
     """Refuse what torch refuses to overwrite."""
     for name, t in zip(op.writes, targets):
         if not isinstance(t, Tensor):
             raise DtypeError(f"{op.name}_: {name} must be a Tensor to be overwritten, given {describe(t)}")
         _internal_overlap(op, name, t)
+        _not_inference(op, name, t)
         if t.requires_grad and t.is_leaf and torch.is_grad_enabled():
             raise GradientError(
                 f"{op.name}_: {name} is a leaf that requires a gradient; it cannot be overwritten in place"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import struct
 from array import array
@@ -21,7 +22,7 @@ import triton
 from torch import Tensor
 
 from gemskit import _layout, backends
-from gemskit.errors import CaptureError, NoKernel
+from gemskit.errors import ArgumentError, CaptureError, NoKernel
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,14 @@ _loaded: dict[Any, Loaded] = {}
 _jit_error = os.environ.get("GEMSKIT_JIT", "") == "error"
 
 
+def tf32() -> bool:
+    """Whether torch's settings let float32 products run in TensorFloat-32. (The older getter raises where both are used.)"""
+    return _precision("cuda", "matmul") == "tf32"  # type: ignore[no-any-return]
+
+
+_precision: Any = torch._C._get_fp32_precision_getter
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any], device: torch.device
 ) -> None:
@@ -104,7 +113,7 @@ def prepare(
     for value, kind in zip(leaves, loaded.kinds):
         if kind == "constexpr":
             continue
-        if type(value) is int and kind in _INTEGERS:
+        if type(value) is int and kind in _INTEGERS and -(2**63) <= value < 2**63:
             parameters.append(value & _MASK)
         elif isinstance(value, Ref):
             letter = "p" if value.dtype is not None else _LETTERS[kind]
@@ -128,7 +137,21 @@ _INTEGERS = frozenset(("i32", "i64", "u32", "u64"))
 _PACK = {"fp32": "<f4x", "fp64": "<d"}
 
 
+def fits(value: float, letter: str) -> bool:
+    """Whether a number can be passed as this type; torch refuses others too."""
+    if isinstance(value, int):
+        bits = 31 if letter == "i" else 63
+        return -(2**bits) <= value < 2**bits
+    return letter != "f" or abs(value) < _LARGEST or math.isinf(value) or math.isnan(value)
+
+
+#: What rounds to infinity as a float32.
+_LARGEST = 2.0**128 - 2.0**103
+
+
 def _bits(value: float, kind: str) -> int:
+    if not fits(value, _LETTERS.get(kind, "l")):
+        raise ArgumentError(f"the number {value!r} cannot be converted to {kind} without overflow")
     if kind in _PACK:
         return int.from_bytes(struct.pack(_PACK[kind], value), "little")
     return int(value) & _MASK

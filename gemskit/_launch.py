@@ -75,13 +75,13 @@ class Paused:
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        self._change(1)
+        self.change(1)
         try:
             yield
         finally:
-            self._change(-1)
+            self.change(-1)
 
-    def _change(self, by: int) -> None:
+    def change(self, by: int) -> None:
         with self._lock:
             self.count += by
             if self._follower is not None:
@@ -90,6 +90,7 @@ class Paused:
 
 #: While paused no call is replayed.
 paused = Paused()
+backends.on_force.append(paused.change)
 
 
 @contextlib.contextmanager

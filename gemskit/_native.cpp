@@ -98,7 +98,8 @@ bool make_key(Key& key, Table* self, PyObject* const* values, int n) {
   bool grad = c10::GradMode::is_enabled(), tensors = false;
   auto& context = at::globalContext();
   uint64_t needs = 0;
-  key.push(static_cast<uint64_t>(context.float32MatmulPrecision()) << 1 | context.deterministicAlgorithms());
+  bool tf32 = context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) == at::Float32Precision::TF32;
+  key.push(static_cast<uint64_t>(tf32) << 1 | context.deterministicAlgorithms());
   for (int i = 0; i < n; ++i) {
     if (is_tensor(values[i])) {
       const at::Tensor& t = THPVariable_Unpack(values[i]);
@@ -143,7 +144,9 @@ bool bind(Table* self, PyObject* const* args, Py_ssize_t given, PyObject* keywor
   for (Py_ssize_t k = 0; k < named; ++k) {
     PyObject* name = PyTuple_GET_ITEM(keywords, k);
     Py_ssize_t i = 0;
-    while (i < parameters && PyTuple_GET_ITEM(self->names, i) != name) ++i;  // names are interned
+    while (i < parameters && PyTuple_GET_ITEM(self->names, i) != name) ++i;  // names are interned, as a rule
+    if (i == parameters)
+      for (i = 0; i < parameters && PyUnicode_Compare(PyTuple_GET_ITEM(self->names, i), name);) ++i;
     if (i == parameters || values[i]) return false;
     values[i] = args[given + k];
   }
@@ -378,6 +381,15 @@ int table_traverse(PyObject* object, visitproc visit, void* arg) {
   Py_VISIT(self->slow);
   Py_VISIT(self->training);
   Py_VISIT(self->into);
+  if (self->entries)
+    for (auto& chain : *self->entries)
+      for (auto& e : chain.second) {
+        Py_VISIT(e.program->wrap);
+        if (!e.program->autograd) continue;
+        Py_VISIT(e.program->autograd->gradients);
+        Py_VISIT(e.program->autograd->how);
+        Py_VISIT(e.program->autograd->wrap);
+      }
   return 0;
 }
 

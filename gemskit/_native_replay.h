@@ -6,6 +6,7 @@
 #include <Python.h>
 
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -156,12 +157,15 @@ bool writable(Table* self, PyObject* const* values, int n) {
 bool write_number(uint64_t& word, char type, PyObject* v) {
   word = 0;
   if (type == 'f' || type == 'd') {
-    double x = PyFloat_CheckExact(v) ? PyFloat_AS_DOUBLE(v) : PyLong_AsDouble(v);
-    if (x == -1.0 && PyErr_Occurred()) {
-      PyErr_Clear();
-      return false;
-    }
+    int overflow = 0;
+    double x;
+    if (PyFloat_CheckExact(v))
+      x = PyFloat_AS_DOUBLE(v);
+    else
+      x = static_cast<double>(PyLong_AsLongLongAndOverflow(v, &overflow));
     float narrow = static_cast<float>(x);
+    // Python refuses what torch refuses: integers over 64 bits, numbers that become infinite.
+    if (overflow || (type == 'f' && std::isinf(narrow) && !std::isinf(x))) return false;
     std::memcpy(&word, type == 'f' ? static_cast<void*>(&narrow) : static_cast<void*>(&x), type == 'f' ? 4 : 8);
     return true;
   }

@@ -272,7 +272,7 @@ class Op(Generic[P, R]):
         """The meaning of ``values``; errors describe ``given``, where ``values`` are stand-ins for it."""
         try:
             return self._mean(*values)
-        except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as e:
+        except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, ArithmeticError) as e:
             raise _checks.translate(self, given or values, e) from e
 
     # -- kernels ---------------------------------------------------------------------------------------------------

@@ -79,9 +79,14 @@ class _Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func in _ALLOCATES:
             self.made.append(out)
-        elif not func.is_view:
+        # What neither takes nor gives a tensor (promote_types) computes nothing.
+        elif not func.is_view and _holds_tensor((args, out)):
             raise NotReplayable(f"it calls {func}")
         return out
+
+
+def _holds_tensor(v: Any) -> bool:
+    return isinstance(v, Tensor) or (isinstance(v, (tuple, list)) and any(map(_holds_tensor, v)))
 
 
 _aten = torch.ops.aten
@@ -156,6 +161,7 @@ class Replay:
             _driver.prepare(kernel, grid, _placed(args, values, program), meta, device)
             for kernel, grid, args, meta in program.launches
         )
+        self._numbers = tuple({(c, slot) for one in self.launches for _, c, slot, _ in one.patches if c != "p"})
         self._buffers: list[list[Any]] = [[] for _ in self.launches]
 
     def __call__(self, values: Sequence[Any]) -> Sequence[Tensor | None]:
@@ -182,6 +188,10 @@ class Replay:
         return [
             None if r is None else memory[r[0]] if r[1] is None else _view(memory[r[0]], r[1]) for r in self.results
         ]
+
+    def takes(self, values: Sequence[Any]) -> bool:
+        """Whether the numbers among ``values`` can be passed as the types of their parameters."""
+        return not self._numbers or all(_driver.fits(values[slot], letter) for letter, slot in self._numbers)
 
     def native(self, single: bool, wrap: Any, autograd: Any) -> tuple[Any, ...]:
         """The same for the native launcher."""
@@ -295,6 +305,8 @@ class Table:
         self.linked = (*linked, *(0,) * 32)
         self._replays: dict[Any, tuple[Replay, bool, Any]] = {}
         self._seen: set[Any] = set()
+        #: What the native launcher was given.
+        self._learnt: set[Any] = set()
         #: Why calls are not replayed.
         self.refused: dict[Any, str] = {}
         self.call: Callable[..., Any] = self.entry
@@ -307,6 +319,7 @@ class Table:
     def use(self, module: Any) -> None:
         """Put the native launcher in front, or go back to Python if None. Either has to learn its calls."""
         self._replays.clear()
+        self._learnt.clear()
         self.refused.clear()
         if module is None:
             self._native, self.call = None, self.entry
@@ -327,7 +340,7 @@ class Table:
     def __call__(self, *values: Any) -> Any:
         if self._replays and _replays_now():
             found = self._replays.get(self._key(values))
-            if found is not None and not (self.writes and _shares(values, self.writes)):
+            if found is not None and not (self.writes and _shares(values, self.writes)) and found[0].takes(values):
                 replay, single, wrap = found
                 with _launch.guard(replay.device):
                     results = replay(values)
@@ -342,7 +355,8 @@ class Table:
             return False
         _upgrade()
         key = self._key(values)
-        if key is None or key in self._replays or key in self.refused:
+        # What the native launcher knows and still left to Python (a target that shares memory) is not learnt again.
+        if key is None or key in self._replays or key in self._learnt or key in self.refused:
             return False
         if again or key in self._seen:
             return True
@@ -369,9 +383,11 @@ class Table:
             self.refused[self._key(values)] = str(e)
             return
         if self._native is not None:
-            if len(self._native) >= CALLS:
+            if len(self._learnt) >= CALLS:
                 self._native.clear()
+                self._learnt.clear()
             self._native.add(tuple(values), replay.native(single, wrap, autograd))
+            self._learnt.add(self._key(values))
         else:
             if len(self._replays) >= CALLS:
                 self._replays.clear()
@@ -381,7 +397,7 @@ class Table:
         grad = torch.is_grad_enabled()
         try:
             return (
-                _precision(),
+                _driver.tf32(),
                 _deterministic(),
                 *[type(v) if link and links(link, v) else _part(v, grad) for v, link in zip(values, self.linked)],
             )
@@ -399,7 +415,6 @@ class _Unknown(Exception):
 
 
 #: What of torch's settings changes kernels.
-_precision = torch._C._get_float32_matmul_precision
 _deterministic = torch._C._get_deterministic_algorithms
 _modes = torch._C._len_torch_dispatch_stack
 
@@ -407,9 +422,9 @@ _modes = torch._C._len_torch_dispatch_stack
 def _part(v: Any, grad: bool) -> Any:
     kind = type(v)
     if kind is Tensor or kind is torch.nn.Parameter:
-        if v.is_neg():
+        if v.layout is not torch.strided or v.is_neg():
             raise _Unknown
-        return v.shape, v.stride(), v.dtype, v.device, v.data_ptr() & 15, grad and v.requires_grad
+        return v.shape, v.stride(), v.dtype, v.device, v.data_ptr() & 15, grad and v.requires_grad, v.is_inference()
     if kind is float:
         # 0.0 and -0.0 are equal, NaN is not equal to itself.
         return v.hex()

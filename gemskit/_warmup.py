@@ -180,7 +180,7 @@ class _Call:
     kwargs: Any
     training: bool
     row: backends.Arch = field(default_factory=backends.arch)
-    precision: str = field(default_factory=torch.get_float32_matmul_precision)
+    tf32: bool = field(default_factory=_driver.tf32)
     deterministic: bool = field(default_factory=torch.are_deterministic_algorithms_enabled)
 
 
@@ -406,7 +406,7 @@ def work() -> None:
         with contextlib.suppress(Exception):
             (module, name, inplace), call, target = pickle.loads(data)
             fn = getattr(importlib.import_module(module), name)
-            torch.set_float32_matmul_precision(call.precision)
+            torch.set_float32_matmul_precision("high" if call.tf32 else "highest")
             torch.use_deterministic_algorithms(call.deterministic)
             with backends.use_arch(call.row):
                 made = launches(call, fn.inplace if inplace else fn)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -64,6 +64,8 @@ device: str = vendor.device_type
 
 _forced: contextvars.ContextVar[Arch | None] = contextvars.ContextVar("gemskit_arch", default=None)
 _bound: dict[int, Arch] = {}
+#: Called with 1 and -1 around `use_arch`: calls that were made for another row must not be replayed meanwhile.
+on_force: list[Callable[[int], None]] = []
 
 
 def find_arch(name: str) -> Arch:
@@ -83,9 +85,13 @@ def use_arch(row: Arch | str) -> Generator[Arch, None, None]:
     """Make `arch` answer ``row`` (a row or its name) for every device, in this thread or task, inside a ``with``."""
     row = find_arch(row) if isinstance(row, str) else row
     token = _forced.set(row)
+    for change in on_force:
+        change(1)
     try:
         yield row
     finally:
+        for change in on_force:
+            change(-1)
         _forced.reset(token)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from gemskit import _layout, backends
 from gemskit._bind import SCALARS, adapter, arguments, fill, given, parameters, scalar_types, slots
 from gemskit._checks import describe
+from gemskit._driver import tf32
 from gemskit._dtypes import TRITON, compute_type
 from gemskit._launch import launch
 from gemskit._layout import offset
@@ -161,11 +162,6 @@ def tiles(
     bm, bn, bk = (min(side, max(16, _layout.next_power_of_2(n))) for side, n in zip(sides, (M, N, K)))
     warps = config["warps"] if bm * bn > 64 * 64 else 8 if dtype == torch.float32 and bm * bn > 32 * 64 else 4
     return dict(BM=bm, BN=bn, BK=bk, GROUP=config["group"], num_warps=warps, num_stages=config["stages"])
-
-
-def tf32() -> bool:
-    """Whether torch's settings let float32 products run in TensorFloat-32."""
-    return torch.get_float32_matmul_precision() != "highest"
 
 
 #: How (out, first, second) become matrices: views of them that begin at the same elements.

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gemskit import backends
+from gemskit._driver import tf32
 from gemskit._layout import contiguous
 from gemskit._op import operator
-from gemskit.blas._drive import tf32
 from gemskit.nn import _attention_host as host
 
 

@@ -101,7 +101,7 @@ def _for_kernels(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[Any, ...]:
         if isinstance(v, Tensor):
             if v.layout is not torch.strided:
                 raise NoKernel(f"{op.name}: no kernel for {n}: {describe(v)}, {v.layout}; served are strided tensors")
-            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(v).tangent is not None:
+            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(v).tangent is not None:  # type: ignore[no-untyped-call]
                 raise GradientError(
                     f"{op.name}: {n} has a forward-mode derivative (torch.func.jvp), which no kernel takes"
                 )

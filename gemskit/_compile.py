@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._library import simple_registry
 
 from gemskit import _checks, _launch
 from gemskit._dtypes import _category, compute_type
@@ -463,7 +464,7 @@ def _define(name: str, schema: str, run: Callable[..., Any], tags: tuple[torch.T
 def _traced(name: str, fake: Callable[..., Any]) -> Any:
     """The operator with its fake rule, which only tracing needs: it costs as much as the definition."""
     # Library._register_fake looks for the caller's module: 230 us an operator.
-    torch._library.simple_registry.singleton.find(f"gemskit::{name}").fake_impl.register(fake, "gemskit", _LIBRARY)
+    simple_registry.singleton.find(f"gemskit::{name}").fake_impl.register(fake, "gemskit", _LIBRARY)
     return getattr(torch.ops.gemskit, name).default
 
 

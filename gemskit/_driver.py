@@ -74,6 +74,9 @@ class Launch(NamedTuple):
     patches: tuple[tuple[int, str, int, int], ...]
 
 
+#: Drivers differ in what they have.
+_triton: Any = triton
+
 _loaded: dict[Any, Loaded] = {}
 #: No compilation at call time: a guard for production.
 _jit_error = os.environ.get("GEMSKIT_JIT", "") == "error"
@@ -146,7 +149,7 @@ def fits(value: float, letter: str) -> bool:
 
 
 #: What rounds to infinity as a float32.
-_LARGEST = 2.0**128 - 2.0**103
+_LARGEST: float = 2.0**128 - 2.0**103
 
 
 def _bits(value: float, kind: str) -> int:
@@ -246,7 +249,7 @@ def _permitted(kernel: Any, device: torch.device) -> None:
 
 def _load(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any], device: torch.device) -> Loaded:
     compiled = compile(kernel, tuple(map(_described, args)), meta)
-    utils = triton.runtime.driver.active.utils
+    utils = _triton.runtime.driver.active.utils
     metadata = compiled.metadata
     most = utils.get_device_properties(device.index)["max_shared_mem"]
     if metadata.shared > most:
@@ -371,4 +374,5 @@ def _python_allocate(shape: tuple[int, ...], stride: tuple[int, ...], dtype: tor
 #: A tensor on the current device; what torch's compiler uses takes 0.9 us where ``torch.empty_strided`` takes 2.
 allocate: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = _python_allocate
 if backends.vendor.device_type == "cuda":
-    allocate = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", _python_allocate)
+    guards: Any = getattr(torch._C, "_dynamo").guards  # noqa: B009
+    allocate = getattr(guards, "_empty_strided_cuda", _python_allocate)

@@ -562,7 +562,8 @@ class _Differentiable(torch.autograd.Function):
         saved = op._saved(given, outs, keep)
         ctx.op, ctx.how = op, op._how(given, saved)
         ctx.save_for_backward(*[v for v, _ in saved.values() if isinstance(v, Tensor)])
-        return outs if len(outs) > 1 else outs[0]
+        (first, *others) = outs
+        return outs if others else first
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:

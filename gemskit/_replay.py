@@ -68,11 +68,11 @@ class _Int(int):
     locals().update({f"__{use}__": _refuse for use in _USES})
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets allocations and views pass, and notes the former."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.made: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -118,7 +118,7 @@ def trace(fn: Callable[..., Sequence[Tensor | None]], values: Sequence[Any], lin
 
     def reference(v: Any) -> Any:
         if isinstance(v, Tensor):
-            return Ref(slots[v.untyped_storage()._cdata], v.storage_offset() * v.element_size(), v.dtype)
+            return Ref(slots[v.untyped_storage()._cdata], int(v.storage_offset()) * v.element_size(), v.dtype)
         if isinstance(v, (_Float, _Int)):
             return Ref(v.slot)
         return tuple(map(reference, v)) if isinstance(v, tuple) else v

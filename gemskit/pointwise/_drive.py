@@ -127,13 +127,15 @@ class Elementwise(Planned):
             strides.append(_layout.contiguous(shape))
         elif "position" in self.names:
             strides.append(tuple(int(d == named["dim"] % len(shape)) for d in range(len(shape))))
+        sizes: tuple[int, ...]
+        flat: list[_layout.Strides]
         if shape and all(s == strides[0] for s in strides) and strides[0] == _layout.contiguous(shape):
             # Most calls: one row of memory, in the time of one look.
-            sizes, flat = (math.prod(shape),), [(1,)] * len(strides)
+            sizes, flat = (1, math.prod(shape)), [(0, 1)] * len(strides)
         else:
             sizes, flat = _layout.collapse([shape[d] for d in order], [tuple(s[d] for d in order) for s in strides])
-        if len(sizes) == 1:
-            sizes, flat = (1, *sizes), [(0, *s) for s in flat]
+            if len(sizes) == 1:
+                sizes, flat = (1, *sizes), [(0, *s) for s in flat]
         n_out, n1, n0 = len(outs), sizes[-2], sizes[-1]
         config = backends.arch().config("pointwise")
         block = config["block"]

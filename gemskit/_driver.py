@@ -143,8 +143,8 @@ _PACK = {"fp32": "<f4x", "fp64": "<d"}
 def fits(value: float, letter: str) -> bool:
     """Whether a number can be passed as this type; torch refuses others too."""
     if isinstance(value, int):
-        bits = 31 if letter == "i" else 63
-        return -(2**bits) <= value < 2**bits
+        limit = 2**31 if letter == "i" else 2**63
+        return -limit <= value < limit
     return letter != "f" or abs(value) < _LARGEST or math.isinf(value) or math.isnan(value)
 
 

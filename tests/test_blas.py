@@ -213,7 +213,7 @@ def test_a_declared_epilogue_runs_in_the_same_kernel(bias_silu: Gemm[..., Tensor
     assert [c.kernel for c in calls] == ["product_silu", "product_silu"]
 
 
-def test_float32_obeys_torchs_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_obeys_torchs_precision() -> None:
     seen: list[str] = []
 
     def receive(kernel: Any, grid: Any, args: Any, meta: dict[str, Any]) -> None:
@@ -221,11 +221,12 @@ def test_float32_obeys_torchs_precision(monkeypatch: pytest.MonkeyPatch) -> None
 
     for n, arch in enumerate(("sm_90", "gfx942"), 4):
         for precision in ("highest", "high"):
-            monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
+            torch.set_float32_matmul_precision(precision)
             with _launch.capturing(receive), backends.use_arch(arch):
                 # Another shape for each architecture: a plan is made once.
                 mm(rand(n, n), rand(n, n))
                 mm(rand(n, n).bfloat16(), rand(n, n).bfloat16())
+    torch.set_float32_matmul_precision("highest")
     assert seen == ["ieee", "ieee", "tf32", "ieee", "ieee", "ieee", "ieee", "ieee"]
 
 

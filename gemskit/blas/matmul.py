@@ -32,7 +32,7 @@ def plain(acc):
 def mm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Matrix product of ``input`` (M, K) and ``mat2`` (K, N).
 
-    Halves accumulate in float32; float32 obeys ``torch.get_float32_matmul_precision()``. Source: ``torch.mm``.
+    Halves accumulate in float32; float32 obeys ``torch.set_float32_matmul_precision``. Source: ``torch.mm``.
     """
     return torch.mm(input, mat2)
 

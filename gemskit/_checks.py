@@ -69,7 +69,8 @@ def inspect_tensors(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[bool, bo
     """Whether kernels run, whether a gradient is needed, and the values with 0-dim CPU tensors brought along."""
     device: torch.device | None = None
     needs_grad, plain = False, True
-    for v, stand_ins in zip(values, op.stand_ins):
+    for i, stand_ins in op.stand_ins:
+        v = values[i]
         kind = type(v)
         if kind is Tensor or kind is torch.nn.Parameter:
             if device is None:
@@ -78,7 +79,7 @@ def inspect_tensors(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[bool, bo
                 plain = False
                 break
             needs_grad = needs_grad or v.requires_grad
-        elif stand_ins is not None and kind not in stand_ins:
+        elif kind not in stand_ins:
             plain = False
             break
     fake = False
@@ -118,7 +119,8 @@ def _one_device(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[torch.device
     devices: set[torch.device] = set()
     all_devices: set[torch.device] = set()
     needs_grad = fake = False
-    for n, v, stand_ins in zip(op.params, values, op.stand_ins):
+    for i, stand_ins in op.stand_ins:
+        n, v = op.params[i], values[i]
         if isinstance(v, Tensor):
             if type(v) not in _PLAIN:
                 if not type(v).__module__.startswith("torch._subclasses"):
@@ -130,7 +132,7 @@ def _one_device(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[torch.device
             all_devices.add(v.device)
             if not (op.elementwise and v.ndim == 0 and v.device.type == "cpu"):
                 devices.add(v.device)
-        elif stand_ins is not None and not isinstance(v, tuple(stand_ins)):
+        elif not isinstance(v, tuple(stand_ins)):
             raise DtypeError(
                 f"{op.name}: {n} must be a Tensor, given {type(v).__name__} {v!r}; accepted: {op.name}{op.signature}"
             )

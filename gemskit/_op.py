@@ -102,8 +102,8 @@ class Op(Generic[P, R]):
         self.floats = tuple(floats)
         self.inplace_name: str | None = None
         self._order, self._mean = _ordering(self), _meaning_of(self)
-        #: By parameter, what may be given in place of a tensor; None for parameters that take no tensor.
-        self.stand_ins = tuple(_stand_ins(kinds[n]) if n in self.tensors else None for n in self.params)
+        #: Where tensors are taken, and what may be given in their place.
+        self.stand_ins = tuple((i, _stand_ins(kinds[n])) for i, n in enumerate(self.params) if n in self.tensors)
         self._is_scalar = tuple(n in self.scalars for n in self.params)
         self._is_sizes = tuple(n == "normalized_shape" for n in self.params)
         self._shapes: Callable[..., Sequence[tuple[int, ...]] | None] | None = None
@@ -186,7 +186,9 @@ class Op(Generic[P, R]):
 
     def _enter(self, *args: Any, **kwargs: Any) -> Any:
         values, out = self._order(*args, **kwargs)
-        return self._calls(*values) if out is None else self._intos(*values, out)
+        if out is not None:
+            return self._intos(*values, out)
+        return self._calls(*values) if self._calls._replays else self._call(*values)
 
     def _enter_inplace(self, *args: Any, **kwargs: Any) -> Any:
         values, out = self._order(*args, **kwargs)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from gemskit import _driver, _launch, _native, backends
@@ -161,7 +162,8 @@ class Replay:
             _driver.prepare(kernel, grid, _placed(args, values, program), meta, device)
             for kernel, grid, args, meta in program.launches
         )
-        self._numbers = tuple({(c, slot) for one in self.launches for _, c, slot, _ in one.patches if c != "p"})
+        #: The types and slots of the numbers that launches take.
+        self.numbers = tuple({(c, slot) for one in self.launches for _, c, slot, _ in one.patches if c != "p"})
         self._buffers: list[list[Any]] = [[] for _ in self.launches]
 
     def __call__(self, values: Sequence[Any]) -> Sequence[Tensor | None]:
@@ -179,9 +181,11 @@ class Replay:
                     buffer = buffers.pop()
                 except IndexError:
                     buffer = _buffer(one)
-                parameters, where, targets = buffer
-                for target, pointer, slot, offset in targets:
-                    target.value = memory[slot].data_ptr() + offset if pointer else memory[slot]
+                parameters, where, pointers, numbers = buffer
+                for n, slot, offset in pointers:
+                    parameters[n] = memory[slot].data_ptr() + offset
+                for target, slot in numbers:
+                    target.value = memory[slot]
                 _launch.LAUNCHES[one.name] += 1
                 enter(one, parameters, where, stream)
                 buffers.append(buffer)
@@ -191,7 +195,7 @@ class Replay:
 
     def takes(self, values: Sequence[Any]) -> bool:
         """Whether the numbers among ``values`` can be passed as the types of their parameters."""
-        return not self._numbers or all(_driver.fits(values[slot], letter) for letter, slot in self._numbers)
+        return all(_driver.fits(values[slot], letter) for letter, slot in self.numbers)
 
     def native(self, single: bool, wrap: Any, autograd: Any) -> tuple[Any, ...]:
         """The same for the native launcher."""
@@ -214,13 +218,14 @@ def _placed(args: Any, values: Sequence[Any], program: Program) -> Any:
     return tuple(_placed(a, values, program) for a in args) if isinstance(args, tuple) else args
 
 
-_TYPES = {"p": ctypes.c_uint64, "f": ctypes.c_float, "d": ctypes.c_double, "i": ctypes.c_int32, "l": ctypes.c_int64}
+_TYPES = {"f": ctypes.c_float, "d": ctypes.c_double, "i": ctypes.c_int32, "l": ctypes.c_int64}
 
 
 def _buffer(one: Launch) -> Any:
     parameters = (ctypes.c_uint64 * len(one.parameters))(*one.parameters)
-    targets = [(_TYPES[c].from_buffer(parameters, 8 * n), c == "p", slot, offset) for n, c, slot, offset in one.patches]
-    return parameters, _driver.addresses(parameters), targets
+    pointers = [(n, slot, offset) for n, c, slot, offset in one.patches if c == "p"]
+    numbers = [(_TYPES[c].from_buffer(parameters, 8 * n), slot) for n, c, slot, _ in one.patches if c != "p"]
+    return parameters, _driver.addresses(parameters), pointers, numbers
 
 
 def _view(t: Tensor, view: tuple[tuple[int, ...], tuple[int, ...], int]) -> Tensor:
@@ -340,13 +345,17 @@ class Table:
     def __call__(self, *values: Any) -> Any:
         if self._replays and _replays_now():
             found = self._replays.get(self._key(values))
-            if found is not None and not (self.writes and _shares(values, self.writes)) and found[0].takes(values):
+            if found is not None:
                 replay, single, wrap = found
-                with _launch.guard(replay.device):
-                    results = replay(values)
-                if self.writes:
-                    torch.autograd.graph.increment_version([values[w] for w in self.writes])
-                return results[0] if single else wrap(tuple(results)) if wrap is not None else tuple(results)
+                if not (self.writes and _shares(values, self.writes)) and (not replay.numbers or replay.takes(values)):
+                    if _launch.current_device() == replay.index:
+                        results = replay(values)
+                    else:
+                        with _launch.guard(replay.device):
+                            results = replay(values)
+                    if self.writes:
+                        torch.autograd.graph.increment_version([values[w] for w in self.writes])
+                    return results[0] if single else wrap(tuple(results)) if wrap is not None else tuple(results)
         return self.slow(*values)
 
     def wants(self, values: Sequence[Any], again: bool = False) -> bool:
@@ -394,15 +403,23 @@ class Table:
             self._replays[self._key(values)] = (replay, single, wrap)
 
     def _key(self, values: Sequence[Any]) -> Any:
-        grad = torch.is_grad_enabled()
+        grad, native = torch.is_grad_enabled(), self._native is not None
+        key: list[Any] = [_driver._precision("cuda", "matmul") == "tf32", _deterministic()]
         try:
-            return (
-                _driver.tf32(),
-                _deterministic(),
-                *[type(v) if link and links(link, v) else _part(v, grad) for v, link in zip(values, self.linked)],
-            )
-        except _Unknown:
+            for v, link in zip(values, self.linked):
+                kind = type(v)
+                if kind is Tensor or kind is Parameter:
+                    if v.is_neg():
+                        return None
+                    key += v.shape, v.stride(), v.dtype, v.device, v.data_ptr() & 15, grad and v.requires_grad
+                    if native:
+                        # The native launcher compares dispatch keys: an inference tensor has others.
+                        key.append(v.is_inference())
+                else:
+                    key.append(kind if link and links(link, v) else _part(v))
+        except (_Unknown, RuntimeError):  # sparse tensors have no strides or no address
             return None
+        return tuple(key)
 
 
 def _replays_now() -> bool:
@@ -419,17 +436,13 @@ _deterministic = torch._C._get_deterministic_algorithms
 _modes = torch._C._len_torch_dispatch_stack
 
 
-def _part(v: Any, grad: bool) -> Any:
+def _part(v: Any) -> Any:
     kind = type(v)
-    if kind is Tensor or kind is torch.nn.Parameter:
-        if v.layout is not torch.strided or v.is_neg():
-            raise _Unknown
-        return v.shape, v.stride(), v.dtype, v.device, v.data_ptr() & 15, grad and v.requires_grad, v.is_inference()
     if kind is float:
         # 0.0 and -0.0 are equal, NaN is not equal to itself.
         return v.hex()
     if kind is tuple or kind is list or kind is torch.Size:
-        return (tuple, *(_part(x, grad) for x in v))
+        return (tuple, *map(_part, v))
     if v is None or kind in (bool, int, str, torch.dtype):
         return kind, v
     raise _Unknown

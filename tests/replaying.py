@@ -118,6 +118,7 @@ def faking(patch: Any) -> Iterator[Fake]:
     patch.setattr(_driver, "load", fake.load)
     patch.setattr(_driver, "entry", lambda: fake)
     patch.setattr(_driver, "stream", lambda index: 0)
+    patch.setattr(_launch, "current_device", lambda: None)
     patch.setattr(_driver, "allocate", lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype))
     patch.setattr(_launch, "_capture", fake.receive)
     patch.setattr(_launch, "native_counts", _launch.native_counts)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import gc
-import importlib
 import json
 import math
 import os
@@ -31,7 +30,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gemskit
-from gemskit import backends
+from gemskit import _native, backends
 from gemskit._bench_cases import _add_rms_norm, _rotate, _silu_and_mul
 from gemskit._launch import record
 from gemskit._op import REGISTRY, Op
@@ -401,20 +400,14 @@ def import_cost(runs: int = 5) -> dict[str, float]:
 
 def launcher() -> str:
     """Which launcher serves calls: the native one says so itself."""
-    try:
-        native: Any = importlib.import_module("gemskit._native")
-    except ImportError:
-        return "python"
     # Not the file: where it lies says nothing to others.
-    return str(native.status()).partition(" (/")[0]
+    return _native.status().partition(" (/")[0]
 
 
-def settle(seconds: float = 120.0) -> None:
-    """Make a call and wait for what it may have started to build: it takes the host's time, and serves afterwards."""
+def settle() -> None:
+    """Build the native launcher where it is not there yet: it would take the host's time, and serve from then on."""
+    _native.load(wait=True)
     gemskit.neg(torch.ones(1, device=backends.device))
-    end = time.monotonic() + seconds
-    while launcher() == "building" and time.monotonic() < end:
-        time.sleep(0.2)
 
 
 # -- the report -----------------------------------------------------------------------------------------------------------

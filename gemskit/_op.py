@@ -403,6 +403,7 @@ class Op(Generic[P, R]):
         return plan
 
     def _make_plan(self, values: tuple[Any, ...], outs: tuple[Tensor, ...] | None) -> Plan:
+        _replay.upgrade()
         with _replay.aside():
             return self._new_plan(values, outs)
 

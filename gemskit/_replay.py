@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -153,6 +154,10 @@ def aside() -> Any:
 # -- replaying -------------------------------------------------------------------------------------------------------------
 
 
+#: Counts replays in Python: now and then one looks whether the native launcher is there.
+_ticks = itertools.count(1)
+
+
 class Replay:
     """A program on a device, for values of one alignment."""
 
@@ -168,6 +173,8 @@ class Replay:
 
     def __call__(self, values: Sequence[Any]) -> Sequence[Tensor | None]:
         """The results for ``values``, which have the layouts that the table says; the device is current."""
+        if not next(_ticks) & 255:
+            upgrade()
         memory = list(values)
         allocate = _driver.allocate
         for shape, stride, dtype in self.program.allocations:
@@ -248,8 +255,8 @@ _module: Any = None
 _upgrading = threading.Lock()
 
 
-def _upgrade() -> None:
-    """Load the native launcher if it has been built by now."""
+def upgrade() -> None:
+    """Load the native launcher if it has been built by now; start to build it where it has not."""
     global _module
     if _module is not None or backends.vendor.launcher is None:
         return
@@ -362,7 +369,6 @@ class Table:
         """Whether this call should be learnt: it is made ``again``, so that single calls cost no trace."""
         if not _replays_now() or _driver.entry() is None:
             return False
-        _upgrade()
         key = self._key(values)
         # What the native launcher knows and still left to Python (a target that shares memory) is not learnt again.
         if key is None or key in self._replays or key in self._learnt or key in self.refused:

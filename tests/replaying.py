@@ -123,7 +123,7 @@ def faking(patch: Any) -> Iterator[Fake]:
     patch.setattr(_launch, "_capture", fake.receive)
     patch.setattr(_launch, "native_counts", _launch.native_counts)
     # No build in the background: who wants the native launcher installs it.
-    patch.setattr(_replay, "_upgrade", lambda: None)
+    patch.setattr(_replay, "upgrade", lambda: None)
     yield fake
     _replay.uninstall()
 

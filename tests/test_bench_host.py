@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-import types
 from pathlib import Path
 from typing import Any
 
@@ -132,17 +131,11 @@ def test_command_names_what_it_does_not_know(argv: list[str], capsys: pytest.Cap
 
 
 def test_the_launcher_is_waited_for_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = ["native (/a/file.so)", "building", "building"]
-    native = types.SimpleNamespace(status=lambda: said.pop() if len(said) > 1 else said[0])
-    monkeypatch.setattr(_bench_host.importlib, "import_module", lambda name: native)
+    waited: list[bool] = []
+    monkeypatch.setattr(_bench_host._native, "load", lambda wait=False: waited.append(wait))
+    monkeypatch.setattr(_bench_host._native, "status", lambda: "native (/a/file.so)")
     _bench_host.settle()
-    assert said == ["native (/a/file.so)"] and _bench_host.launcher() == "native"
-
-    def missing(name: str) -> Any:
-        raise ImportError(name)
-
-    monkeypatch.setattr(_bench_host.importlib, "import_module", missing)
-    assert _bench_host.launcher() == "python"
+    assert waited == [True] and _bench_host.launcher() == "native"
 
 
 def test_import_cost() -> None:

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as fwd
-from replaying import Fake, fake, flat, leaf, looks, native, ones, warm  # noqa: F401
+from replaying import Fake, fake, faking, flat, leaf, looks, native, ones, warm  # noqa: F401
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gemskit
-from gemskit import _launch, backends
+from gemskit import _launch, _replay, backends
 from gemskit._op import REGISTRY, Op, operator
 from gemskit.errors import ArgumentError, GemskitError, GradientError
 from gemskit.testing import SAMPLES, Make, Sample, load
@@ -435,3 +435,17 @@ def test_inference_mode(fake: Fake) -> None:
     for _ in range(4):
         with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
             mul(grad, y)
+
+
+def test_python_replays_look_for_the_native_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that only replays must find the launcher when its build is done."""
+    looked: list[bool] = []
+    with faking(monkeypatch):
+        monkeypatch.setattr(_replay, "upgrade", lambda: looked.append(True))
+        x = ones(16)
+        for _ in range(4):
+            add(x, x)
+        looked.clear()
+        for _ in range(600):
+            add(x, x)
+    assert 1 <= len(looked) <= 4

@@ -91,6 +91,22 @@ bool add_tensor(Key& key, const at::Tensor& t) {
   return true;
 }
 
+template <typename C, typename Precision, typename Backend, typename Operation>
+bool is_tf32_by_enum(const C& context, Precision (C::*get)(Backend, Operation) const) {
+  return (context.*get)(Backend::CUDA, Operation::MATMUL) == Precision::TF32;
+}
+
+// Whether float32 products may run in TensorFloat-32. torch 2.9 names backend, operation and precision by strings.
+template <typename C>
+auto is_tf32(const C& context, int) -> decltype(context.float32Precision(std::string(), std::string()) == "tf32") {
+  return context.float32Precision("cuda", "matmul") == "tf32";
+}
+
+template <typename C>
+bool is_tf32(const C& context, long) {
+  return is_tf32_by_enum(context, &C::float32Precision);
+}
+
 // The first word holds settings, and from bit 8 on which arguments need a gradient.
 constexpr int kNeeds = 8;
 
@@ -98,7 +114,7 @@ bool make_key(Key& key, Table* self, PyObject* const* values, int n) {
   bool grad = c10::GradMode::is_enabled(), tensors = false;
   auto& context = at::globalContext();
   uint64_t needs = 0;
-  bool tf32 = context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) == at::Float32Precision::TF32;
+  bool tf32 = is_tf32(context, 0);
   key.push(static_cast<uint64_t>(tf32) << 1 | context.deterministicAlgorithms());
   for (int i = 0; i < n; ++i) {
     if (is_tensor(values[i])) {

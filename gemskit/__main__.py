@@ -33,7 +33,10 @@ def info(argv: list[str]) -> int:
         index = torch.accelerator.current_device_index()
         row = backends.arch(torch.device(gemskit.device, index))
         print(f"arch      {row.name}   {row.status}{f' ({row.evidence})' if row.evidence else ''}")
-    print(f"launcher  {_native.status()}")
+    if backends.vendor.launcher is not None:
+        print(f"launcher  {_native.status()}")
+    else:
+        print(f"launcher  {'none: CPU tensors run the meaning' if gemskit.device == 'cpu' else 'that of Triton'}")
     print(f"interpret {'on' if _interpret.active() else 'off'}   operators {len(gemskit.operators())}")
     return 0
 

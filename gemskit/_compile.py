@@ -57,12 +57,11 @@ _KERNELS = -1
 
 def _rows(op: Op[..., Any], named: Mapping[str, Any], out: Tensor) -> dict[str, Spec]:
     """Row-wise operators: a value for each row, in the type computed in."""
+    # The family's module imports this one by way of the operator.
+    from gemskit.nn._drive import columns, row_shape
+
     input: Tensor = named[op.tensors[0]]
-    shape, ndim = list(input.shape) or [1], max(input.ndim, 1)
-    trailing = named.get("normalized_shape")
-    dims = range(ndim - len(trailing), ndim) if trailing is not None else [named["dim"] % ndim]
-    for d in dims:
-        shape[d] = 1
+    shape = row_shape(tuple(input.shape) or (1,), columns(named, input.ndim))
     saves: tuple[str, ...] = op.saves  # type: ignore[attr-defined]
     return dict.fromkeys(saves, (tuple(shape), compute_type(named.get("dtype") or input.dtype)))
 
@@ -202,6 +201,7 @@ class Bound:
         _define(name, f"({inputs}) -> {result}", self._run, tags)
         _LIBRARY.impl(name, self._autograd, "Autograd")  # type: ignore[no-untyped-call]
         self.call = _traced(name, self._fake)
+        self.overwrites = op.inplace_name is not None
         if op.inplace_name:
             for i in self.targets:
                 mark = chr(ord("a") + self.targets.index(i))
@@ -576,8 +576,9 @@ def call_inplace(op: Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
         if not isinstance(t, Tensor):
             raise ArgumentError(f"{op.name}_: {' and '.join(op.writes)} must be tensors to be overwritten, given {t}")
     again = any(v is t for t in targets for i, v in enumerate(values) if i not in bound.targets)
-    # A copy where autograd follows the target, or an argument is the target too: functionalization knows both.
-    if again or _needs_grad(values):
+    # A copy where autograd follows the target or an argument is the target too (functionalization knows both), and for a
+    # variant that was made after the operator was registered.
+    if again or _needs_grad(values) or not bound.overwrites:
         # The gradient may need what is about to be overwritten.
         values = tuple([v.clone() if i in bound.targets else v for i, v in enumerate(values)])
         found = bound.call(*bound.flatten(*_together(op, values)))

@@ -228,7 +228,8 @@ class Op(Generic[P, R]):
         return found
 
     def _call_inplace(self, *given: Any) -> Any:
-        targets = tuple(given[self.params.index(w)] for w in self.writes)
+        table = self._overwrites
+        targets = tuple(given[at] for at in table.writes)
         kernels, needs_grad, values = _checks.inspect_tensors(self, given)
         _checks.inplace_targets(self, targets, needs_grad and torch.is_grad_enabled())
         if kernels and self.elementwise:
@@ -248,10 +249,9 @@ class Op(Generic[P, R]):
                 f"{self.name}_: its result has no gradient, but what it overwrites takes part in autograd; detach it"
             )
         self.forward(values, targets)
-        table, one = self._overwrites, len(targets) == 1
+        one = len(targets) == 1
         if values is given and table.wants(given):
-            places = tuple(self.params.index(w) for w in self.writes)
-            table.learn(given, self._forwarding(values, targets, places=places), single=one)
+            table.learn(given, self._forwarding(values, targets, places=table.writes), single=one)
         return targets[0] if one else targets
 
     def _has_gradient(self, values: tuple[Any, ...]) -> bool:
@@ -551,7 +551,7 @@ class _Differentiable(torch.autograd.Function):
     def forward(ctx: Any, op: Op[..., Any], inplace: bool, *values: Any) -> Any:
         given: Sequence[Any] = values
         if inplace:
-            outs = tuple(values[op.params.index(w)] for w in op.writes)
+            outs = tuple(values[at] for at in op._overwrites.writes)
             # The gradient may need what is about to be overwritten.
             given = [v.clone() if n in op.writes and n in op._saves else v for n, v in zip(op.params, values)]
             keep: dict[str, Any] = {}

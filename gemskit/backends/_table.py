@@ -127,6 +127,7 @@ class Vendor:
         launch: overrides of the default launch numbers.
         launcher: the library and the function of the driver that launches a kernel, with the arguments of
             ``cuLaunchKernel``; None leaves launches to Triton.
+        near_memory: whether the compiler makes another kernel where a tensor ends within 2^31 bytes of its beginning.
         grid_limits: most programs along the three axes of a grid.
         overrides: operators with a kernel of their own on this vendor.
     """
@@ -144,6 +145,7 @@ class Vendor:
     automatic: bool = True
     launch: Launch = dataclasses.field(default_factory=dict[str, Numbers], hash=False)
     launcher: tuple[str, str] | None = None
+    near_memory: bool = False
     grid_limits: tuple[int, int, int] = COMMON_GRID
     overrides: Mapping[str, Override] = dataclasses.field(default_factory=dict[str, Override], hash=False)
 

@@ -20,6 +20,8 @@ VENDOR = Vendor(
     device_files=("/dev/kfd", "/dev/dxg"),
     identify="gcn",
     launcher=("libamdhip64.so", "hipModuleLaunchKernel"),
+    # Buffer instructions take 32-bit offsets.
+    near_memory=True,
     # A dispatch counts threads in 32 bits: 2^23 - 1 programs of 8 warps of 64, the most that a row here asks for.
     grid_limits=(2**23 - 1, 65535, 65535),
     archs=(

@@ -3,7 +3,7 @@
 An operator is declared as a typed function whose body *is* its meaning, in plain torch. The meaning is the test oracle,
 the shape and dtype rule (run on ``meta`` tensors, once per new shape) and the path of CPU tensors. A family decorator
 (``pointwise``, ``reduction``, ``rowwise``, ``gemm``, or ``operator`` for a free kernel) makes an :class:`Op` of it and says
-which kernel runs on an accelerator.
+which kernel runs on an accelerator. (``sized``, in _sized.py, is for results whose size depends on the data.)
 """
 
 from __future__ import annotations

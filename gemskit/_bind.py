@@ -7,7 +7,6 @@ author's formula *by parameter name*: what the formula names is what it gets, in
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import linecache
 import types
@@ -26,7 +25,8 @@ _serial = itertools.count()
 
 def parameters(fn: Any) -> tuple[str, ...]:
     """The parameter names of a formula, jitted or not."""
-    return tuple(inspect.signature(getattr(fn, "fn", fn)).parameters)
+    code = getattr(fn, "fn", fn).__code__
+    return tuple(code.co_varnames[: code.co_argcount])
 
 
 def fill(driver: Any, name: str, annotations: Mapping[str, str] | None = None, **names: Any) -> Any:
@@ -40,6 +40,9 @@ def fill(driver: Any, name: str, annotations: Mapping[str, str] | None = None, *
     jit: Any = triton.jit
     return jit(copy, repr=lambda _: name, do_not_specialize=fixed)
 
+
+#: Stands for a zero of the type computed in that is part of the code: the imaginary part of what is real.
+ZERO = object()
 
 #: The names of the run-time scalar slots that every driver has; unused ones are None.
 SCALARS = ("s0", "s1", "s2", "s3")
@@ -55,14 +58,17 @@ def arguments(
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """How a formula gets what it names: the names of its run-time scalars, and an expression for every name.
 
-    Numbers are passed at run time in the type computed in; strings, bools and None become part of the code.
+    Numbers are passed at run time in the type computed in, floats as floats where that is an int type; strings, bools and None
+    become part of the code.
     """
     runtime = tuple(dict.fromkeys(n for n in names if is_number(named.get(n)) and n not in operands))
     if len(runtime) > len(SCALARS):
         raise DeclarationError(f"a formula has at most {len(SCALARS)} run-time scalars, given {runtime}")
     expressions = {n: repr(v) for n, v in named.items() if v is None or isinstance(v, (str, bool))}
+    zero = f"tl.full((), 0, tl.{str(compute).removeprefix('torch.')})"
+    expressions.update({n: zero for n, v in named.items() if v is ZERO})
     cast = "{}" if compute.is_floating_point else f"{{}}.to(tl.{TRITON[compute].name})"
-    expressions.update({n: cast.format(s) for n, s in zip(runtime, SCALARS)})
+    expressions.update({n: s if isinstance(named[n], float) else cast.format(s) for n, s in zip(runtime, SCALARS)})
     return runtime, {**expressions, **operands}
 
 
@@ -79,9 +85,16 @@ def given(names: Sequence[str], named: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(key)
 
 
-def scalar_types(runtime: Sequence[str], compute: torch.dtype) -> dict[str, str]:
-    """The Triton types of the scalar slots in use."""
-    return {s: scalar_annotation(compute) for s in SCALARS[: len(runtime)]}
+def scalar_types(
+    runtime: Sequence[str], compute: torch.dtype, named: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """The Triton types of the scalar slots in use, for such values as ``named``."""
+    named = named or {}
+    double = any(isinstance(v, torch.Tensor) and v.dtype == torch.float64 for v in named.values())
+    real = compute if compute.is_floating_point else torch.float64 if double else torch.float32
+    return {
+        s: scalar_annotation(real if isinstance(named.get(n), float) else compute) for s, n in zip(SCALARS, runtime)
+    }
 
 
 def is_number(v: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gemskit import _launch, backends
-from gemskit._dtypes import TRITON
+from gemskit._dtypes import PARTS, TRITON
 from gemskit.errors import (
     ArgumentError,
     DeviceError,
@@ -97,7 +97,7 @@ def inspect_tensors(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[bool, bo
 
 
 def _for_kernels(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[Any, ...]:
-    negated = False
+    lazy = False
     for n, v in zip(op.params, values):
         if isinstance(v, Tensor):
             if v.layout is not torch.strided:
@@ -106,9 +106,18 @@ def _for_kernels(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[Any, ...]:
                 raise GradientError(
                     f"{op.name}: {n} has a forward-mode derivative (torch.func.jvp), which no kernel takes"
                 )
-            negated = negated or v.is_neg()
-    # The memory of imag(conj(z)) holds the values with the other sign.
-    return tuple(v.resolve_neg() if isinstance(v, Tensor) else v for v in values) if negated else values
+            lazy = lazy or v.is_neg() or v.is_conj()
+    return in_memory(values) if lazy else values
+
+
+def in_memory(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``values`` as their memory holds them: that of conj(z) and of imag(conj(z)) has another sign."""
+    if not any(isinstance(v, Tensor) and (v.is_conj() or v.is_neg()) for v in values):
+        return values
+    # Operators themselves, which this module serves.
+    from gemskit.pointwise.complex import resolve_conj, resolve_neg
+
+    return tuple(resolve_neg(resolve_conj(v)) if isinstance(v, Tensor) else v for v in values)
 
 
 def _one_device(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[torch.device, bool, bool, tuple[Any, ...]]:
@@ -152,7 +161,10 @@ def _one_device(op: Op[..., Any], values: tuple[Any, ...]) -> tuple[torch.device
 
 def served(op: Op[..., Any], values: tuple[Any, ...]) -> None:
     """Refuse what no kernel serves, and dimensions out of range, which a meta run of softmax does not see."""
-    ndim = max(1, next(v.ndim for v in values if isinstance(v, Tensor)))
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    # A backward's dimension counts those of its result; torch.cat skips empty tensors of one dimension.
+    sizes = dict(zip(op.params, values)).get("input_sizes")
+    ndim = max(1, len(sizes) if sizes is not None else next((v.ndim for v in tensors if v.shape != (0,)), 1))
     for n, v in zip(op.params, values):
         if n == "dim" and v is not None:
             for d in (v,) if isinstance(v, int) else v:
@@ -163,8 +175,8 @@ def served(op: Op[..., Any], values: tuple[Any, ...]) -> None:
                     )
         if not isinstance(v, Tensor):
             continue
-        if v.dtype not in SERVED:
-            raise NoKernel(f"{op.name}: no kernel for {n}: {describe(v)}; served are tensors of {NAMES}")
+        if not _serves(op, v.dtype):
+            raise NoKernel(f"{op.name}: no kernel for {n}: {describe(v)}; served are tensors of {_names(op)}")
         if n in op.floats and not v.dtype.is_floating_point:
             raise DtypeError(
                 f"{op.name}: {n} must be floating point (float16, bfloat16, float32, float64), given {describe(v)}"
@@ -174,8 +186,30 @@ def served(op: Op[..., Any], values: tuple[Any, ...]) -> None:
 def results(op: Op[..., Any], specs: Sequence[tuple[Sequence[int], Sequence[int], torch.dtype]]) -> None:
     """Refuse a result dtype that no kernel writes, such as that of a complex number among the arguments."""
     for _, _, dtype in specs:
-        if dtype not in SERVED:
-            raise NoKernel(f"{op.name}: no kernel for a result of {dtype}; served are {NAMES}")
+        if not _serves(op, dtype):
+            raise NoKernel(f"{op.name}: no kernel for a result of {dtype}; served are {_names(op)}")
+
+
+def targets(op: Op[..., Any], outs: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
+    """Refuse to write reals into complex memory (torch would set the imaginary parts to zero)."""
+    for o, dtype in zip(outs, dtypes):
+        if o.dtype.is_complex != dtype.is_complex:
+            raise NoKernel(f"{op.name}: no kernel writes a result of {dtype} into {describe(o)}")
+
+
+def _serves(op: Op[..., Any], dtype: torch.dtype) -> bool:
+    return dtype in SERVED or (op.complex and dtype in PARTS)
+
+
+def _names(op: Op[..., Any]) -> str:
+    return f"{NAMES}, complex64, complex128" if op.complex else f"{NAMES}; not complex numbers"
+
+
+def plain_targets(what: str, outs: Sequence[Tensor]) -> None:
+    """Refuse to write through a lazy conj or negation."""
+    for o in outs:
+        if o.is_conj() or o.is_neg():
+            raise ArgumentError(f"{what} is a lazy conj() or imag(conj()); write to the tensor that it views")
 
 
 def _cast(op: Op[..., Any], what: str, have: torch.dtype, want: torch.dtype) -> None:
@@ -229,6 +263,7 @@ def into_out(op: Op[..., Any], out: Any, values: tuple[Any, ...]) -> Any:
         _resized(op, o, shape)
         _internal_overlap(op, "out", o)
         _not_inference(op, "out", o)
+    plain_targets(f"{op.name}: out", outs)
     clash = any(
         _overlap(o, v) == "partial" or (not op.elementwise and _overlap(o, v) != "none") for o in outs for v in inputs
     )

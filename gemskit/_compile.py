@@ -1,7 +1,7 @@
 """Operators inside ``torch.compile`` and ``torch.export``: each is one opaque operator of the ``gemskit`` library.
 
-``gemskit::NAME`` runs the eager operator. Where a gradient is needed, autograd replaces it by ``gemskit::NAME_forward``, which
-also returns what the gradient asks for, and ``gemskit::NAME_backward``. ``gemskit::NAME_`` overwrites its arguments. The fake
+``gemskit::NAME`` runs the eager operator. Where a gradient is needed, autograd replaces it by ``gemskit::NAME__forward``, which
+also returns what the gradient asks for, and ``gemskit::NAME__backward``. ``gemskit::NAME_`` overwrites its arguments. The fake
 rule is the meaning, on ``meta`` stand-ins. On CPU tensors the same operators run the meaning, or kernels under ``interpret()``.
 """
 
@@ -38,6 +38,7 @@ _TYPES = {
     "bool": "bool",
     "str": "str",
     "Number": "Scalar",
+    "Scalar": "Scalar",
     "torch.dtype": "ScalarType",
     "Dims": "int[]?",
     "int | tuple[int, ...] | list[int]": "int[]",
@@ -210,21 +211,21 @@ class Bound:
             _define(f"{name}_", f"({written}) -> ()", self._run_inplace)
             self.write = _traced(f"{name}_", self._fake_inplace)
         if op.differentiable:
-            _define(f"{name}_forward", f"({inputs}) -> Tensor[]", self._run_kept, tags)
+            _define(f"{name}__forward", f"({inputs}) -> Tensor[]", self._run_kept, tags)
             optional = re.sub(r"Tensor(?!\?)", "Tensor?", inputs)
             like = ", ".join(f"SymInt[]? {n}_shape, ScalarType? {n}_dtype" for n in op.differentiable)
             schema = f"(Tensor?[] grads, Tensor?[] outs, Tensor?[] kept, {optional}, {like}) -> Tensor[]"
-            _define(f"{name}_backward", schema, self._run_gradient)
+            _define(f"{name}__backward", schema, self._run_gradient)
 
     @functools.cached_property
     def forward(self) -> Any:
         """The operator that also returns what the gradient asks for."""
-        return _traced(f"{self.name}_forward", self._fake_kept)
+        return _traced(f"{self.name}__forward", self._fake_kept)
 
     @functools.cached_property
     def backward(self) -> Any:
         """The gradient's operator."""
-        return _traced(f"{self.name}_backward", self._fake_gradient)
+        return _traced(f"{self.name}__backward", self._fake_gradient)
 
     # -- arguments ------------------------------------------------------------------------------------------------------
     def values(self, flat: Sequence[Any]) -> Values:
@@ -397,7 +398,7 @@ class Bound:
 
 
 class _Gradient(torch.autograd.Function):
-    """``NAME_forward`` and ``NAME_backward`` as one differentiable function."""
+    """``NAME__forward`` and ``NAME__backward`` as one differentiable function."""
 
     @staticmethod
     def forward(ctx: Any, bound: Bound, *flat: Any) -> Any:
@@ -413,7 +414,7 @@ class _Gradient(torch.autograd.Function):
             found = bound.forward(*flat)
         outs, rest = tuple(found[: bound.results]), found[bound.results :]
         kept = dict(zip(bound.specs(values, outs[0]), rest))
-        ctx.floats = [o.dtype.is_floating_point for o in outs]
+        ctx.floats = [o.dtype.is_floating_point or o.dtype.is_complex for o in outs]
         ctx.mark_non_differentiable(*(o for o, floats in zip(outs, ctx.floats) if not floats))
         # Without kernels the gradient is the meaning's, which needs every argument.
         whole = outs[0].device.type == "cpu"

@@ -9,8 +9,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-#: A Python scalar as torch takes one. Complex numbers have no kernels yet.
+#: A Python scalar as torch takes one, where it is real.
 Number = int | float | bool
+#: And where it may be complex.
+Scalar = int | float | bool | complex
 
 TRITON: dict[torch.dtype, Any] = {
     torch.float16: tl.float16,
@@ -25,12 +27,23 @@ TRITON: dict[torch.dtype, Any] = {
     torch.bool: tl.int1,
 }
 
+#: What is computed in float32 and rounded once.
+HALVES = frozenset((torch.float16, torch.bfloat16))
+
+
+#: Complex dtypes have no counterpart in Triton: kernels see the parts, in these.
+PARTS = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+
 
 def compute_type(dtype: torch.dtype) -> torch.dtype:
-    """The type that formulas see: half types compute in float32, bool in uint8 (0 and 1), everything else in itself."""
+    """The type that formulas see: half types compute in float32, bool in uint8 (0 and 1), complex ones in that of their parts,
+    everything else in itself.
+    """
     if dtype == torch.bool:
         return torch.uint8
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    if dtype in PARTS:
+        return PARTS[dtype]
+    return torch.float32 if dtype in HALVES else dtype
 
 
 def accumulate_type(dtype: torch.dtype) -> torch.dtype:
@@ -45,7 +58,7 @@ def scalar_annotation(dtype: torch.dtype) -> str:
     return "i64"
 
 
-def common_dtype(values: Iterable[Tensor | Number]) -> torch.dtype:
+def common_dtype(values: Iterable[Tensor | Scalar]) -> torch.dtype:
     """torch's promotion: tensors with dimensions, then 0-dim tensors, then Python scalars, by category."""
     found: list[torch.dtype | None] = [None, None, None]
     for v in values:
@@ -56,6 +69,8 @@ def common_dtype(values: Iterable[Tensor | Number]) -> torch.dtype:
             dtype = (
                 torch.bool if isinstance(v, bool) else torch.int64 if isinstance(v, int) else torch.get_default_dtype()
             )
+            if isinstance(v, complex):
+                dtype = dtype.to_complex()
         seen = found[rank]
         found[rank] = dtype if seen is None else torch.promote_types(seen, dtype)
     result: torch.dtype | None = None

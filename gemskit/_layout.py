@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
-import triton
 import triton.language as tl
 from torch import Tensor
+
+from gemskit._jit import jit
 
 Strides: TypeAlias = tuple[int, ...]
 
@@ -87,7 +88,7 @@ def is_wide(sizes: Sequence[int], strides: Sequence[Strides], slack: int = 1 << 
     return False
 
 
-@triton.jit
+@jit
 def offset(i, sizes, strides):
     """The element offset of linear index ``i`` in a collapsed space."""
     o = i * 0

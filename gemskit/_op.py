@@ -65,6 +65,8 @@ class Op(Generic[P, R]):
     family = "free"
     #: Whether numbers (``scalars``) go into launches as they are, so that their values never matter to a replay.
     passes_scalars = False
+    #: Whether there is a kernel for complex numbers.
+    complex = False
     #: Whether ``out`` may be the very tensor that is read (every element is read before it is written).
     elementwise = False
 
@@ -94,7 +96,7 @@ class Op(Generic[P, R]):
         self.tensors = tuple(n for n in self.params if "Tensor" in kinds[n])
         #: Numbers that only the launch needs: their values never make a new plan or kernel.
         self.scalars = tuple(
-            n for n in self.params if n not in self.tensors and kinds[n].split(" | ")[0] in ("float", "Number")
+            n for n in self.params if n not in self.tensors and kinds[n].split(" | ")[0] in ("float", "Number", "Scalar")
         )
         #: The tensors that the in-place variant overwrites, one for each output.
         self.writes = tuple(writes) or self.tensors[:1]
@@ -232,6 +234,8 @@ class Op(Generic[P, R]):
         targets = tuple(given[at] for at in table.writes)
         kernels, needs_grad, values = _checks.inspect_tensors(self, given)
         _checks.inplace_targets(self, targets, needs_grad and torch.is_grad_enabled())
+        if kernels:
+            _checks.plain_targets(f"{self.name}_: the target", targets)
         if kernels and self.elementwise:
             _checks.inplace_overlap(self, targets, values)
         if not kernels:
@@ -256,7 +260,7 @@ class Op(Generic[P, R]):
 
     def _has_gradient(self, values: tuple[Any, ...]) -> bool:
         """False where torch has none either (a bool or int result); a gradient that we lack is refused."""
-        if not any(dtype.is_floating_point for _, _, dtype in self._planned(values, None).outs):
+        if not any(_differs(dtype) for _, _, dtype in self._planned(values, None).outs):
             return False
         for n, v in zip(self.params, values):
             if isinstance(v, Tensor) and v.requires_grad and n not in self.differentiable:
@@ -374,6 +378,7 @@ class Op(Generic[P, R]):
     def _differentiate(self, how: _How, needs: tuple[bool, ...], *tensors: Any) -> tuple[Tensor | None, ...]:
         """The gradients by parameter; ``tensors`` are those of the outputs, then what was saved."""
         assert self._vjp is not None
+        given, tensors = tensors, _checks.in_memory(tensors)
         outputs = len(tensors) - len(how[0])
         have: dict[str, Any] = dict(zip(how[0], tensors[outputs:]))
         have.update(zip(how[1], how[2]))
@@ -383,7 +388,7 @@ class Op(Generic[P, R]):
             have["outs"] = tuple(v for n, v in have.items() if n.startswith("out"))
         found = self._vjp(**{n: have.get(n) for n in self._saves})
         result = tuple(found.get(n) if need else None for n, need in zip(self.params, needs))
-        values = (how, needs, *tensors)
+        values = (how, needs, *given)
         if self._gradients.wants(values):
             self._gradients.learn(values, self._differentiate)
         return result
@@ -413,6 +418,7 @@ class Op(Generic[P, R]):
         if outs:
             _checks.inplace_results(self, outs, [(s, d) for s, _, d in specs])
         _checks.results(self, specs)
+        _checks.targets(self, outs or (), [d for _, _, d in specs])
         # The device is current: its architecture sets the numbers.
         with _launch.guard(_device_of(values)):
             return Plan(specs, self.plan(dict(zip(self.params, values)), outs or tuple([_meta(*s) for s in specs])))
@@ -462,6 +468,11 @@ class Op(Generic[P, R]):
         if free is None:
             raise NoKernel(f"{self.name}: no kernel for {describe(dict(named))}")
         return lambda outs, keep, arguments: free(outs, keep, **arguments)
+
+
+def _differs(dtype: torch.dtype) -> bool:
+    """Whether results of ``dtype`` have gradients."""
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def _device_of(values: Sequence[Any]) -> torch.device:
@@ -559,9 +570,9 @@ class _Differentiable(torch.autograd.Function):
             ctx.mark_dirty(*outs)
         else:
             outs, keep = op._trainings.call(*values)
-        ctx.floats = [o.dtype.is_floating_point for o in outs]
+        ctx.floats = [_differs(o.dtype) for o in outs]
         if not all(ctx.floats):
-            ctx.mark_non_differentiable(*(o for o in outs if not o.dtype.is_floating_point))
+            ctx.mark_non_differentiable(*(o for o in outs if not _differs(o.dtype)))
         saved = op._saved(given, outs, keep)
         ctx.op, ctx.how = op, op._how(given, saved)
         ctx.save_for_backward(*[v for v, _ in saved.values() if isinstance(v, Tensor)])

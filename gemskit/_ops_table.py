@@ -69,11 +69,19 @@ def modules() -> list[str]:
 
 
 def parts(name: str) -> list[Op[..., Any]]:
-    """The registered operators behind a public name: ``max`` has ``max_all`` and ``max_dim``, ``dropout`` has ``_dropout``."""
-    if name in REGISTRY and getattr(gemskit, name, None) is REGISTRY[name]:
-        return [REGISTRY[name]]
+    """The registered operators behind a public name.
+
+    ``max`` has ``max_all`` and ``max_dim``, ``dropout`` has ``_dropout``, ``greater`` is ``gt``, ``rsub`` calls ``sub``.
+    """
+    found = getattr(gemskit, name, None)
+    if isinstance(found, Op):
+        return [found]
     hidden = [op for n, op in REGISTRY.items() if getattr(gemskit, n, None) is not op]
-    return [op for op in hidden if op.name == f"_{name}" or op.name.startswith(f"{name}_")]
+    own = [op for op in hidden if op.name == f"_{name}" or op.name.startswith(f"{name}_")]
+    if own or not inspect.isfunction(found):
+        return own
+    called = (found.__globals__.get(n) for n in found.__code__.co_names)
+    return [v for v in called if isinstance(v, Op)]
 
 
 def _is_function(name: str, v: Any) -> bool:
@@ -117,6 +125,7 @@ def row(name: str) -> Row:
         *([f"`{name}_` ({writes})"] if hasattr(gemskit, f"{name}_") else []),
     ]
     kinds = [kind for kind, dtypes in DTYPES.items() if any(_accepts(op, d) for op in ops for d in dtypes)]
+    kinds += ["complex"] * any(op.complex for op in ops)
     return Row(
         name=name,
         family=ops[0].family if ops else "free",

@@ -415,7 +415,7 @@ class Table:
             for v, link in zip(values, self.linked):
                 kind = type(v)
                 if kind is Tensor or kind is Parameter:
-                    if v.is_neg():
+                    if v.is_neg() or v.is_conj():
                         return None
                     key += v.shape, v.stride(), v.dtype, v.device, v.data_ptr() & 15, grad and v.requires_grad
                     if native:

@@ -115,10 +115,3 @@ def _(make: Make) -> Iterator[Sample]:
     yield Sample((make(), make(), None))
     yield Sample((make(0, 3), None, make()))
     yield Sample((make(4096, 4096), -1, 1), note="big")
-
-
-@samples("_dropout")
-def _(make: Make) -> Iterator[Sample]:
-    for shape in SHAPES:
-        yield Sample((make(*shape), 0.3, make(dtype=torch.int64, low=0, high=2**31)))
-    yield Sample((make(4096, 4096), 0.1, make(dtype=torch.int64, low=0, high=2**31)), note="big")

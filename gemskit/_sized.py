@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from gemskit import _checks, _launch
-from gemskit._op import Op, P, R, _Differentiable, _device_of
+from gemskit._op import Op, P, R, _device_of, _Differentiable
 from gemskit.errors import ArgumentError, GradientError
 
 

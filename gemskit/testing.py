@@ -72,6 +72,8 @@ class Make:
             return torch.randn(shape, generator=self.generator, dtype=torch.float32, device=self.device).to(dtype)
         if dtype == torch.bool:
             return torch.rand(shape, generator=self.generator, device=self.generator.device) > 0.5
+        if dtype.is_complex:
+            return torch.complex(*(self._values(shape, torch.float64, low, high) for _ in range(2))).to(dtype)
         if not dtype.is_floating_point:
             least = 0 if dtype == torch.uint8 else -9
             first, last = int(least if low is None else low), int(10 if high is None else high)
@@ -128,11 +130,19 @@ def load() -> dict[str, Callable[[Make], Iterator[Sample]]]:
     """The samples of gemskit's own operators, by name."""
     from gemskit import (  # noqa: F401
         _samples_attention,
+        _samples_binary,
         _samples_blas,
+        _samples_creation,
+        _samples_index,
+        _samples_movement,
         _samples_nn,
         _samples_pointwise,
         _samples_reduce,
+        _samples_reduce_more,
         _samples_rows,
+        _samples_select,
+        _samples_sort,
+        _samples_unary,
     )
 
     return SAMPLES

@@ -59,7 +59,8 @@ def run(op: Op[..., Any], how: str, sample: Sample, fake: Fake) -> tuple[list[An
         ends = [o for o in outs if o.requires_grad]
         if not leaves or not ends:
             raise ArgumentError("nothing has a gradient")
-        assert all(o.grad_fn is not None for o in ends) and all(o.is_floating_point() for o in ends)
+        assert all(o.grad_fn is not None for o in ends)
+        assert all(o.is_floating_point() or o.is_complex() for o in ends)
         seeds = [torch.ones_like(o) for o in ends]
         grads = torch.autograd.grad(ends, leaves, seeds, allow_unused=True)
         seen.append([looks(g) for g in grads])

@@ -12,15 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemskit import _layout, backends
+from gemskit import _layout, backends, language
 from gemskit._bind import SCALARS, adapter, arguments, fill, given, parameters, scalar_types, slots
 from gemskit._checks import describe
 from gemskit._driver import tf32
 from gemskit._dtypes import TRITON, compute_type
+from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
 from gemskit._op import Named, Op, P, R
@@ -30,7 +30,7 @@ from gemskit.errors import DtypeError, NoKernel
 EPILOGUE: Any = None
 
 
-@triton.jit
+@jit
 def _tiles(
     out, a, b, extras, batch_sizes, out_strides, a_strides, b_strides, extra_strides,
     out_m, out_n, a_m, a_k, b_k, b_n, extra_m, extra_n, s0, s1, s2, s3, M, N, K,
@@ -47,10 +47,7 @@ def _tiles(
     batch = i // per_batch
     i = i % per_batch
     # Tiles go in groups of GROUP rows, so that the programs that run together share operands in L2.
-    group = i // (GROUP * tiles_n)
-    height = tl.minimum(tiles_m - group * GROUP, GROUP)
-    tile_m = group * GROUP + (i % (GROUP * tiles_n)) % height
-    tile_n = (i % (GROUP * tiles_n)) // height
+    tile_m, tile_n = language.swizzle(i, tiles_m, tiles_n, GROUP)
     m = tile_m * BM + tl.arange(0, BM)
     n = tile_n * BN + tl.arange(0, BN)
     a += offset(batch, batch_sizes, a_strides)

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from gemskit import language
 from gemskit._dtypes import Number, compute_type
+from gemskit._jit import jit
 from gemskit._layout import contiguous
 from gemskit.blas._drive import gemm
 from gemskit.errors import NoKernel
@@ -22,7 +22,7 @@ from gemskit.reduce._fold import Fold
 Like = Mapping[str, Any]
 
 
-@triton.jit
+@jit
 def plain(acc):
     """The epilogue of a bare product."""
     return acc
@@ -60,7 +60,7 @@ def addmm(
 
 
 @addmm.epilogue
-@triton.jit
+@jit
 def _(acc, input, beta, alpha):
     # NaN and inf in an input that does not count must not show.
     return acc * alpha + tl.where(beta == 0, 0, input * beta)
@@ -69,12 +69,12 @@ def _(acc, input, beta, alpha):
 addmm_ = addmm.inplace
 
 
-@triton.jit
+@jit
 def _scaled(grad, factor):
     return grad * factor
 
 
-@triton.jit
+@jit
 def _same(grad):
     return grad
 
@@ -135,7 +135,7 @@ def _(out: Tensor, input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 @linear.epilogue
-@triton.jit
+@jit
 def _(acc, bias):
     if bias is not None:
         acc = acc + bias

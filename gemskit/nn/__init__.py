@@ -18,4 +18,9 @@ from gemskit.nn.norm import skip_layer_norm as skip_layer_norm
 from gemskit.nn.rotary import apply_rotary_pos_emb as apply_rotary_pos_emb
 from gemskit.nn.rotary import apply_rotary_pos_emb_ as apply_rotary_pos_emb_
 from gemskit.nn.softmax import log_softmax as log_softmax
+from gemskit.nn.softmax import log_softmax_backward as log_softmax_backward
+from gemskit.nn.softmax import safe_softmax as safe_softmax
+from gemskit.nn.softmax import scaled_softmax_backward as scaled_softmax_backward
+from gemskit.nn.softmax import scaled_softmax_forward as scaled_softmax_forward
 from gemskit.nn.softmax import softmax as softmax
+from gemskit.nn.softmax import softmax_backward as softmax_backward

@@ -11,14 +11,15 @@ Every sum has a fixed order, so results are bitwise repeatable.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
+
+from gemskit._jit import jit
 
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@jit
 def _tile(
     base, start, rows, row_stride, cols, col_stride, limit,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, EDGE: tl.constexpr, WIDE: tl.constexpr,
@@ -40,7 +41,7 @@ def _tile(
     return tile
 
 
-@triton.jit
+@jit
 def _line(base, start, local, limit, EDGE: tl.constexpr):
     if EDGE:
         line = tl.load(base + start + local, mask=start + local < limit, other=0.0)
@@ -49,7 +50,7 @@ def _line(base, start, local, limit, EDGE: tl.constexpr):
     return line
 
 
-@triton.jit
+@jit
 def _put(base, start, rows, row_stride, cols, col_stride, limit, tile, WIDTH: tl.constexpr):
     """Store the part of ``tile`` that `_tile` would load."""
     at = base + tl.cast(start, tl.int64) * row_stride
@@ -57,13 +58,13 @@ def _put(base, start, rows, row_stride, cols, col_stride, limit, tile, WIDTH: tl
     tl.store(at, tile.to(base.dtype.element_ty), mask=(start + rows < limit) & (cols < WIDTH))
 
 
-@triton.jit
+@jit
 def _factor(scale, scale_low, TYPE: tl.constexpr):
     """The scale in base 2; a float argument is float32, so float64 takes the remainder in a second one."""
     return (tl.cast(scale, TYPE) + tl.cast(scale_low, TYPE)) * _LOG2E
 
 
-@triton.jit
+@jit
 def _masked(
     scores, rows, cols, mask, mask_m, mask_n, length, size, MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr
 ):
@@ -83,13 +84,13 @@ def _masked(
     return scores
 
 
-@triton.jit
+@jit
 def _kept(seed, plane, rows, cols, length, size, dropout):
     """True with probability 1 - dropout; the number belongs to the element, not to the block that asks."""
     return tl.rand(seed, (tl.cast(plane, tl.int64) * length + rows) * size + cols) >= dropout
 
 
-@triton.jit
+@jit
 def _forward_steps(
     acc, total, peak,
     query, key, k_n, k_d, value, v_n, v_d,
@@ -122,7 +123,7 @@ def _forward_steps(
     return acc, total, peak
 
 
-@triton.jit
+@jit
 def attention_forward(
     query, key, value, mask, out, lse, seed,
     q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
@@ -185,7 +186,7 @@ def attention_forward(
     tl.store(lse + tl.cast(plane, tl.int64) * length + rows, (peak + tl.log2(total)) * _LN2, mask=rows < length)
 
 
-@triton.jit
+@jit
 def attention_delta(
     out, grad, delta,
     o_b, o_h, o_m, o_d, g_b, g_h, g_m, g_d,
@@ -208,14 +209,14 @@ def attention_delta(
     tl.store(delta + tl.cast(plane, tl.int64) * length + rows, total, mask=rows < length)
 
 
-@triton.jit
+@jit
 def _weights(scores, lse):
     """exp(score - lse) from base 2 scores and natural lse; a row with no key has lse -inf and weights 0."""
     base = tl.where(lse == -float("inf"), 0.0, lse * _LOG2E)
     return tl.exp2(scores - base)
 
 
-@triton.jit
+@jit
 def _key_steps(
     grad_key, grad_value, keys, values,
     query, q_h, q_m, q_d, grad, g_h, g_m, g_d,
@@ -265,7 +266,7 @@ def _key_steps(
     return grad_key, grad_value
 
 
-@triton.jit
+@jit
 def attention_grad_key_value(
     query, key, value, mask, grad, lse, delta,
     grad_key, grad_value, seed,
@@ -345,7 +346,7 @@ def attention_grad_key_value(
         )  # fmt: skip
 
 
-@triton.jit
+@jit
 def _slopes(
     scores, grads, values, lse, delta,
     seed, plane, rows, cols, length, size, dropout, kept_scale,
@@ -360,7 +361,7 @@ def _slopes(
     return weights * (product - delta[:, None])
 
 
-@triton.jit
+@jit
 def _query_steps(
     acc, queries, grads, lse, delta,
     key, k_n, k_d, value, v_n, v_d,
@@ -388,7 +389,7 @@ def _query_steps(
     return acc
 
 
-@triton.jit
+@jit
 def attention_grad_query(
     query, key, value, mask, grad, lse, delta, grad_query, seed,
     q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
@@ -452,7 +453,7 @@ def attention_grad_query(
     _put(grad_query + batch * gq_b + head * gq_h, start, local[:, None], gq_m, e[None, :], gq_d, length, acc, HEAD)
 
 
-@triton.jit
+@jit
 def attention_grad_mask(
     query, key, value, mask, grad, lse, delta, grad_mask, seed,
     q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,

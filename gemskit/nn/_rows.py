@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from gemskit import _layout, backends
 from gemskit._bind import SCALARS, adapter, arguments, fill, generated, given, parameters, scalar_types, slots
 from gemskit._dtypes import TRITON
+from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
 from gemskit._op import Named
@@ -30,14 +30,16 @@ from gemskit.reduce._fold import identity_of
 #: Filled in per operator.
 OBSERVE: Any = None
 MERGE: Any = None
+STEP: Any = None
 COMBINE: Any = None
 FORMULA: Any = None
 
 
-@triton.jit
+@jit
 def _load(
     ins, row, col, rows, cols, row_sizes, col_sizes, row_strides, col_strides,
     COMPUTE: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr, ONCE: tl.constexpr,
+    EVICT: tl.constexpr,
 ):  # fmt: skip
     values = ()
     for k in tl.static_range(len(ins)):
@@ -45,7 +47,7 @@ def _load(
             v = row  # a place holder: the formula names no such operand
         elif ALONG[k] == 3:
             at = offset(row, row_sizes, row_strides[k]) + offset(col, col_sizes, col_strides[k])
-            v = tl.load(ins[k] + at, (row < rows) & (col < cols))
+            v = tl.load(ins[k] + at, (row < rows) & (col < cols), eviction_policy=EVICT)
         elif ALONG[k] == 2:
             v = tl.load(ins[k] + offset(row, row_sizes, row_strides[k]), row < rows)
         else:
@@ -56,7 +58,7 @@ def _load(
     return values
 
 
-@triton.jit
+@jit
 def _store(
     outs, results, row, col, rows, cols, row_sizes, col_sizes, row_strides, col_strides,
     ALONG: tl.constexpr, PICK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -70,7 +72,7 @@ def _store(
             tl.store(outs[k] + at, tl.broadcast_to(v, (BM, BN)), (row < rows) & (col < cols))
 
 
-@triton.jit
+@jit
 def _start(IDENTITY: tl.constexpr, K: tl.constexpr, COMPUTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     state = ()
     for k in tl.static_range(len(IDENTITY[K])):
@@ -78,7 +80,7 @@ def _start(IDENTITY: tl.constexpr, K: tl.constexpr, COMPUTE: tl.constexpr, BM: t
     return state
 
 
-@triton.jit
+@jit
 def _masked(
     fresh, live, IDENTITY: tl.constexpr, K: tl.constexpr, COMPUTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):
@@ -88,12 +90,20 @@ def _masked(
     return state
 
 
-@triton.jit
+@jit
+def _grouped(fresh, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    state = ()
+    for k in tl.static_range(len(fresh)):
+        state = state + (tl.reshape(fresh[k], (BM, BN // GROUP, GROUP)),)
+    return state
+
+
+@jit
 def _rows(
     outs, ins, row_sizes, col_sizes, out_row, out_col, in_row, in_col, s0, s1, s2, s3, rows, cols,
     COMPUTE: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr, OUT_ALONG: tl.constexpr,
     PICK: tl.constexpr, IDENTITY: tl.constexpr, LOOP: tl.constexpr, ONCE: tl.constexpr, SPLIT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
+    GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
     if WIDE:
@@ -109,29 +119,41 @@ def _rows(
     stats = ()
     if LOOP:
         for K in tl.static_range(len(IDENTITY)):
-            state = _start(IDENTITY, K, COMPUTE, BM, BN)
+            state = _start(IDENTITY, K, COMPUTE, BM, BN // GROUP[K])
             for start in range(0, cols, BN):
                 c = start + col
                 v = _load(
-                    ins, row, c, rows, cols, row_sizes, col_sizes, in_row, in_col, COMPUTE, ROUND, KEEP, ALONG, False
-                )
+                    ins, row, c, rows, cols, row_sizes, col_sizes, in_row, in_col, COMPUTE, ROUND, KEEP, ALONG, False,
+                    "evict_last",
+                )  # fmt: skip
                 fresh = OBSERVE(K, v, stats, s0, s1, s2, s3, c, cols)
-                state = MERGE(K, state, _masked(fresh, (row < rows) & (c < cols), IDENTITY, K, COMPUTE, BM, BN))
+                fresh = _masked(fresh, (row < rows) & (c < cols), IDENTITY, K, COMPUTE, BM, BN)
+                if GROUP[K] == 1:
+                    state = MERGE(K, state, fresh)
+                else:
+                    state = STEP(K, state, _grouped(fresh, BM, BN, GROUP[K]))
             stats = stats + COMBINE(K, state)
-        for start in range(0, BN if ONCE else cols, BN):
-            c = start + col
+        # From the end: what was read last is in the cache.
+        for back in range(0, BN if ONCE else cols, BN):
+            c = (0 if ONCE else (tl.cdiv(cols, BN) - 1) * BN - back) + col
             v = _load(
-                ins, row, c, rows, cols, row_sizes, col_sizes, in_row, in_col, COMPUTE, ROUND, KEEP, ALONG, ONCE
+                ins, row, c, rows, cols, row_sizes, col_sizes, in_row, in_col, COMPUTE, ROUND, KEEP, ALONG, ONCE, "evict_first"
             )  # fmt: skip
             results = FORMULA(v, stats, s0, s1, s2, s3, c, cols)
             _store(outs, results, row, c, rows, cols, row_sizes, col_sizes, out_row, out_col, OUT_ALONG, PICK, BM, BN)
     else:
-        v = _load(ins, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, COMPUTE, ROUND, KEEP, ALONG, False)
+        v = _load(
+            ins, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, COMPUTE, ROUND, KEEP, ALONG, False, ""
+        )  # fmt: skip
         for K in tl.static_range(len(IDENTITY)):
             fresh = OBSERVE(K, v, stats, s0, s1, s2, s3, col, cols)
             stats = stats + COMBINE(K, _masked(fresh, (row < rows) & (col < cols), IDENTITY, K, COMPUTE, BM, BN))
         results = FORMULA(v, stats, s0, s1, s2, s3, col, cols)
         _store(outs, results, row, col, rows, cols, row_sizes, col_sizes, out_row, out_col, OUT_ALONG, PICK, BM, BN)
+
+
+#: Elements of a group: as many halves as a thread reads at once.
+VECTOR = 8
 
 
 @dataclass(frozen=True)
@@ -144,10 +166,16 @@ class Statistic:
     identity: tuple[float | str, ...]
     #: ``"tile"``: only for rows that fit one tile; ``"loop"``: only for longer ones, where every statistic is a pass over memory.
     only: Literal["", "tile", "loop"] = ""
+    #: For longer rows, where it is cheaper than ``combine`` for each element: the states of groups (rows by groups) and the
+    #: states of their next elements (rows by groups by ``VECTOR``); returns the states of groups.
+    step: Any = None
 
 
 class Rows(Planned):
-    """Statistics and a formula as a kernel. The formula names operands, statistics, scalars, ``col`` and ``cols``."""
+    """Statistics and a formula as a kernel. The formula names operands, statistics, scalars, ``col``, ``cols`` and ``precise``.
+
+    ``precise`` is False where all that is read and written by element are halves (see :mod:`gemskit.pointwise._fast`).
+    """
 
     def __init__(
         self,
@@ -203,8 +231,10 @@ class Rows(Planned):
         if not loop and not across:
             bm = max(1, min(config["short"] // bn, _layout.next_power_of_2(max(rows, 1))))
         path = "loop" if loop else "tile"
+        wide = [t for t, a in zip((*outs, *(named[o] for o in operands)), (*outs_along, *along)) if a == 3]
+        precise = any(t.dtype.itemsize > 2 for t in wide)
         by_element = {"col", *(o for o, a in zip(operands, along) if a != 2)}
-        kernel, runtime = self._bind(named, operands, compute, path)
+        kernel, runtime = self._bind(named, operands, compute, path, precise)
         meta = dict(
             COMPUTE=TRITON[compute],
             ROUND=TRITON[through or compute],
@@ -216,6 +246,7 @@ class Rows(Planned):
             LOOP=loop,
             ONCE=3 not in outs_along and by_element.isdisjoint(parameters(self.formula)),
             SPLIT=split,
+            GROUP=tuple(VECTOR if s.step is not None and not across and bn >= 32 * VECTOR else 1 for s in self.statistics[path]),
             BM=bm,
             BN=bn,
             WIDE=_layout.is_wide(shape, full),
@@ -233,15 +264,15 @@ class Rows(Planned):
         return run
 
     def _bind(
-        self, named: Named, operands: Sequence[str], compute: torch.dtype, path: str
+        self, named: Named, operands: Sequence[str], compute: torch.dtype, path: str, precise: bool
     ) -> tuple[Any, tuple[str, ...]]:
-        asked = (compute, path, given(self.names, named))
+        asked = (compute, path, precise, given(self.names, named))
         if asked in self._known:
             return self._known[asked]
         statistics = self.statistics[path]
         reads = {o: f"v[{k}]" for k, o in enumerate(operands)}
         known = [n for s in statistics for n in s.names]
-        reads.update({n: f"stats[{k}]" for k, n in enumerate(known)}, col="col", cols="cols")
+        reads.update({n: f"stats[{k}]" for k, n in enumerate(known)}, col="col", cols="cols", precise=str(precise))
         values = {n: named.get(n) for n in self.names if n not in reads or n in operands}
         runtime, expressions = arguments(self.names, values, reads, compute)
         # Ints stay ints, so that one compared with indices is compared exactly.
@@ -251,17 +282,18 @@ class Rows(Planned):
         key = (tuple(operands), tuple(expressions.items()), tuple(types.items()), compute, path)
         if key not in self._bound:
             pool = f"v, stats, {', '.join(SCALARS)}, col, cols"
-            observe, merge, combine = [], [], []
+            observe, merge, step, combine = [], [], [], []
             functions: dict[str, Any] = {}
             for k, s in enumerate(statistics):
                 n = len(s.names)
                 one = "({},)" if n == 1 else "{}"
-                functions |= {f"O{k}": s.observe, f"F{k}": s.combine}
+                functions |= {f"O{k}": s.observe, f"F{k}": s.combine, f"S{k}": s.step or s.combine}
                 seen = ", ".join(expressions[p] for p in parameters(s.observe))
                 both = ", ".join([f"a[{j}]" for j in range(n)] + [f"b[{j}]" for j in range(n)])
                 lanes = "a[0]" if n == 1 else "a"
                 observe.append(one.format(f"O{k}({seen})"))
                 merge.append(one.format(f"F{k}({both})"))
+                step.append(one.format(f"S{k}({both})"))
                 combine.append(one.format(f"tl.reduce({lanes}, 1, F{k}, keep_dims=True)"))
             wrap = "({},)" if self.results == 1 else "{}"
             self._bound[key] = fill(
@@ -270,6 +302,7 @@ class Rows(Planned):
                 types,
                 OBSERVE=_choice(f"{self.name}_observe", pool, observe, functions),
                 MERGE=_choice("merge", "a, b", merge, functions),
+                STEP=_choice("step", "a, b", step, functions),
                 COMBINE=_choice("combine", "a", combine, functions),
                 FORMULA=adapter(f"{self.name}_formula", pool, self.formula, expressions, wrap),
             )

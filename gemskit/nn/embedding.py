@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from gemskit import _layout, backends
 from gemskit._dtypes import TRITON, compute_type
+from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
 from gemskit._op import Named, Op, P, R
@@ -20,7 +20,7 @@ from gemskit.errors import ArgumentError, NoKernel
 from gemskit.pointwise._drive import Elementwise
 
 
-@triton.jit(repr=lambda _: "embedding")
+@jit(repr=lambda _: "embedding")
 def embedding_gather(
     out, table, index, sizes, out_rows, index_rows, out_col, table_row, table_col, rows, cols, size,
     BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
@@ -39,7 +39,7 @@ def embedding_gather(
     tl.store(out + offset(row, sizes, out_rows) + col * out_col, value, (row < rows) & (col < cols))
 
 
-@triton.jit(repr=lambda _: "embedding_count")
+@jit(repr=lambda _: "embedding_count")
 def embedding_count(count, index, sizes, index_rows, rows, size, BM: tl.constexpr, WIDE: tl.constexpr):
     """``count[index[i]] += 1``; sums of integers do not depend on their order."""
     i = tl.program_id(0)
@@ -50,7 +50,7 @@ def embedding_count(count, index, sizes, index_rows, rows, size, BM: tl.constexp
     tl.atomic_add(count + at, tl.full((BM,), 1, tl.int32), (at >= 0) & (at < size), sem="relaxed")
 
 
-@triton.jit(repr=lambda _: "embedding_grad")
+@jit(repr=lambda _: "embedding_grad")
 def embedding_grad(
     out, grad, index, count, sizes, grad_rows, index_rows, grad_col, rows, cols, size, padding,
     ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
@@ -70,7 +70,7 @@ def embedding_grad(
     tl.atomic_add(out + at * cols + col, value, live & (col < cols), sem="relaxed")
 
 
-@triton.jit(repr=lambda _: "embedding_grad_ordered")
+@jit(repr=lambda _: "embedding_grad_ordered")
 def embedding_grad_ordered(
     out, grad, index, count, sizes, grad_rows, index_rows, grad_col, rows, cols, size, padding,
     ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
@@ -100,12 +100,12 @@ def embedding_grad_ordered(
     tl.store(out + mine.to(tl.int64) * cols + col, acc.to(out.dtype.element_ty), col < cols)
 
 
-@triton.jit
+@jit
 def _zero(index):
     return index * 0
 
 
-@triton.jit
+@jit
 def _value(value):
     return value
 

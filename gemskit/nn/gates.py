@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
 from gemskit import language
 from gemskit._dtypes import compute_type
+from gemskit._jit import jit
 from gemskit._layout import contiguous
 from gemskit._op import Named, P, R
 from gemskit.errors import DtypeError, ShapeError
@@ -96,13 +96,13 @@ def silu_and_mul(x: Tensor, y: Tensor | None = None, *, out: Tensor | None = Non
 
 
 @silu_and_mul.formula
-@triton.jit
+@jit
 def _(x, y):
     return x * language.sigmoid(x) * y
 
 
 @silu_and_mul.gradient
-@triton.jit
+@jit
 def _(grad, x, y):
     s = language.sigmoid(x)
     return grad * y * (s * (1 + x * (1 - s))), grad * (x * s)
@@ -119,7 +119,7 @@ def gelu_and_mul(x: Tensor, y: Tensor | None = None, *, approximate: str = "none
     return (F.gelu(gate, approximate=approximate) * up).to(dtype)
 
 
-@triton.jit
+@jit
 def _share(x, approximate: tl.constexpr):
     """``gelu(x) = x * share`` and the slope of the share."""
     if approximate == "tanh":
@@ -133,14 +133,14 @@ def _share(x, approximate: tl.constexpr):
 
 
 @gelu_and_mul.formula
-@triton.jit
+@jit
 def _(x, y, approximate):
     share, _slope = _share(x, approximate)
     return x * share * y
 
 
 @gelu_and_mul.gradient
-@triton.jit
+@jit
 def _(grad, x, y, approximate):
     share, slope = _share(x, approximate)
     return grad * y * (share + x * slope), grad * (x * share)

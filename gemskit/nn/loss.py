@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,6 +14,7 @@ from gemskit import language
 from gemskit._bind import parameters
 from gemskit._checks import describe
 from gemskit._dtypes import compute_type
+from gemskit._jit import jit
 from gemskit._op import operator
 from gemskit.errors import ArgumentError, DtypeError
 from gemskit.nn._drive import row_shape
@@ -63,23 +63,23 @@ def _(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> list[
 # Every kernel returns the loss, the row's weight in the mean, and what the gradient needs: peak, log_total, mass.
 
 
-@triton.jit
+@jit
 def _add3(a0, a1, a2, b0, b1, b2):
     return a0 + b0, a1 + b1, a2 + b2
 
 
-@triton.jit
+@jit
 def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3
 
 
-@triton.jit
+@jit
 def _online_add2(peak_a, total_a, a0, a1, peak_b, total_b, b0, b1):
     peak, total = language.online_softmax(peak_a, total_a, peak_b, total_b)
     return peak, total, a0 + b0, a1 + b1
 
 
-@triton.jit
+@jit
 def _hit(target, weight, col):
     """The class weight where the target is, else 0."""
     if weight is None:
@@ -88,7 +88,7 @@ def _hit(target, weight, col):
         return tl.where(col == target, weight, 0.0)
 
 
-@triton.jit
+@jit
 def _q(target, chances, weight, label_smoothing, col, cols):
     p = _hit(target, None, col) if chances is None else chances
     q = (1 - label_smoothing) * p + label_smoothing / cols
@@ -97,24 +97,24 @@ def _q(target, chances, weight, label_smoothing, col, cols):
     return q
 
 
-@triton.jit
+@jit
 def _in_range(chosen, target, cols):
     # torch stops the whole device on an index out of range; NaN shows it and harms nothing.
     return tl.where((target >= 0) & (target < cols), chosen, float("nan"))
 
 
-@triton.jit
+@jit
 def _hard_observe(input, peak, target, weight, col):
     return language.exp(input - peak), tl.where(col == target, input, 0.0), _hit(target, weight, col)
 
 
-@triton.jit
+@jit
 def _hard_online(input, target, weight, col):
     peak, one = online(input)
     return peak, one, tl.where(col == target, input, 0.0), _hit(target, weight, col)
 
 
-@triton.jit
+@jit
 def _hard(target, ignore_index, cols, peak, total, picked, chosen):
     log_total = language.log(total)
     chosen = _in_range(chosen, target, cols)
@@ -124,7 +124,7 @@ def _hard(target, ignore_index, cols, peak, total, picked, chosen):
     return loss, mass, peak, log_total, mass
 
 
-@triton.jit
+@jit
 def _soft_observe(input, peak, target, chances, weight, label_smoothing, col, cols):
     q = _q(target, chances, weight, label_smoothing, col, cols)
     x = input - peak
@@ -135,7 +135,7 @@ def _soft_observe(input, peak, target, chances, weight, label_smoothing, col, co
     return language.exp(x), q, q * x, chosen
 
 
-@triton.jit
+@jit
 def _soft(target, ignore_index, cols, peak, total, mass, cross, chosen):
     log_total = language.log(total)
     loss = log_total * mass - cross
@@ -173,14 +173,14 @@ _SOFT = Rows(
 )
 
 
-@triton.jit
+@jit
 def _scaled(grad, denominator):
     if denominator is not None:
         grad = grad / denominator
     return grad
 
 
-@triton.jit
+@jit
 def _input_grad(
     input, grad, target, chances, weight, label_smoothing, ignore_index, peak, log_total, mass, denominator, col, cols
 ):
@@ -191,7 +191,7 @@ def _input_grad(
     return dx
 
 
-@triton.jit
+@jit
 def _chances_grad(input, grad, weight, label_smoothing, peak, log_total, denominator):
     d = (peak + log_total - input) * (_scaled(grad, denominator) * (1 - label_smoothing))
     return d if weight is None else d * weight
@@ -204,22 +204,22 @@ _CHANCES_GRAD = Rows("cross_entropy_grad_target", _chances_grad)
 # -- reductions over the rows ---------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@jit
 def _loss(loss):
     return loss
 
 
-@triton.jit
+@jit
 def _loss_share(loss, share):
     return loss, share
 
 
-@triton.jit
+@jit
 def _add2(a0, a1, b0, b1):
     return a0 + b0, a1 + b1
 
 
-@triton.jit
+@jit
 def _mean(state0, state1):
     return language.div(state0, state1), state1
 

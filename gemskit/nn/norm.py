@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from gemskit import language
 from gemskit._checks import describe
 from gemskit._dtypes import compute_type
+from gemskit._jit import jit
 from gemskit.errors import ShapeError
 from gemskit.nn._drive import RowGradient, rowwise
 from gemskit.nn._rows import Rows, Statistic
@@ -24,7 +24,7 @@ Shape = Sequence[int]
 # -- pieces shared by the norms: divisions by `cols` are of row values, one per row and not one per element ----------------
 
 
-@triton.jit
+@jit
 def _affine(y, weight, bias):
     if weight is not None:
         y = y * weight
@@ -33,14 +33,14 @@ def _affine(y, weight, bias):
     return y
 
 
-@triton.jit
+@jit
 def _weighted(grad, weight):
     if weight is not None:
         grad = grad * weight
     return grad
 
 
-@triton.jit
+@jit
 def _rstd(square, cols, eps):
     if eps is not None:
         return 1 / language.sqrt(square / cols + eps)
@@ -50,12 +50,12 @@ def _rstd(square, cols, eps):
         return 1 / language.sqrt(square / cols + 1.1920928955078125e-07)
 
 
-@triton.jit
+@jit
 def _add2(a0, a1, b0, b1):
     return a0 + b0, a1 + b1
 
 
-@triton.jit
+@jit
 def _only_grad(grad):
     return grad
 
@@ -83,12 +83,12 @@ def layer_norm(
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
-@triton.jit
+@jit
 def _value(input):
     return input
 
 
-@triton.jit
+@jit
 def _deviation(input, total, cols):
     d = input - total / cols
     return d * d
@@ -99,25 +99,25 @@ layer_norm.statistic("spread", combine=language.add)(_deviation)
 
 
 @layer_norm.formula
-@triton.jit
+@jit
 def _(input, weight, bias, total, spread, cols, eps):
     mean = total / cols
     rstd = _rstd(spread, cols, eps)
     return _affine((input - mean) * rstd, weight, bias), mean, rstd
 
 
-@triton.jit
+@jit
 def _layer_norm_dots(grad, input, weight, mean, rstd):
     g = _weighted(grad, weight)
     return g, g * (input - mean) * rstd
 
 
-@triton.jit
+@jit
 def _layer_norm_grad(grad, input, weight, mean, rstd, total, dot, cols):
     return (_weighted(grad, weight) - total / cols - (input - mean) * (rstd * dot / cols)) * rstd
 
 
-@triton.jit
+@jit
 def _layer_norm_weight(grad, input, mean, rstd):
     return grad * (input - mean) * rstd
 
@@ -157,12 +157,12 @@ def skip_layer_norm(
     return F.layer_norm(s, normalized_shape, weight, bias, eps).to(x.dtype)
 
 
-@triton.jit
+@jit
 def _skip_value(x, residual):
     return x + residual
 
 
-@triton.jit
+@jit
 def _skip_deviation(x, residual, total, cols):
     return _deviation(x + residual, total, cols)
 
@@ -172,24 +172,24 @@ skip_layer_norm.statistic("spread", combine=language.add)(_skip_deviation)
 
 
 @skip_layer_norm.formula
-@triton.jit
+@jit
 def _(x, residual, weight, bias, total, spread, cols, eps):
     mean = total / cols
     rstd = _rstd(spread, cols, eps)
     return _affine((x + residual - mean) * rstd, weight, bias), mean, rstd
 
 
-@triton.jit
+@jit
 def _skip_dots(grad, x, residual, weight, mean, rstd):
     return _layer_norm_dots(grad, x + residual, weight, mean, rstd)
 
 
-@triton.jit
+@jit
 def _skip_grad(grad, x, residual, weight, mean, rstd, total, dot, cols):
     return _layer_norm_grad(grad, x + residual, weight, mean, rstd, total, dot, cols)
 
 
-@triton.jit
+@jit
 def _skip_weight(grad, x, residual, mean, rstd):
     return grad * (x + residual - mean) * rstd
 
@@ -227,7 +227,7 @@ def rms_norm(input: Tensor, normalized_shape: Shape, weight: Tensor | None = Non
     return F.rms_norm(input, normalized_shape, weight, eps)
 
 
-@triton.jit
+@jit
 def _square(input):
     return input * input
 
@@ -236,18 +236,18 @@ rms_norm.statistic("square", combine=language.add)(_square)
 
 
 @rms_norm.formula
-@triton.jit
+@jit
 def _(input, weight, square, cols, eps):
     rstd = _rstd(square, cols, eps)
     return _affine(input * rstd, weight, None), rstd
 
 
-@triton.jit
+@jit
 def _rms_norm_dot(grad, input, weight, rstd):
     return _weighted(grad, weight) * input * rstd
 
 
-@triton.jit
+@jit
 def _rms_norm_grad(grad, input, weight, rstd, dot, cols, grad_sum):
     dx = (_weighted(grad, weight) - input * (rstd * dot / cols)) * rstd
     if grad_sum is not None:
@@ -255,7 +255,7 @@ def _rms_norm_grad(grad, input, weight, rstd, dot, cols, grad_sum):
     return dx
 
 
-@triton.jit
+@jit
 def _rms_norm_weight(grad, input, rstd):
     return grad * input * rstd
 
@@ -287,7 +287,7 @@ def _rms_norm_of(s: Tensor, normalized_shape: Shape, weight: Tensor | None, eps:
     return F.rms_norm(s, normalized_shape, None if weight is None else weight.to(s.dtype), eps)
 
 
-@triton.jit
+@jit
 def _skip_square(x, residual):
     s = x + residual
     return s * s
@@ -305,23 +305,23 @@ add_rms_norm.statistic("square", combine=language.add)(_skip_square)
 
 
 @add_rms_norm.formula
-@triton.jit
+@jit
 def _(x, residual, weight, square, cols, eps):
     rstd = _rstd(square, cols, eps)
     return _affine((x + residual) * rstd, weight, None), rstd
 
 
-@triton.jit
+@jit
 def _add_rms_norm_dot(grad, x, residual, weight, rstd):
     return _rms_norm_dot(grad, x + residual, weight, rstd)
 
 
-@triton.jit
+@jit
 def _add_rms_norm_grad(grad, x, residual, weight, rstd, dot, cols):
     return _rms_norm_grad(grad, x + residual, weight, rstd, dot, cols, None)
 
 
-@triton.jit
+@jit
 def _add_rms_norm_weight(grad, x, residual, rstd):
     return grad * (x + residual) * rstd
 
@@ -357,7 +357,7 @@ fused_add_rms_norm.statistic("square", combine=language.add)(_skip_square)
 
 
 @fused_add_rms_norm.formula
-@triton.jit
+@jit
 def _(x, residual, weight, square, cols, eps):
     s = x + residual
     rstd = _rstd(square, cols, eps)

@@ -8,19 +8,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from gemskit import _layout
 from gemskit._dtypes import TRITON, compute_type
+from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
 from gemskit._op import Named, Op, P, R
 from gemskit.errors import ArgumentError, DtypeError, ShapeError
 
 
-@triton.jit(repr=lambda _: "apply_rotary_pos_emb")
+@jit(repr=lambda _: "apply_rotary_pos_emb")
 def rotary(
     outs, ins, cos, sin, position, sizes, out_tokens, in_tokens, cos_tokens, sin_tokens, position_tokens,
     out_heads, in_heads, out_channels, in_channels, cos_channel, sin_channel, cos_row, sin_row, heads, rows,

@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from gemskit import _layout, backends
-from gemskit._bind import SCALARS, adapter, arguments, fill, given, parameters, scalar_types, slots
-from gemskit._dtypes import TRITON, common_dtype, compute_type
+from gemskit._bind import SCALARS, ZERO, adapter, arguments, fill, given, parameters, scalar_types, slots
+from gemskit._dtypes import HALVES, TRITON, common_dtype, compute_type
+from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._op import Named, Op, P, R
 from gemskit._plan import PLANS, Planned
@@ -27,7 +27,7 @@ from gemskit._plan import PLANS, Planned
 FORMULA: Any = None
 
 
-@triton.jit
+@jit
 def _outer(i, sizes, strides):
     """The offset of outer index ``i``: of all dimensions but the two that are tiled."""
     o = i * 0
@@ -37,7 +37,15 @@ def _outer(i, sizes, strides):
     return o
 
 
-@triton.jit
+@jit
+def _converted(v, kind: tl.constexpr):
+    """``v`` in another type; floats wrap around in the narrow ints, as torch's go through wider ones."""
+    if v.dtype.is_floating() and kind.is_int() and kind.primitive_bitwidth > 1 and kind.primitive_bitwidth < 32:
+        v = v.to(tl.int64)
+    return v.to(kind)
+
+
+@jit
 def _tiles(
     outs, ins, sizes, out_strides, in_strides, s0, s1, s2, s3,
     COMPUTE: tl.constexpr, VIA: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr, PICK: tl.constexpr,
@@ -54,7 +62,11 @@ def _tiles(
     i0 = ((i % t0) * B0 + tl.arange(0, B0))[None, :]
     i = i // t0
     t1 = tl.cdiv(n1, B1)
-    i1 = ((i % t1) * B1 + tl.arange(0, B1))[:, None]
+    # One row a tile: what is broadcast along it is a scalar, and needs no exchange between threads (3.5 us of 42 saved).
+    if B1 == 1:
+        i1 = i % t1
+    else:
+        i1 = ((i % t1) * B1 + tl.arange(0, B1))[:, None]
     i = i // t1
     m0, m1 = i0 < n0, i1 < n1
     values = ()
@@ -70,8 +82,7 @@ def _tiles(
             at += i0 * in_strides[k][R - 1]
             live = m0
         else:
-            at += i0 * 0
-            live = m0
+            live = True
         if k < len(ins):
             v = tl.load(ins[k] + at, live)
             if KEEP[k] != 1:
@@ -84,14 +95,16 @@ def _tiles(
     results = FORMULA(values, s0, s1, s2, s3)
     for k in tl.static_range(len(outs)):
         at = _outer(i, sizes, out_strides[k]) + i1 * out_strides[k][R - 2] + i0 * out_strides[k][R - 1]
-        v = tl.broadcast_to(results[PICK[k]].to(outs[k].dtype.element_ty), (B1, B0))
+        v = tl.broadcast_to(_converted(results[PICK[k]], outs[k].dtype.element_ty), (B1, B0))
         tl.store(outs[k] + at, v, m0 & m1)
 
 
 class Elementwise(Planned):
     """A formula as a kernel: ``plan`` it for a layout, run it on tensors of that layout.
 
-    Besides operands and scalars a formula may name ``index`` (the logical index) or ``position`` (along the argument ``dim``).
+    Besides operands and scalars a formula may name ``index`` (the logical index) or ``position`` (along the argument ``dim``),
+    ``precise`` (False where everything that it reads and writes is a half) and ``via``, the name of the type that operands are
+    promoted to.
     """
 
     def __init__(
@@ -138,8 +151,10 @@ class Elementwise(Planned):
                 sizes, flat = (1, *sizes), [(0, *s) for s in flat]
         n_out, n1, n0 = len(outs), sizes[-2], sizes[-1]
         config = backends.arch().config("pointwise")
-        block = config["block"]
-        if any(s[-2] == 1 and s[-1] != 1 for s in flat) and n1 > 1:
+        # The same number of bytes a thread: with halves, so few elements would not cover the latency of what is computed.
+        widest = max([2, *(t.dtype.itemsize for t in (*outs, *(named[n] for n in operands)))])
+        block = config["block"] * 4 // widest
+        if any(s[-2] == 1 and s[-1] not in (0, 1) for s in flat) and n1 > 1:
             side = config["side"]
             b1, b0 = min(side, _layout.next_power_of_2(n1)), min(side, _layout.next_power_of_2(n0))
         else:
@@ -148,6 +163,9 @@ class Elementwise(Planned):
         grid = _layout.cdiv(n0, b0) * _layout.cdiv(n1, b1)
         for n in sizes[:-2]:
             grid *= n
+        if "precise" in self.names:
+            read = [named[n].dtype for n in operands if named[n].is_floating_point()]
+            named = {**named, "precise": not HALVES.issuperset([*read, *[o.dtype for o in outs]])}
         kernel, runtime = self._bind(named, operands, compute, via)
         meta = dict(
             COMPUTE=TRITON[compute],
@@ -173,24 +191,48 @@ class Elementwise(Planned):
         self, named: Named, operands: Sequence[str], compute: torch.dtype, via: torch.dtype
     ) -> tuple[Any, tuple[str, ...]]:
         """The filled driver, and the names of its run-time scalars. Strings, None and bools become part of the code."""
-        asked = (compute, via, given(self.names, named))
+        double = any(named[n].dtype == torch.float64 for n in operands)
+        asked = (compute, via, double, given(self.names, named))
         if asked in self._known:
             return self._known[asked]
         reads = {n: f"values[{k}]" for k, n in enumerate((*operands, "index"))}
         reads["position"] = reads["index"]
-        runtime, expressions = arguments(self.names, {n: named.get(n) for n in self.names}, reads, compute)
+        values = {n: TRITON[via].name if n == "via" else named.get(n) for n in self.names}
+        runtime, expressions = arguments(self.names, values, reads, compute)
         if self.rounds and via != compute:
             cast = "{}.to(tl.{}).to(tl.{})"
             names = [str(d).removeprefix("torch.") for d in (via, compute)]
             expressions.update({n: cast.format(expressions[n], *names) for n in runtime})
-        key = (tuple(operands), tuple(expressions.items()), compute)
+        key = (tuple(operands), tuple(expressions.items()), compute, double)
         kernel = self._bound.get(key)
         if kernel is None:
             wrap = "({},)" if self.results == 1 else "{}"
             call = adapter(self.name, f"values, {', '.join(SCALARS)}", self.formula, expressions, wrap)
-            kernel = self._bound[key] = fill(_tiles, self.name, scalar_types(runtime, compute), FORMULA=call)
+            kernel = self._bound[key] = fill(_tiles, self.name, scalar_types(runtime, compute, named), FORMULA=call)
         self._known[asked] = kernel, runtime
         return kernel, runtime
+
+
+def split(named: Named) -> dict[str, Any]:
+    """The arguments with the real and imaginary parts of each: views of a complex tensor, 0 for what is real."""
+    parts = dict(named)
+    for n, v in named.items():
+        if isinstance(v, Tensor):
+            views = _views(v)
+            parts[f"{n}_re"], parts[f"{n}_im"] = views if len(views) == 2 else (v, ZERO)
+        elif isinstance(v, complex):
+            parts[f"{n}_re"], parts[f"{n}_im"] = v.real, v.imag
+        elif v is not None and not isinstance(v, str):
+            parts[f"{n}_re"], parts[f"{n}_im"] = v, ZERO
+    return parts
+
+
+def _views(t: Tensor) -> tuple[Tensor, ...]:
+    """The parts of a complex tensor; a real one itself."""
+    if not t.dtype.is_complex:
+        return (t,)
+    pairs = torch.view_as_real(t)
+    return pairs.select(-1, 0), pairs.select(-1, 1)
 
 
 class Pointwise(Op[P, R]):
@@ -213,9 +255,11 @@ class Pointwise(Op[P, R]):
         super().__init__(meaning, **options)
         self.keep, self.results, self.rounds = tuple(keep), results, rounds
         self._probed: dict[Any, torch.dtype] = {}
+        self._complex: Any = None
+        self._complex_kernel: Elementwise | None = None
 
     def formula(self, fn: Any) -> Any:
-        """Attach the formula: a jit function that names the parameters it needs, or ``index`` (the logical index).
+        """Attach the formula: a jit function that names the parameters it needs, ``index`` (the logical index) or ``precise``.
 
         Tensors and numbers arrive in the type computed in (float32 for halves); strings, bools and None are constants.
         """
@@ -253,6 +297,76 @@ class Pointwise(Op[P, R]):
         self.set_gradient(vjp, ("needs", "like", *names), of)
         return fn
 
+    def complex_formula(self, fn: Any) -> Any:
+        """Attach the formula for complex numbers, of ``input_re``, ``input_im`` and so on; what is real has the part 0.
+
+        It returns the two parts, or one value where the result is real. Operands in ``keep`` have their own names.
+        """
+        self._complex, self.complex = fn, True
+        return fn
+
+    def complex_gradient(self, fn: Any) -> Any:
+        """Attach the gradient formula for complex numbers, of ``grad_re``, ``grad_im``, ``out_re`` and so on.
+
+        It returns two parts for each differentiable tensor parameter: those of torch's convention, in which the gradient
+        of a holomorphic f is ``grad * conj(f')``.
+        """
+        from gemskit.reduce._fold import Fold
+
+        of = tuple(n for n in self.tensors if n not in self.keep)
+        name, count = f"{self.name}_complex_grad", 2 * len(of)
+        kernel = Elementwise(name, fn, keep=self.keep, results=count)
+        folds = [
+            Fold.of_formula(f"{name}_{n}_{part}", fn, count, 2 * k + i, keep=self.keep)
+            for k, n in enumerate(of)
+            for i, part in enumerate(("re", "im"))
+        ]
+        real, real_saves = self._vjp, self._saves
+        saves = dict.fromkeys(("needs", "like", *real_saves))
+        names = {n.removesuffix("_re").removesuffix("_im") for n in parameters(fn)}
+        saves.update((n, None) for n in (*self.params, "grad", "out") if n in names)
+
+        def vjp(needs: set[str], like: Mapping[str, Any], **named: Any) -> Mapping[str, Tensor | None]:
+            dtypes = [v.dtype for v in named.values() if isinstance(v, Tensor)] + [d for _, d in like.values()]
+            if real is not None and not any(d.is_complex for d in dtypes):
+                return real(**{n: v for n, v in dict(named, needs=needs, like=like).items() if n in real_saves})
+            grad: Tensor = named["grad"]
+            compute, shape = compute_type(grad.dtype), grad.shape
+            parts = split(self._counted(named))
+            found: dict[str, Tensor] = {}
+            outs: list[Tensor] = []
+            pick: list[int] = []
+            for k, n in enumerate(of):
+                if n not in needs:
+                    continue
+                size, dtype = like[n]
+                if size == shape:
+                    found[n] = torch.empty_like(grad, dtype=dtype)
+                else:
+                    found[n] = torch.empty(tuple(size), dtype=dtype, device=grad.device)
+                for i, view in enumerate(_views(found[n])):
+                    if size == shape:
+                        outs.append(view)
+                        pick.append(2 * k + i)
+                    else:
+                        folds[2 * k + i].to_shape(parts, shape, (size, view.dtype), compute, view)
+            if outs:
+                kernel(parts, outs, compute, tuple(pick))
+            return found
+
+        self.set_gradient(vjp, tuple(saves), of)
+        return fn
+
+    def _plan_complex(
+        self, named: Named, outs: Sequence[Tensor], result: torch.dtype, compute: torch.dtype
+    ) -> Callable[..., None]:
+        if self._complex_kernel is None:
+            results = 2 if result.is_complex else 1
+            self._complex_kernel = Elementwise(f"{self.name}_complex", self._complex, keep=self.keep, results=results)
+        views = [view for o in outs for view in _views(o)]
+        run = self._complex_kernel.plan(split(self._counted(named)), views, compute)
+        return lambda outs, keep, arguments: run([view for o in outs for view in _views(o)], split(arguments))
+
     def shapes(self, values: Sequence[Any]) -> Sequence[tuple[int, ...]] | None:
         shape: tuple[int, ...] = ()
         for v in values:
@@ -264,7 +378,7 @@ class Pointwise(Op[P, R]):
         return (shape,) * self.results
 
     def plan(self, named: Named, outs: tuple[Tensor, ...]) -> Callable[..., None]:
-        if self._formula is None:
+        if self._formula is None and not self.complex:
             return super().plan(named, outs)
         values = [named[n] for n in self.tensors if n not in self.keep and named[n] is not None]
         common = common_dtype(values) if values else outs[0].dtype
@@ -275,6 +389,9 @@ class Pointwise(Op[P, R]):
                 self._probed.clear()
             result = self._probed[kind] = self._probe(named)
         dtype = result if result.is_floating_point else common
+        if self.complex and (result.is_complex or common.is_complex):
+            return self._plan_complex(named, outs, result, compute_type(result if result.is_complex else common))
+        assert self._formula is not None
         # torch promotes operands before it computes: 70000 with a float16 tensor is inf.
         via = dtype if dtype.is_floating_point else None
         run = self._formula.plan(self._counted(named), outs, compute_type(dtype), via=via)

@@ -5,30 +5,31 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
 from gemskit import language
-from gemskit._dtypes import Number
+from gemskit._dtypes import Number, Scalar
+from gemskit._jit import jit
+from gemskit.pointwise import _fast
 from gemskit.pointwise._drive import pointwise
 
 
 @pointwise(aten="add.Tensor")
-def add(input: Tensor | Number, other: Tensor | Number, *, alpha: Number = 1, out: Tensor | None = None) -> Tensor:
+def add(input: Tensor | Scalar, other: Tensor | Scalar, *, alpha: Scalar = 1, out: Tensor | None = None) -> Tensor:
     """``input + alpha * other``. Source: ``torch.add``."""
     return torch.add(input, other, alpha=alpha)  # type: ignore[arg-type]
 
 
 @add.formula
-@triton.jit
+@jit
 def _(input, other, alpha):
     return input + other * alpha
 
 
 @add.gradient
-@triton.jit
+@jit
 def _(grad, alpha):
     return grad, grad * alpha
 
@@ -37,48 +38,55 @@ add_ = add.inplace
 
 
 @pointwise(aten="sub.Tensor")
-def sub(input: Tensor | Number, other: Tensor | Number, *, alpha: Number = 1, out: Tensor | None = None) -> Tensor:
+def sub(input: Tensor | Scalar, other: Tensor | Scalar, *, alpha: Scalar = 1, out: Tensor | None = None) -> Tensor:
     """``input - alpha * other``. Source: ``torch.sub``."""
     return torch.sub(input, other, alpha=alpha)  # type: ignore[arg-type]
 
 
 @sub.formula
-@triton.jit
+@jit
 def _(input, other, alpha):
     return input - other * alpha
 
 
 @sub.gradient
-@triton.jit
+@jit
 def _(grad, alpha):
     return grad, -grad * alpha
 
 
 sub_ = sub.inplace
+subtract, subtract_ = sub, sub_
+
+
+def rsub(input: Tensor, other: Tensor | Scalar, *, alpha: Scalar = 1) -> Tensor:
+    """``other - alpha * input``. Source: ``torch.rsub``."""
+    return sub(other, input, alpha=alpha)
 
 
 @pointwise(aten="mul.Tensor")
-def mul(input: Tensor | Number, other: Tensor | Number, *, out: Tensor | None = None) -> Tensor:
+def mul(input: Tensor | Scalar, other: Tensor | Scalar, *, out: Tensor | None = None) -> Tensor:
     """``input * other``. Source: ``torch.mul``."""
     return torch.mul(input, other)  # type: ignore[arg-type]
 
 
 @mul.formula
-@triton.jit
+@jit
 def _(input, other):
     return input * other
 
 
 @mul.gradient
-@triton.jit
+@jit
 def _(grad, input, other):
     return grad * other, grad * input
 
 
 mul_ = mul.inplace
+multiply, multiply_ = mul, mul_
 
 
-@triton.jit
+@jit
 def _floor_div(x, y):
     if y.dtype.is_floating():
         # The remainder decides, not the rounded quotient: floor(1 / 0.1) would be 10, and the answer is 9.
@@ -97,7 +105,7 @@ def _floor_div(x, y):
 
 @pointwise(aten="div.Tensor")
 def div(
-    input: Tensor | Number, other: Tensor | Number, *, rounding_mode: Literal["trunc", "floor"] | None = None,
+    input: Tensor | Scalar, other: Tensor | Scalar, *, rounding_mode: Literal["trunc", "floor"] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``input / other``, correctly rounded; or rounded toward zero (``"trunc"``) or down (``"floor"``).
@@ -110,7 +118,7 @@ def div(
 
 
 @div.formula
-@triton.jit
+@jit
 def _(input, other, rounding_mode):
     if rounding_mode is None:
         return language.div(input, other)
@@ -123,7 +131,7 @@ def _(input, other, rounding_mode):
 
 
 @div.gradient
-@triton.jit
+@jit
 def _(grad, input, other, rounding_mode):
     if rounding_mode is None:
         return language.div(grad, other), -grad * language.div(language.div(input, other), other)
@@ -132,6 +140,8 @@ def _(grad, input, other, rounding_mode):
 
 
 div_ = div.inplace
+divide, divide_ = div, div_
+true_divide, true_divide_ = div, div_
 
 
 @pointwise(aten="neg")
@@ -141,14 +151,14 @@ def neg(input: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 
 @neg.formula
-@triton.jit
+@jit
 def _(input):
     # 0 - input would lose the sign of a zero.
     return input * -1 if input.dtype.is_floating() else 0 - input
 
 
 @neg.gradient
-@triton.jit
+@jit
 def _(grad):
     return grad * -1
 
@@ -156,7 +166,7 @@ def _(grad):
 neg_ = neg.inplace
 
 
-@triton.jit
+@jit
 def _int_pow(base, exponent):
     """Squaring, modulo the type's range. A negative exponent gives 0, or ±1 for a base of ±1."""
     negative = exponent < 0
@@ -172,8 +182,8 @@ def _int_pow(base, exponent):
     return tl.where(negative, tl.where(unit, sign, base * 0), result)
 
 
-@triton.jit
-def _number_pow(base, exponent):
+@jit
+def _number_pow(base, exponent, precise: tl.constexpr):
     """``base ** exponent`` where the exponent is one number: torch takes roots and products for these."""
     result = base
     if exponent == 2:
@@ -183,18 +193,18 @@ def _number_pow(base, exponent):
     elif exponent == -0.5:
         result = libdevice.rsqrt(base)
     else:
-        result = language.pow(base, exponent)
+        result = _fast.pow(base, exponent, precise)
     return result
 
 
-@triton.jit
-def _pow(base, exponent):
+@jit
+def _pow(base, exponent, precise: tl.constexpr):
     if not exponent.dtype.is_floating():
         return _int_pow(base, exponent)
     elif len(exponent.shape) == 0:
-        return _number_pow(base, exponent)
+        return _number_pow(base, exponent, precise)
     else:
-        return language.pow(base, exponent)
+        return _fast.pow(base, exponent, precise)
 
 
 @pointwise(aten="pow.Tensor_Tensor")
@@ -212,35 +222,35 @@ def pow(input: Tensor | Number, exponent: Tensor | Number, *, out: Tensor | None
 
 
 @pow.formula
-@triton.jit
-def _(input, exponent):
-    return _pow(input, exponent)
+@jit
+def _(input, exponent, precise):
+    return _pow(input, exponent, precise)
 
 
 @pow.gradient
-@triton.jit
-def _(grad, input, exponent, out):
-    slope = tl.where(exponent == 0, 0, grad * (exponent * _pow(input, exponent - 1)))
-    return slope, tl.where((input == 0) & (exponent >= 0), 0, grad * (out * language.log(input)))
+@jit
+def _(grad, input, exponent, out, precise):
+    slope = tl.where(exponent == 0, 0, grad * (exponent * _pow(input, exponent - 1, precise)))
+    return slope, tl.where((input == 0) & (exponent >= 0), 0, grad * (out * _fast.log(input, precise)))
 
 
 pow_ = pow.inplace
 
 
 @pointwise(aten="where.self", keep=("condition",))
-def where(condition: Tensor, input: Tensor | Number, other: Tensor | Number, *, out: Tensor | None = None) -> Tensor:
+def where(condition: Tensor, input: Tensor | Scalar, other: Tensor | Scalar, *, out: Tensor | None = None) -> Tensor:
     """``input`` where the bool tensor ``condition`` is true, else ``other``. Source: ``torch.where``."""
     return torch.where(condition, input, other)
 
 
 @where.formula
-@triton.jit
+@jit
 def _(condition, input, other):
     return tl.where(condition, input, other)
 
 
 @where.gradient
-@triton.jit
+@jit
 def _(grad, condition):
     return tl.where(condition, grad, 0), tl.where(condition, 0, grad)
 
@@ -257,7 +267,7 @@ def clamp(
 
 
 @clamp.formula
-@triton.jit
+@jit
 def _(input, min, max):
     # A zero keeps its sign where the bound is the other zero, as in torch.
     if min is not None:
@@ -268,7 +278,7 @@ def _(input, min, max):
 
 
 @clamp.gradient
-@triton.jit
+@jit
 def _(grad, input, min, max):
     inside = input == input
     below = input != input
@@ -295,13 +305,13 @@ def maximum(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tenso
 
 
 @maximum.formula
-@triton.jit
+@jit
 def _(input, other):
     return language.maximum(input, other)
 
 
 @maximum.gradient
-@triton.jit
+@jit
 def _(grad, input, other):
     shared = tl.where(input == other, grad / 2, grad)
     return tl.where(input < other, 0, shared), tl.where(input > other, 0, shared)
@@ -314,13 +324,13 @@ def minimum(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tenso
 
 
 @minimum.formula
-@triton.jit
+@jit
 def _(input, other):
     return language.minimum(input, other)
 
 
 @minimum.gradient
-@triton.jit
+@jit
 def _(grad, input, other):
     shared = tl.where(input == other, grad / 2, grad)
     return tl.where(input > other, 0, shared), tl.where(input < other, 0, shared)

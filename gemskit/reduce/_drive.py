@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
-import triton
 from torch import Tensor
 
 from gemskit._checks import describe
 from gemskit._dtypes import compute_type
+from gemskit._jit import jit
 from gemskit._layout import contiguous
 from gemskit._op import Named, Op, P, R
 from gemskit.errors import DimError
@@ -23,7 +23,7 @@ from gemskit.reduce._scan import Scan
 Dims: TypeAlias = int | tuple[int, ...] | list[int] | None
 
 
-@triton.jit
+@jit
 def element(input):
     """The map of most reductions."""
     return input
@@ -73,8 +73,9 @@ class Reduction(Op[P, R]):
         self._folds: list[tuple[Callable[[Named], bool], Fold]] = []
 
     def combine(
-        self, *, identity: float | str | Sequence[float | str], map: Any = element, finish: Any = None,
+        self, *, identity: float | str | Sequence[float | str | None], map: Any = element, finish: Any = None,
         state: Sequence[str] | None = None, results: int | None = None, when: Callable[[Named], bool] = always,
+        step: Any = None, join: Any = None, anchored: bool = False,
     ) -> Callable[[Any], Any]:  # fmt: skip
         """Attach the associative step, a jit function of two states (see :class:`gemskit.reduce._fold.Fold`).
 
@@ -84,7 +85,8 @@ class Reduction(Op[P, R]):
 
         def attach(fn: Any) -> Any:
             fold = Fold(
-                self.name, map=map, combine=fn, identity=identities, finish=finish, results=results,
+                self.name, map=map, combine=fn, identity=identities, finish=finish, results=results, step=step, join=join,
+                anchored=anchored,
                 state=state or ("accumulate",) * len(identities), ordered="index" in (state or ()),
             )  # fmt: skip
             self._folds.append((when, fold))

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from gemskit import _layout, backends, language
 from gemskit._bind import SCALARS, adapter, arguments, fill, generated, given, parameters, scalar_types, slots
 from gemskit._dtypes import TRITON, accumulate_type
+from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
 from gemskit._op import Named
@@ -31,53 +31,106 @@ COMBINE: Any = None
 FINISH: Any = None
 
 
-@triton.jit
+@jit
 def _fold(
     outs, ins, row_sizes, col_sizes, out_strides, in_row_strides, in_col_strides, s0, s1, s2, s3,
     rows, cols, part, count,
     CAST: tl.constexpr, COMPUTE: tl.constexpr, KEEP: tl.constexpr, STATE: tl.constexpr, IDENTITY: tl.constexpr,
+    ANCHORED: tl.constexpr, ONE: tl.constexpr, EVEN: tl.constexpr, UNROLL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    # EVEN: tiles cover rows and pieces exactly, so nothing is masked. That is a third of the instructions of a sum of halves.
+    # ONE: a piece is one tile.
     i = tl.program_id(0)
     if WIDE:
         i = i.to(tl.int64)
     blocks = tl.cdiv(rows, BM)
     row = ((i % blocks) * BM + tl.arange(0, BM))[:, None]
+    lane = tl.arange(0, BN)[None, :]
     piece = i // blocks
     first = piece * part
     stop = tl.minimum(first + part, cols)
-    state = ()
+    none = ()
     for k in tl.static_range(len(IDENTITY)):
-        state = state + (tl.full((BM, BN), IDENTITY[k], STATE[k]),)
-    for start in range(first, stop, BN):
-        col = (start + tl.arange(0, BN))[None, :]
-        live = (row < rows) & (col < stop)
-        values = ()
-        for k in tl.static_range(len(ins)):
-            at = offset(row, row_sizes, in_row_strides[k]) + offset(col, col_sizes, in_col_strides[k])
-            v = tl.load(ins[k] + at, live)
-            if not KEEP[k]:
-                v = v.to(CAST).to(COMPUTE)
-            values = values + (v,)
-        fresh = MAP(values, s0, s1, s2, s3, col)
-        masked = ()
-        for k in tl.static_range(len(IDENTITY)):
-            masked = masked + (tl.where(live, fresh[k].to(STATE[k]), tl.full((BM, BN), IDENTITY[k], STATE[k])),)
-        state = MERGE(state, masked)
-    total = COMBINE(state)
+        none = none + (tl.full((BM, BN), first if IDENTITY[k] is None else IDENTITY[k], STATE[k]),)
+    state = none
+    if ANCHORED or ONE:
+        live = (row < rows) & (first + lane < stop)
+        values = _read(
+            ins, row, first + lane, live, row_sizes, col_sizes, in_row_strides, in_col_strides, CAST, COMPUTE, KEEP, EVEN
+        )
+        state = _where(live, _typed(MAP(values, s0, s1, s2, s3, first + lane, first), STATE, BM, BN), none, EVEN)
+    if not ONE:
+        for start in tl.range(first, stop, BN, loop_unroll_factor=UNROLL):
+            live = (row < rows) & (start + lane < stop)
+            values = _read(
+                ins, row, start + lane, live, row_sizes, col_sizes, in_row_strides, in_col_strides, CAST, COMPUTE, KEEP, EVEN
+            )
+            fresh = _typed(MAP(values, s0, s1, s2, s3, start + lane, start), STATE, BM, BN)
+            if ANCHORED:
+                state = _where(live, MERGE(state, fresh), state, EVEN)
+            else:
+                state = MERGE(state, _where(live, fresh, none, EVEN))
+    # In the shape of the states: a thread that held all of a row vector would count in it alone (20,000 instructions of var).
+    lane = tl.broadcast_to(lane, (BM, BN))
+    total = COMBINE(state, lane, tl.maximum(stop - first - lane + (BN - 1), 0) // BN, stop - first)
     results = FINISH(total, s0, s1, s2, s3, count)
     for k in tl.static_range(len(outs)):
         at = offset(row, row_sizes, out_strides[k]) + piece * rows
         tl.store(outs[k] + at, results[k].to(outs[k].dtype.element_ty), row < rows)
 
 
+@jit
+def _read(
+    ins, row, col, live, row_sizes, col_sizes, in_row_strides, in_col_strides,
+    CAST: tl.constexpr, COMPUTE: tl.constexpr, KEEP: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    values = ()
+    for k in tl.static_range(len(ins)):
+        at = offset(row, row_sizes, in_row_strides[k]) + offset(col, col_sizes, in_col_strides[k])
+        # Read once: evicting other lines for it would write back what is dirty among them (41 us for 36, 128 MiB).
+        if EVEN:
+            v = tl.load(ins[k] + at, eviction_policy="evict_first")
+        else:
+            v = tl.load(ins[k] + at, live, eviction_policy="evict_first")
+        if not KEEP[k]:
+            v = v.to(CAST).to(COMPUTE)
+        values = values + (v,)
+    return values
+
+
+@jit
+def _typed(mapped, STATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    states = ()
+    for k in tl.static_range(len(STATE)):
+        states = states + (tl.broadcast_to(mapped[k].to(STATE[k]), (BM, BN)),)
+    return states
+
+
+@jit
+def _where(live, new, old, EVEN: tl.constexpr):
+    chosen = new
+    if not EVEN:
+        chosen = ()
+        for k in tl.static_range(len(new)):
+            chosen = chosen + (tl.where(live, new[k], old[k]),)
+    return chosen
+
+
 class Fold(Planned):
     """A reduction as a kernel: ``map`` each element to a state, ``combine`` states, ``finish`` the last one.
 
     Args:
-        map: jit function of operands by name and ``col``, the position along the reduced dimensions; returns the state.
+        map: jit function of operands by name, ``col``, the position along the reduced dimensions, and ``start``, that of
+            lane 0; returns the state.
         combine: jit function of two states, flattened: ``(a0, a1, .., b0, b1, ..)``. Associative and commutative.
-        identity: one value per state; ``"lowest"`` and ``"highest"`` are those of the type.
+        step: the same for a lane's state and an element after all others that the lane has seen, where that is cheaper.
+        anchored: a lane starts with the state of its first element, which ``step`` gets once more.
+        join: jit function of all lanes at once, where that is cheaper than ``combine`` by pairs, or where ``step`` leaves
+            states of its own: it names ``state0 ..`` (rows by lanes), ``lane``, ``seen``, how many elements each has seen, and
+            ``length``, how many all have; it returns the state of each row (with size 1).
+        identity: one value per state; ``"lowest"`` and ``"highest"`` are those of the type, None is where the first lane of
+            a program starts.
         finish: jit function of ``state0, state1 ..``, scalars and ``count``; the states themselves if None.
         state: the type of each state: ``"accumulate"`` (float32 for halves, int64 for ints), ``"compute"`` or
             ``"index"`` (int32, or int64 where positions need it).
@@ -85,14 +138,15 @@ class Fold(Planned):
     """
 
     def __init__(
-        self, name: str, *, map: Any, combine: Any, identity: Sequence[float | str], finish: Any = None,
+        self, name: str, *, map: Any, combine: Any, identity: Sequence[float | str | None], finish: Any = None,
         state: Sequence[str] = ("accumulate",), results: int | None = None, keep: Sequence[str] = (),
-        wrap: str | None = None, ordered: bool = False,
+        wrap: str | None = None, ordered: bool = False, step: Any = None, join: Any = None, anchored: bool = False,
     ) -> None:  # fmt: skip
         self.name, self.map, self.combine, self.finish = name, map, combine, finish
         self.identity, self.state, self.keep, self.ordered = tuple(identity), tuple(state), frozenset(keep), ordered
         self.results = len(self.identity) if results is None else results
         self.names = (*parameters(map), *(parameters(finish) if finish else ()))
+        self.step, self.join, self.anchored = step, join, anchored
         self.wrap = wrap or ("({},)" if len(self.identity) == 1 else "{}")
         self._bound: dict[Any, Any] = {}
         self._known: dict[Any, tuple[Any, tuple[str, ...]]] = {}
@@ -105,14 +159,16 @@ class Fold(Planned):
         return cls(name, map=formula, combine=language.add, identity=(0,), keep=keep, wrap=wrap)
 
     def to_shape(
-        self, named: Named, shape: Sequence[int], like: tuple[Sequence[int], torch.dtype], compute: torch.dtype
-    ) -> Tensor:
+        self, named: Named, shape: Sequence[int], like: tuple[Sequence[int], torch.dtype], compute: torch.dtype,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Fold the space ``shape`` down to an operand that was broadcast into it, given its shape and dtype."""
         want, dtype = like
         lead = len(shape) - len(want)
         dims = [d for d in range(len(shape)) if d < lead or want[d - lead] == 1 != shape[d]]
         device = next(v.device for v in named.values() if isinstance(v, Tensor))
-        out = torch.empty(tuple(want), dtype=dtype, device=device)
+        if out is None:
+            out = torch.empty(tuple(want), dtype=dtype, device=device)
         kept = out.reshape([1] * lead + list(want)).expand([1 if d in dims else n for d, n in enumerate(shape)])
         self(named, [kept], tuple(shape), tuple(dims), compute)
         return out
@@ -137,31 +193,46 @@ class Fold(Planned):
         col_sizes, col = _layout.collapse([shape[d] for d in inner], [tuple(s[d] for d in inner) for s in full])
         rows, cols = math.prod(row_sizes), math.prod(shape[d] for d in inner)
         out_rows, in_rows = tuple(row[: len(outs)]), tuple(row[len(outs) :])
-        config = backends.arch().config("reduction")
-        tile = config["tile"]
-        if in_rows and row_sizes[-1] > 1 and in_rows[0][-1] == 1 and col[0][-1] != 1:
+        across = bool(in_rows) and row_sizes[-1] > 1 and in_rows[0][-1] == 1 and col[0][-1] != 1
+        # States take registers: lanes that keep several get fewer elements of a tile each.
+        kind = ("across" if across else "along") + ("" if self.step is None else "_states")
+        config = backends.arch().config(f"reduction_{kind}")
+        tile, warps = config["tile"], config["warps"]
+        if across:
             bm = min(config["rows"], _layout.next_power_of_2(rows))
             bn = max(1, min(tile // bm, _layout.next_power_of_2(max(cols, 1))))
         else:
+            if cols <= config["short"]:
+                tile, warps = config["short_tile"], config["short_warps"]
             bn = min(tile, _layout.next_power_of_2(max(cols, 1)))
             bm = max(1, min(tile // bn, _layout.next_power_of_2(max(rows, 1))))
         blocks = _layout.cdiv(rows, bm)
         pieces = 1
         if blocks < config["split_below"] and cols > 2 * bn:
-            pieces = min(_layout.cdiv(cols, 2 * bn), _layout.cdiv(config["split_below"], max(1, blocks)))
+            pieces = min(_layout.cdiv(cols, 2 * bn), _layout.cdiv(config["split_into"], max(1, blocks)))
         part = _layout.cdiv(_layout.cdiv(cols, pieces), bn) * bn if cols else 0
         pieces = _layout.cdiv(cols, part) if cols else 1
         states = state_types(self.state, compute, cols)
+
+        def identities(joined: bool = False) -> tuple[float | None, ...]:
+            # Among the states of pieces no position is better than any.
+            values = ["highest" if joined and v is None else v for v in self.identity]
+            return tuple(identity_of(v, s) for v, s in zip(values, states))
+
         meta = dict(
             CAST=TRITON[cast or compute],
             COMPUTE=TRITON[compute],
             KEEP=tuple(int(n in self.keep) for n in operands),
             STATE=tuple(TRITON[s] for s in states),
-            IDENTITY=tuple(identity_of(v, s) for v, s in zip(self.identity, states)),
+            IDENTITY=identities(),
+            ANCHORED=self.anchored,
+            ONE=part <= bn,
+            EVEN=rows % bm == 0 and cols % bn == 0 < cols,
+            UNROLL=config["unroll"],
             BM=bm,
             BN=bn,
             WIDE=_layout.is_wide(shape, full) or _layout.is_wide(row_sizes, out_rows),
-            num_warps=config["warps"],
+            num_warps=warps,
         )
         split = pieces > 1
         kernel, runtime = self._bind(named, operands, compute, "first" if split else "whole")
@@ -179,7 +250,9 @@ class Fold(Planned):
             partial = tuple(torch.empty((pieces, rows), dtype=s, device=ins[0].device) for s in states)
             dense = tuple(_layout.contiguous(row_sizes) for _ in partial)
             launch(kernel, (blocks * pieces,), (partial, ins, row_sizes, col_sizes, dense, *common), meta)
-            again = dict(meta, KEEP=(1,) * len(partial), **_second(pieces, rows, tile))
+            again = dict(
+                meta, KEEP=(1,) * len(partial), ANCHORED=False, IDENTITY=identities(True), **_second(pieces, rows)
+            )
             arguments = (
                 tuple(outs), partial, row_sizes, (pieces,), out_rows, dense, tuple((rows,) for _ in partial),
                 *scalars, rows, pieces, pieces, cols,
@@ -196,24 +269,30 @@ class Fold(Planned):
         if asked in self._known:
             return self._known[asked]
         reads = {n: f"values[{k}]" for k, n in enumerate(operands)}
-        values = {n: named.get(n) for n in self.names}
-        runtime, expressions = arguments(self.names, values, {**reads, "col": "col", "count": "count"}, compute)
+        # A sum of many wants what it adds as it is, not rounded to a half.
+        values = {**{n: named.get(n) for n in self.names}, "precise": True}
+        runtime, expressions = arguments(self.names, values, {**reads, "col": "col", "start": "start", "count": "count"}, compute)
         key = (tuple(operands), tuple(expressions.items()), compute, step)
         if key not in self._bound:
             n = len(self.identity)
             scalars = ", ".join(SCALARS)
-            pool = f"values, {scalars}, col"
+            pool = f"values, {scalars}, col, start"
             if step == "last":
                 mapped = generated("same", pool, "    return values")
             else:
                 mapped = adapter(f"{self.name}_map", pool, self.map, expressions, self.wrap)
             one = "({},)" if n == 1 else "{}"
             both = ", ".join([f"a[{k}]" for k in range(n)] + [f"b[{k}]" for k in range(n)])
-            merge = generated("merge", "a, b", f"    return {one.format(f'F({both})')}", F=self.combine)
+            stepped = self.step if step != "last" else None
+            merge = generated("merge", "a, b", f"    return {one.format(f'F({both})')}", F=stepped or self.combine)
             lanes = "a[0]" if n == 1 else "a"
-            combine = generated(
-                "combine", "a", f"    return {one.format(f'tl.reduce({lanes}, 1, F, keep_dims=True)')}", F=self.combine
-            )
+            pool = "a, lane, seen, length"
+            if self.join is not None and step != "last":
+                named_states = {f"state{k}": f"a[{k}]" for k in range(n)}
+                combine = adapter("join", pool, self.join, {**named_states, **{p: p for p in pool.split(", ")}}, one)
+            else:
+                tree = one.format(f"tl.reduce({lanes}, 1, F, keep_dims=True)")
+                combine = generated("combine", pool, f"    return {tree}", F=self.combine)
             if step == "first" or self.finish is None:
                 finish = generated("finish", f"total, {scalars}, count", "    return total")
             else:
@@ -242,7 +321,7 @@ def state_types(kinds: Sequence[str], compute: torch.dtype, cols: int) -> list[t
     return [types[k] for k in kinds]
 
 
-def identity_of(v: float | str, dtype: torch.dtype) -> float:
+def identity_of(v: float | str | None, dtype: torch.dtype) -> float | None:
     """The number that ``"lowest"`` and ``"highest"`` stand for in ``dtype``."""
     if not isinstance(v, str):
         return v
@@ -254,6 +333,8 @@ def identity_of(v: float | str, dtype: torch.dtype) -> float:
     return info.min if v == "lowest" else info.max
 
 
-def _second(pieces: int, rows: int, tile: int) -> dict[str, int]:
-    bn = min(tile, _layout.next_power_of_2(pieces))
-    return dict(BN=bn, BM=max(1, min(tile // bn, _layout.next_power_of_2(rows), 128)))
+def _second(pieces: int, rows: int) -> dict[str, int]:
+    """The tile of the launch that folds the states of pieces: small, as it is mostly waited for."""
+    bn = min(1024, _layout.next_power_of_2(pieces))
+    bm = max(1, min(1024 // bn, _layout.next_power_of_2(rows), 32))
+    return dict(BN=bn, BM=bm, ONE=pieces <= bn, EVEN=rows % bm == 0 and pieces % bn == 0, num_warps=4)

@@ -1,7 +1,8 @@
 """The kernel behind every scan: running states along the columns of a (rows, columns) space.
 
-A program walks the tiles of its columns and carries the state of what came before. Few long rows are cut into pieces:
-one launch takes the state of each piece, one scans those, one scans the pieces, each from the state before it. What is
+A program walks the tiles of its columns and carries the state of what came before; the next tile is on its way while one is
+scanned. Few long rows are cut into pieces: one launch takes the state of each piece, one scans those, one scans the pieces,
+each from the state before it. So whole rows cost one read and one write of each element, cut ones a second read. What is
 combined with what depends on the shape alone, so results do not depend on timing.
 """
 
@@ -12,13 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from gemskit import _layout, backends
 from gemskit._bind import adapter, fill, generated, parameters
 from gemskit._dtypes import TRITON
+from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
 from gemskit._op import Named
@@ -30,13 +31,33 @@ MAP: Any = None
 MERGE: Any = None
 COMBINE: Any = None
 SCAN: Any = None
+FINISH: Any = None
 
 
-@triton.jit
+@jit
+def _tile(
+    ins, row, lane, start, rows, cols, first, part, row_sizes, in_rows, in_cols, REVERSE: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """What is in a tile, as it is in memory, its columns, and which of them belong to the piece."""
+    if REVERSE:
+        col = cols - BN - start + lane
+        live = (row < rows) & (col >= cols - first - part) & (col >= 0) & (col < cols - first)
+    else:
+        col = start + lane
+        # Not below the smaller of the two: of a minimum no divisibility is known, and a vector needs one answer.
+        live = (row < rows) & (col < first + part) & (col < cols)
+    values = ()
+    for k in tl.static_range(len(ins)):
+        values = values + (tl.load(ins[k] + offset(row, row_sizes, in_rows[k]) + col * in_cols[k], live),)
+    return values, col, live
+
+
+@jit
 def _scan(
     outs, ins, carries, row_sizes, out_rows, in_rows, out_cols, in_cols, rows, cols, part,
     CAST: tl.constexpr, COMPUTE: tl.constexpr, KEEP: tl.constexpr, STATE: tl.constexpr, IDENTITY: tl.constexpr,
-    TOTALS: tl.constexpr, REVERSE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
+    TOTALS: tl.constexpr, COMMUTES: tl.constexpr, REVERSE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     # Pieces, tiles and carries are counted in the order of the scan; REVERSE only mirrors where a tile lies in memory.
     i = tl.program_id(0)
@@ -46,11 +67,14 @@ def _scan(
     row = ((i % blocks) * BM + tl.arange(0, BM))[:, None]
     lane = tl.arange(0, BN)[None, :]
     piece = i // blocks
+    if carries is not None:
+        # The last pieces first: they were read last for their totals and may still be cached.
+        piece = tl.cdiv(cols, part) - 1 - piece
     first = piece * part
     stop = tl.minimum(first + part, cols)
     state = ()
     for k in tl.static_range(len(IDENTITY)):
-        if TOTALS:
+        if TOTALS and COMMUTES:
             start_state = tl.full((BM, BN), IDENTITY[k], STATE[k])
         else:
             start_state = tl.full((BM, 1), IDENTITY[k], STATE[k])
@@ -58,16 +82,14 @@ def _scan(
                 before = tl.load(carries[k] + (piece - 1) * rows + row, (row < rows) & (piece > 0))
                 start_state = tl.where(piece > 0, before, start_state)
         state = state + (start_state,)
+    raw, col, live = _tile(ins, row, lane, first, rows, cols, first, part, row_sizes, in_rows, in_cols, REVERSE, BN)
     for start in range(first, stop, BN):
-        if REVERSE:
-            col = cols - BN - start + lane
-            live = (row < rows) & (col >= cols - stop) & (col < cols - first)
-        else:
-            col = start + lane
-            live = (row < rows) & (col < stop)
+        ahead, next_col, next_live = _tile(
+            ins, row, lane, start + BN, rows, cols, first, part, row_sizes, in_rows, in_cols, REVERSE, BN
+        )
         values = ()
         for k in tl.static_range(len(ins)):
-            v = tl.load(ins[k] + offset(row, row_sizes, in_rows[k]) + col * in_cols[k], live)
+            v = raw[k]
             if not KEEP[k]:
                 v = v.to(CAST).to(COMPUTE)
             values = values + (v,)
@@ -75,20 +97,28 @@ def _scan(
         masked = ()
         for k in tl.static_range(len(IDENTITY)):
             masked = masked + (tl.where(live, fresh[k].to(STATE[k]), tl.full((BM, BN), IDENTITY[k], STATE[k])),)
-        if TOTALS:
+        if TOTALS and COMMUTES:
             state = MERGE(state, masked)
         else:
             running = MERGE(state, SCAN(masked))
             carry = ()
             for k in tl.static_range(len(IDENTITY)):
                 last = lane == (0 if REVERSE else BN - 1)
-                carry = carry + (tl.sum(tl.where(last, running[k], 0), 1, keep_dims=True).to(STATE[k]),)
+                nothing = tl.full((BM, BN), 0, STATE[k])
+                if STATE[k].is_floating():
+                    nothing = -1.0 * nothing  # -0.0, which changes no sum: 0.0 would change -0.0
+                carry = carry + (tl.sum(tl.where(last, running[k], nothing), 1, keep_dims=True).to(STATE[k]),)
             state = carry
-            for k in tl.static_range(len(outs)):
-                at = offset(row, row_sizes, out_rows[k]) + col * out_cols[k]
-                tl.store(outs[k] + at, running[k].to(outs[k].dtype.element_ty), live)
+            if not TOTALS:
+                results = FINISH(values, running, col)
+                for k in tl.static_range(len(outs)):
+                    at = offset(row, row_sizes, out_rows[k]) + col * out_cols[k]
+                    tl.store(outs[k] + at, results[k].to(outs[k].dtype.element_ty), live)
+        raw, col, live = ahead, next_col, next_live
     if TOTALS:
-        total = COMBINE(state)
+        total = state
+        if COMMUTES:
+            total = COMBINE(state)
         for k in tl.static_range(len(outs)):
             tl.store(outs[k] + piece * rows + row, total[k], row < rows)
 
@@ -98,19 +128,26 @@ class Scan(Planned):
 
     Args:
         map: jit function of operands by name and ``col``, the position along the row, returning the state.
-        combine: jit function of two states, flattened: ``(a0, a1, .., b0, b1, ..)``. Associative and commutative.
-        identity: one value per state; ``"lowest"`` and ``"highest"`` are those of the type.
+        combine: jit function of two states, flattened: ``(a0, a1, .., b0, b1, ..)``. Associative; a comes before b in the
+            order of the scan.
+        identity: one value per state; ``"lowest"`` and ``"highest"`` are those of the type. It need only be one to the right,
+            as b, and for the state before the first element, as a.
+        finish: jit function of ``state0, state1 ..``, operands by name and ``col``, returning what is stored; the states
+            themselves if None.
         state: the type of each state, as of :class:`gemskit.reduce._fold.Fold`.
         reverse: from the last column to the first.
+        commutes: whether ``combine`` is commutative too; then the states of pieces are folded by lanes, which is cheaper.
     """
 
     def __init__(
         self, name: str, *, map: Any, combine: Any, identity: Sequence[float | str],
-        state: Sequence[str] = ("accumulate",), keep: Sequence[str] = (), reverse: bool = False,
+        finish: Any = None, results: int = 1, state: Sequence[str] = ("accumulate",), keep: Sequence[str] = (),
+        reverse: bool = False, commutes: bool = True,
     ) -> None:  # fmt: skip
-        self.name, self.map, self.combine, self.reverse = name, map, combine, reverse
+        self.name, self.map, self.combine, self.finish, self.results = name, map, combine, finish, results
         self.identity, self.state, self.keep = tuple(identity), tuple(state), frozenset(keep)
-        self.names = parameters(map)
+        self.reverse, self.commutes = reverse, commutes
+        self.names = tuple(dict.fromkeys((*parameters(map), *(parameters(finish) if finish else ()))))
         self._bound: dict[tuple[str, ...], Any] = {}
         super().__init__()
 
@@ -118,7 +155,7 @@ class Scan(Planned):
         self, named: Named, outs: Sequence[Tensor], shape: Sequence[int], dim: int, compute: torch.dtype,
         cast: torch.dtype | None = None,
     ) -> Callable[[Sequence[Tensor], Named], None]:  # fmt: skip
-        """The launch along ``dim`` of ``shape`` into ``outs``, the first states, which have that shape.
+        """The launch along ``dim`` of ``shape`` into ``outs``, which have that shape.
 
         Elements are converted to ``cast`` (a ``dtype=`` argument) before they are mapped in ``compute``.
         """
@@ -137,13 +174,14 @@ class Scan(Planned):
         tile = config["tile"]
         if ins and row[n][-1] == 1 and col[n] != 1 and rows > 1:
             bm = min(config["rows"], _layout.next_power_of_2(rows))
-            bn = min(tile // bm, _layout.next_power_of_2(cols))
+            bn = min(2 * tile // bm, _layout.next_power_of_2(cols))
         else:
             bn = min(tile, _layout.next_power_of_2(cols))
             bm = min(tile // bn, _layout.next_power_of_2(rows))
         blocks = _layout.cdiv(rows, bm)
         pieces = 1
-        if blocks < config["split_below"] and cols > 2 * bn:
+        # Half of what fills the device hides latency well enough not to pay for a second read.
+        if blocks < config["split_below"] // 2 and cols > 2 * bn:
             pieces = min(_layout.cdiv(cols, 2 * bn), _layout.cdiv(config["split_below"], blocks))
         part = _layout.cdiv(_layout.cdiv(cols, pieces), bn) * bn
         pieces = _layout.cdiv(cols, part)
@@ -156,6 +194,7 @@ class Scan(Planned):
             STATE=tuple(TRITON[s] for s in states),
             IDENTITY=tuple(identity_of(v, s) for v, s in zip(self.identity, states)),
             TOTALS=False,
+            COMMUTES=self.commutes,
             REVERSE=self.reverse,
             BM=bm,
             BN=bn,
@@ -204,15 +243,22 @@ class Scan(Planned):
             def step(name: str, pool: str, expression: str) -> Any:
                 return generated(name, pool, f"    return {one.format(expression)}", F=self.combine)
 
-            reads = {o: f"values[{k}]" for k, o in enumerate(operands)}
+            reads = {o: f"values[{k}]" for k, o in enumerate(operands)} | {"col": "col"}
+            states = {f"state{k}": f"running[{k}]" for k in range(n)}
+            pool = "values, running, col"
             self._bound[operands] = fill(
                 _scan,
                 self.name if operands else f"{self.name}_join",
-                MAP=adapter(f"{self.name}_map", "values, col", self.map, {**reads, "col": "col"}, one)
+                MAP=adapter(f"{self.name}_map", "values, col", self.map, reads, one)
                 if operands
                 else generated("same", "values, col", "    return values"),
                 MERGE=step("merge", "a, b", f"F({both})"),
                 COMBINE=step("combine", "a", f"tl.reduce({lanes}, 1, F, keep_dims=True)"),
                 SCAN=step("scan", "a", f"tl.associative_scan({lanes}, 1, F, reverse={reverse})"),
+                FINISH=adapter(
+                    f"{self.name}_finish", pool, self.finish, reads | states, "({},)" if self.results == 1 else "{}"
+                )
+                if operands and self.finish
+                else generated("finish", pool, "    return running"),
             )
         return self._bound[operands]

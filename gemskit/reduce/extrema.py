@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from typing import Any, overload
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from gemskit import language, pointwise
 from gemskit._dtypes import compute_type
+from gemskit._jit import jit
 from gemskit._op import Named
 from gemskit.pointwise._drive import Elementwise
-from gemskit.reduce._drive import Dims, reduction, spread
+from gemskit.reduce._drive import Dims, dims_of, reduction, spread
 from gemskit.reduce._fold import Fold
 
 
@@ -52,19 +52,43 @@ amin.combine(identity="highest", state=("compute",))(language.minimum)
 min_all.combine(identity="highest", state=("compute",))(language.minimum)
 
 
-@triton.jit
-def better_min(x, i, y, j):
-    """The (value, index) pair with the smaller value; NaN is smallest, ties go to the smaller index."""
-    first = (x < y) | ((x != x) & (y == y)) | (((x == y) | ((x != x) & (y != y))) & (i < j))
-    return tl.where(first, x, y), tl.where(first, i, j)
+@jit
+def _located(input, start):
+    # The position of lane 0: a number for the whole tile, where the position of each element is a register for each.
+    return input, start
 
 
-@triton.jit
-def _located(input, col):
-    return input, col
+@jit
+def _later_max(x, i, y, j):
+    newer = ~(y <= x) & (x == x)
+    return tl.where(newer, y, x), tl.where(newer, j, i)
 
 
-@triton.jit
+@jit
+def _later_min(x, i, y, j):
+    newer = ~(y >= x) & (x == x)
+    return tl.where(newer, y, x), tl.where(newer, j, i)
+
+
+@jit
+def _first_of(peak, value, start, lane, seen):
+    """``peak``, and the first position where it is: a maximum and a minimum, which are cheaper than a fold of pairs."""
+    hit = ((value == peak) | (value != value)) & (seen > 0)
+    none: tl.constexpr = 2 ** (start.dtype.primitive_bitwidth - 1) - 1
+    return peak, tl.min(tl.where(hit, start + lane, none), 1, keep_dims=True)
+
+
+@jit
+def _first_max(state0, state1, lane, seen):
+    return _first_of(tl.reduce(state0, 1, language.maximum, keep_dims=True), state0, state1, lane, seen)
+
+
+@jit
+def _first_min(state0, state1, lane, seen):
+    return _first_of(tl.reduce(state0, 1, language.minimum, keep_dims=True), state0, state1, lane, seen)
+
+
+@jit
 def _place(state1):
     return state1
 
@@ -76,13 +100,13 @@ def _ranked(named: Named) -> bool:
 
 
 @reduction(aten="argmax")
-def argmax(input: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
+def argmax(input: Tensor, dim: int | None = None, keepdim: bool = False, *, out: Tensor | None = None) -> Tensor:
     """Index of the largest element along ``dim``, or in the flattened input; int64. Source: ``torch.argmax``."""
     return torch.argmax(input, dim, keepdim)
 
 
 @reduction(aten="argmin")
-def argmin(input: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
+def argmin(input: Tensor, dim: int | None = None, keepdim: bool = False, *, out: Tensor | None = None) -> Tensor:
     """Index of the smallest element along ``dim``, or in the flattened input; int64. Source: ``torch.argmin``."""
     return torch.argmin(input, dim, keepdim)
 
@@ -104,14 +128,33 @@ def min_dim(
 
 
 _PAIR = ("compute", "index")
-argmax.combine(identity=("lowest", "highest"), map=_located, finish=_place, state=_PAIR, results=1, when=_ranked)(
-    language.better_max
-)
-argmin.combine(identity=("highest", "highest"), map=_located, finish=_place, state=_PAIR, results=1, when=_ranked)(
-    better_min
-)
-max_dim.combine(identity=("lowest", "highest"), map=_located, state=_PAIR)(language.better_max)
-min_dim.combine(identity=("highest", "highest"), map=_located, state=_PAIR)(better_min)
+_LARGEST = dict(identity=("lowest", None), map=_located, step=_later_max, join=_first_max, state=_PAIR)
+_SMALLEST = dict(identity=("highest", None), map=_located, step=_later_min, join=_first_min, state=_PAIR)
+argmax.combine(**_LARGEST, finish=_place, results=1, when=_ranked)(language.better_max)
+argmin.combine(**_SMALLEST, finish=_place, results=1, when=_ranked)(language.better_min)
+max_dim.combine(**_LARGEST)(language.better_max)
+min_dim.combine(**_SMALLEST)(language.better_min)
+
+
+@reduction(aten="aminmax", results=torch.return_types.aminmax)
+def aminmax(
+    input: Tensor, *, dim: int | None = None, keepdim: bool = False, out: tuple[Tensor, Tensor] | None = None
+) -> torch.return_types.aminmax:
+    """:func:`amin` and :func:`amax` along ``dim`` (of all elements if None) in one pass. Source: ``torch.aminmax``."""
+    return torch.aminmax(input, dim=dim, keepdim=keepdim)
+
+
+@jit
+def _twice(input):
+    return input, input
+
+
+@jit
+def _wider(low_a, high_a, low_b, high_b):
+    return language.minimum(low_a, low_b), language.maximum(high_a, high_b)
+
+
+aminmax.combine(identity=("highest", "lowest"), map=_twice, state=("compute", "compute"))(_wider)
 
 
 @overload
@@ -157,29 +200,45 @@ def min(input: Tensor, *args: Any, out: Any = None, **kwargs: Any) -> Any:
     return found if out is None else torch.return_types.min(found)
 
 
-@triton.jit
+@jit
 def _equal(input, out):
     return input == out
 
 
-@triton.jit
+@jit
 def _same(input, out):
     return (input == out) | ((input != input) & (out != out))
 
 
-@triton.jit
+@jit
 def _shared(grad, input, out, hits):
     return language.div(grad * (input == out).to(grad.dtype), hits)
 
 
-@triton.jit
+@jit
 def _given(grad, input, out, hits):
     return tl.where((input == out) | ((input != input) & (out != out)), language.div(grad, hits), 0)
 
 
-@triton.jit
+@jit
 def _at(grad, indices, position):
     return tl.where(position == indices, grad, 0)
+
+
+@jit
+def _equal_either(input, out, out1):
+    return input == out, input == out1
+
+
+@jit
+def _add2(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@jit
+def _shared_both(grad, grad1, input, out, out1, hits, hits1):
+    low = language.div(grad * (input == out).to(grad.dtype), hits)
+    return low + language.div(grad1 * (input == out1).to(grad.dtype), hits1)
 
 
 # amax takes no NaN for a hit, so such rows get NaN gradients; max() gives the gradient to the NaNs.
@@ -233,3 +292,22 @@ max_all.gradient_by(_extreme_all)
 min_all.gradient_by(_extreme_all)
 max_dim.gradient_by(_at_index)
 min_dim.gradient_by(_at_index)
+
+
+_EITHER = Fold("aminmax_hits", map=_equal_either, combine=_add2, identity=(0, 0), state=("index", "index"))
+_SHARED = Elementwise("aminmax_grad", _shared_both)
+
+
+@aminmax.gradient_by
+def _(
+    grads: tuple[Tensor, Tensor], input: Tensor, dim: int | None, keepdim: bool, out: Tensor, out1: Tensor
+) -> dict[str, Tensor]:
+    n, compute = input.ndim, compute_type(input.dtype)
+    low, high, grad, grad1 = (spread(t, dim, n, keepdim) for t in (out, out1, *grads))
+    hits, hits1 = (torch.empty_like(low, dtype=compute) for _ in range(2))
+    shape, dims = tuple(input.shape) or (1,), dims_of(dim, n)
+    named = {"input": input, "out": low, "out1": high}
+    _EITHER(named, [hits.view(low.shape or (1,)), hits1.view(low.shape or (1,))], shape, dims, compute)
+    dx = torch.empty_like(input)
+    _SHARED({**named, "grad": grad, "grad1": grad1, "hits": hits, "hits1": hits1}, [dx], compute)
+    return {"input": dx}

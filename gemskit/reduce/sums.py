@@ -1,19 +1,24 @@
-"""Sums and means."""
+"""Sums, means, and sums of exponentials."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from gemskit import language
+from gemskit._checks import describe
 from gemskit._dtypes import compute_type
+from gemskit._jit import jit
+from gemskit._op import Named, P, R, operator
+from gemskit.errors import DtypeError, ShapeError
 from gemskit.pointwise._drive import Elementwise
-from gemskit.reduce._drive import Dims, count_of, reduction, spread
+from gemskit.reduce._drive import Dims, Reduction, count_of, element, floating, reduction, spread
+from gemskit.reduce._fold import Fold
 
 
 @reduction(aten="sum.dim_IntList")
@@ -51,7 +56,7 @@ def mean(
     return torch.mean(input, dim, keepdim, dtype=dtype)
 
 
-@triton.jit
+@jit
 def _share(state0, count):
     return language.div(state0, tl.zeros_like(state0) + count)
 
@@ -59,7 +64,7 @@ def _share(state0, count):
 mean.combine(identity=0, finish=_share)(language.add)
 
 
-@triton.jit
+@jit
 def _divided(grad, count):
     return language.div(grad, tl.zeros_like(grad) + count)
 
@@ -86,3 +91,192 @@ def _(grad: Tensor, dim: Dims, keepdim: bool, like: Mapping[str, Any]) -> dict[s
 @mean.gradient_by
 def _(grad: Tensor, dim: Dims, keepdim: bool, like: Mapping[str, Any]) -> dict[str, Tensor]:
     return {"input": _evenly(grad, dim, keepdim, like["input"], count_of(like["input"][0], dim))}
+
+
+# -- NaN aside ------------------------------------------------------------------------------------------------------------
+
+
+@reduction(aten="nansum")
+def nansum(
+    input: Tensor,
+    dim: Dims = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`sum` of the elements that are not NaN. Source: ``torch.nansum``."""
+    return torch.nansum(input, dim, keepdim, dtype=dtype)
+
+
+@reduction(aten="nanmean")
+def nanmean(
+    input: Tensor,
+    dim: Dims = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`mean` of the elements that are not NaN; NaN where there is none. Source: ``torch.nanmean``."""
+    return torch.nanmean(input, dim, keepdim, dtype=dtype)
+
+
+@jit
+def _known(input):
+    return tl.where(input == input, input, 0)
+
+
+@jit
+def _counted(input):
+    return tl.where(input == input, input, 0), (input == input).to(tl.int32)
+
+
+@jit
+def _count(input):
+    return (input == input).to(tl.int32)
+
+
+@jit
+def _add2(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@jit
+def _among(state0, state1):
+    return language.div(state0, state1.to(state0.dtype))
+
+
+nansum.combine(identity=0, map=_known)(language.add)
+nanmean.combine(identity=(0, 0), map=_counted, finish=_among, state=("accumulate", "index"), results=1, when=floating)(
+    _add2
+)
+
+
+@jit
+def _to_known(grad, input, known):
+    if known is not None:
+        grad = language.div(grad, known)
+    return tl.where(input == input, grad, 0)
+
+
+_TO_KNOWN = Elementwise("nansum_grad", _to_known)
+_KNOWN = Fold("nanmean_count", map=_count, combine=language.add, identity=(0,), state=("index",))
+
+
+@nansum.gradient_by
+def _(grad: Tensor, input: Tensor, dim: Dims, keepdim: bool) -> dict[str, Tensor]:
+    return _where_known(grad, input, dim, keepdim, False)
+
+
+@nanmean.gradient_by
+def _(grad: Tensor, input: Tensor, dim: Dims, keepdim: bool) -> dict[str, Tensor]:
+    return _where_known(grad, input, dim, keepdim, True)
+
+
+def _where_known(grad: Tensor, input: Tensor, dim: Dims, keepdim: bool, share: bool) -> dict[str, Tensor]:
+    grad, compute = spread(grad, dim, input.ndim, keepdim), compute_type(grad.dtype)
+    named: dict[str, Any] = {"grad": grad, "input": input, "known": None}
+    if share:
+        named["known"] = _KNOWN.to_shape(named, input.shape, (grad.shape, compute), compute)
+    dx = torch.empty_like(input)
+    _TO_KNOWN(named, [dx], compute)
+    return {"input": dx}
+
+
+# -- log of the sum of exponentials ---------------------------------------------------------------------------------------
+
+
+class _Floating(Reduction[P, R]):
+    """A reduction that converts ints to the floating dtype of its result first."""
+
+    def plan(self, named: Named, outs: tuple[Tensor, ...]) -> Callable[..., None]:
+        return super().plan({**named, "dtype": outs[0].dtype}, outs)
+
+
+def _floats(aten: str) -> Callable[[Callable[P, R]], _Floating[P, R]]:
+    return lambda meaning: _Floating(meaning, aten=aten)
+
+
+@_floats(aten="logsumexp")
+def logsumexp(
+    input: Tensor, dim: int | tuple[int, ...] | list[int], keepdim: bool = False, *, out: Tensor | None = None
+) -> Tensor:
+    """``log(sum(exp(input)))`` over ``dim`` (all if empty), shifted by the maximum as it is found: one pass.
+
+    -inf for no elements; ints are converted to float32. Source: ``torch.logsumexp``.
+    """
+    return torch.logsumexp(input, dim, keepdim)
+
+
+@jit
+def one(input):
+    """An element as a state of :func:`gemskit.language.online_softmax`."""
+    return input, tl.zeros_like(input) + 1
+
+
+@jit
+def logarithm(state0, state1):
+    """The logarithm of such a state."""
+    return state0 + language.log(state1)
+
+
+logsumexp.combine(identity=(-math.inf, 0), map=one, finish=logarithm, results=1)(language.online_softmax)
+
+
+@jit
+def _softmax(grad, input, out):
+    return grad * language.exp(input - out)
+
+
+_SOFTMAX = Elementwise("logsumexp_grad", _softmax)
+
+
+@logsumexp.gradient_by
+def _(grad: Tensor, input: Tensor, dim: Dims, keepdim: bool, out: Tensor) -> dict[str, Tensor]:
+    dx, n = torch.empty_like(input), input.ndim
+    named = {"grad": spread(grad, dim, n, keepdim), "input": input, "out": spread(out, dim, n, keepdim)}
+    _SOFTMAX(named, [dx], compute_type(input.dtype))
+    return {"input": dx}
+
+
+# -- the diagonal ---------------------------------------------------------------------------------------------------------
+
+
+@operator(aten="trace")
+def trace(input: Tensor) -> Tensor:
+    """Sum of the diagonal of a matrix; ints give int64. Source: ``torch.trace``."""
+    if input.ndim != 2:
+        raise ShapeError(f"trace: input must be a matrix, given {describe(input)}")
+    if input.dtype == torch.bool:
+        raise DtypeError(f"trace: input must not be bool, given {describe(input)}")
+    return torch.trace(input)
+
+
+@jit
+def _zero(grad):
+    return tl.zeros_like(grad)
+
+
+@jit
+def _same(grad):
+    return grad
+
+
+_TRACE = Fold("trace", map=element, combine=language.add, identity=(0,))
+_ZERO, _SAME = Elementwise("trace_grad_zero", _zero), Elementwise("trace_grad", _same)
+
+
+@trace.kernel
+def _(outs: Sequence[Tensor], keep: object, input: Tensor) -> None:
+    diagonal = input.diagonal()
+    _TRACE({"input": diagonal}, [outs[0].view(1)], tuple(diagonal.shape), (0,), compute_type(input.dtype))
+
+
+@trace.gradient_by
+def _(grad: Tensor, like: Mapping[str, Any]) -> dict[str, Tensor]:
+    shape, dtype = like["input"]
+    dx, compute = torch.empty(shape, dtype=dtype, device=grad.device), compute_type(dtype)
+    _ZERO({"grad": grad}, [dx], compute)
+    _SAME({"grad": grad}, [dx.diagonal()], compute)
+    return {"input": dx}

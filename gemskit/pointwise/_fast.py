@@ -1,0 +1,267 @@
+"""Device functions that know how precise their result must be.
+
+A formula may name ``precise``, a constant: False where all that the kernel reads and writes are halves. There the result is
+rounded to 8 or 11 bits, and the functions below take the approximate instructions of the hardware and short polynomials, whose
+errors are a small fraction of half a unit of a half type; otherwise they are those of ``gemskit.language``. The bounds given
+are relative errors of the fast forms in float32, for all inputs that are halves.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from triton.language.extra import libdevice
+from triton.language.target_info import is_cuda
+
+from gemskit import language
+from gemskit._jit import jit
+
+#: The least normal float32: approximate instructions take anything below for zero.
+NORMAL = tl.constexpr(2.0**-126)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@jit
+def _inverse(d):
+    """``1 / d`` of ``d >= 1`` in two instructions: 2**-21.5; 0 at inf."""
+    r = tl.rsqrt(d)
+    return r * r
+
+
+@jit
+def inverse(d, precise):
+    """``1 / d`` of ``d >= 1``: 2**-21.5."""
+    if precise:
+        return language.div(tl.full(d.shape, 1, d.dtype), d)
+    else:
+        return _inverse(d)
+
+
+@jit
+def exp(x, precise):
+    """``e**x``: 2**-22 + 2**-25 ``|x|``."""
+    if precise:
+        return language.exp(x)
+    else:
+        return tl.exp(x)
+
+
+@jit
+def exp2(x):
+    """``2**x``: 2**-22 for every float32; what would be subnormal included, which the instruction takes for zero."""
+    if x.dtype == tl.float64:
+        return libdevice.exp2(x)
+    else:
+        low = x < -126
+        return libdevice.exp2(tl.where(low, x + 24, x)) * tl.where(low, 2.0**-24, 1.0)
+
+
+@jit
+def expm1(x, precise):
+    """``e**x - 1``: 2**-20."""
+    if precise:
+        return libdevice.expm1(x)
+    else:
+        p = (0.008338156156241894 * x + 0.04187662899494171) * x + 0.1666683703660965
+        near = (p * x + 0.49999379111694336) * x * x + x
+        return tl.where(tl.abs(x) < 0.35, near, tl.exp2(x * LOG2E) - 1)
+
+
+@jit
+def sqrt(x, precise):
+    """Square root: 2**-22.5; that is the nearest bfloat16, and of float16 the nearest but for a few inputs in 10,000."""
+    if precise:
+        return language.sqrt(x)
+    else:
+        low = x < NORMAL
+        return tl.sqrt(tl.where(low, x * 2.0**24, x)) * tl.where(low, 2.0**-12, 1.0)
+
+
+@jit
+def rsqrt(x):
+    """``1 / sqrt(x)``: 2**-22.5 for every float32; ±inf at ±0."""
+    if x.dtype == tl.float64:
+        return libdevice.rsqrt(x)
+    else:
+        low = (x < NORMAL) & (x > 0)
+        return libdevice.rsqrt(tl.where(low, x * 2.0**24, x)) * tl.where(low, 2.0**12, 1.0)
+
+
+@jit
+def div(x, y, precise):
+    """``x / y``: 2**-22."""
+    if precise:
+        return language.div(x, y)
+    else:
+        return x / y
+
+
+@jit
+def _log2(x):
+    if is_cuda():
+        return libdevice.fast_log2f(x)
+    else:
+        return tl.log2(x)
+
+
+@jit
+def _log1p(t):
+    """``log(1 + t)`` of ``|t| < 1/8``: 2**-21.5."""
+    p = ((0.20320157706737518 * t - 0.25328144431114197) * t + 0.33331727981567383) * t - 0.49998727440834045
+    return t * (p * t + 1)
+
+
+@jit
+def log(x, precise):
+    """Natural logarithm: 2**-18; 2**-21 within 1/8 of 1, where the result goes to zero."""
+    if precise:
+        return language.log(x)
+    else:
+        low = x < NORMAL
+        far = _log2(tl.where(low, x * 2.0**24, x)) * LN2 - tl.where(low, 24 * LN2, 0.0)
+        return tl.where(tl.abs(x - 1) < 0.125, _log1p(x - 1), far)
+
+
+@jit
+def log1p(x, precise):
+    """``log(1 + x)``: as :func:`log`."""
+    if precise:
+        return libdevice.log1p(x)
+    else:
+        return tl.where(tl.abs(x) < 0.125, _log1p(x), _log2(1 + x) * LN2)
+
+
+@jit
+def log1p_exp(x, precise):
+    """``log(1 + exp(-|x|))``: 2**-20."""
+    if precise:
+        return libdevice.log1p(language.exp(-tl.abs(x)))
+    else:
+        u = tl.exp(-tl.abs(x))
+        p = (-0.008778955787420273 * u + 0.04498664289712906) * u - 0.10902290791273117
+        p = ((p * u + 0.17847208678722382) * u - 0.24536865949630737) * u + 0.3328406512737274
+        return u * ((p * u - 0.4999817907810211) * u + 1)
+
+
+@jit
+def sigmoid(x, precise):
+    """``1 / (1 + exp(-x))``: 2**-21 + 2**-25 ``|x|``."""
+    if precise:
+        return language.sigmoid(x)
+    else:
+        return _inverse(1 + tl.exp2(x * -LOG2E))
+
+
+@jit
+def rest(x, s, precise):
+    """``1 - s`` of ``s = sigmoid(x)``: no rounding error is left where it is multiplied by a large ``x``."""
+    if precise:
+        return 1 - s
+    else:
+        return tl.where(x > 17, 0.0, 1 - s)
+
+
+@jit
+def tanh(x, precise):
+    """Hyperbolic tangent: 2**-21."""
+    if precise:
+        return language.tanh(x)
+    else:
+        far = 1 - 2 * _inverse(1 + tl.exp2(x * (2 * LOG2E)))
+        s = x * x
+        near = ((0.01724149100482464 * s - 0.05304549261927605) * s + 0.13325878977775574) * s - 0.333331435918808
+        near *= s
+        return tl.where(tl.abs(x) < 0.5, near * x + x, far)
+
+
+@jit
+def _tail(a):
+    """The probability that a standard normal number exceeds ``a >= 0``: 2**-21.5 absolute; 2**-16.5 up to 4.5, 2**-4 up to 9."""
+    q = (
+        (-1.5447187706740806e-07 * a + 2.1078915324324043e-06) * a + 2.2338015696732327e-05
+    ) * a - 0.0007338863797485828
+    q = ((q * a + 0.00798042118549347) * a - 0.053220100700855255) * a - 0.4589516222476959
+    q = q * a - 1.1511340141296387
+    return tl.exp2(q * a - 1)
+
+
+@jit
+def normal(x, precise):
+    """The probability that a standard normal number is below ``x``: as :func:`_tail` where it is small."""
+    if precise:
+        return 0.5 * (1 + language.erf(x * 0.7071067811865476))
+    else:
+        tail = _tail(tl.abs(x))
+        return tl.where(x > 0, 1 - tail, tail)
+
+
+@jit
+def density(x, precise):
+    """The density of the normal distribution, ``exp(-x**2 / 2) / sqrt(2 pi)``: 2**-22 + 2**-24 ``x**2``."""
+    if precise:
+        return language.exp(-0.5 * x * x) * 0.3989422804014327
+    else:
+        return tl.exp2(x * x * (-0.5 * LOG2E) - 1.3257480647361592)
+
+
+@jit
+def erf(x, precise):
+    """Error function: 2**-22."""
+    if precise:
+        return language.erf(x)
+    else:
+        a = tl.abs(x)
+        q = ((-0.0020580964628607035 * a + 0.024335699155926704) * a - 0.1367604285478592) * a - 0.9314578175544739
+        far = libdevice.copysign(1 - tl.exp2((q * a - 1.6210790872573853) * a - 0.0013973976019769907), x)
+        s = x * x
+        near = ((0.004158820025622845 * s - 0.026360243558883667) * s + 0.11273735016584396) * s - 0.3761192858219147
+        return tl.where(a < 0.75, (near * s + 1.1283791065216064) * x, far)
+
+
+@jit
+def pow(x, y, precise):
+    """``x**y`` with C's special values: 2**-18 ``|y log2(x)|``, which is at most 24 (bfloat16: 133) where results are finite."""
+    if precise:
+        return language.pow(x, y)
+    else:
+        a = tl.abs(x)
+        r = tl.exp2(tl.where((a == 1) | (y == 0), 0.0, log(a, precise) * LOG2E * y))
+        whole = libdevice.floor(y) == y
+        odd = whole & (libdevice.floor(y * 0.5) != y * 0.5)
+        r = tl.where(odd, libdevice.copysign(r, x), r)
+        return tl.where((x < 0) & (a != float("inf")) & ~whole, float("nan"), r)
+
+
+@jit
+def hypot(x, y, precise):
+    """``sqrt(x**2 + y**2)``: 2**-21."""
+    if precise:
+        return libdevice.hypot(x, y)
+    else:
+        most = tl.maximum(tl.abs(x), tl.abs(y))
+        # The squares of bfloat16 numbers leave the range of float32.
+        up = tl.where(most > 2.0**62, 2.0**-66, tl.where(most < 2.0**-50, 2.0**100, 1.0))
+        back = tl.where(most > 2.0**62, 2.0**66, tl.where(most < 2.0**-50, 2.0**-100, 1.0))
+        x *= up
+        y *= up
+        r = tl.sqrt(x * x + y * y) * back
+        return tl.where((tl.abs(x) == float("inf")) | (tl.abs(y) == float("inf")), float("inf"), r)
+
+
+@jit
+def atan2(y, x, precise):
+    """The angle of the point ``(x, y)``: 2**-17."""
+    if precise:
+        return libdevice.atan2(y, x)
+    else:
+        a = tl.abs(x)
+        b = tl.abs(y)
+        large = tl.maximum(a, b)
+        small = tl.minimum(a, b)
+        r = tl.where(large == 0, 0.0, tl.where(small == float("inf"), 1.0, small / large))
+        s = r * r
+        p = ((-0.013955074362456799 * s + 0.05877019464969635) * s - 0.12251497060060501) * s + 0.19618308544158936
+        p = (p * s - 0.3330889940261841) * s * r + r
+        p = tl.where(b > a, 1.5707963267948966 - p, p)
+        p = tl.where(x.to(tl.int32, bitcast=True) < 0, 3.141592653589793 - p, p)
+        return tl.where((x != x) | (y != y), x + y, libdevice.copysign(p, y))

@@ -1,0 +1,158 @@
+"""Compaction: the elements that a flag chooses, written one after the other in logical order.
+
+Two launches: each program counts the chosen elements of its piece; then each writes them, after those of the pieces before.
+Between them the host reads the counts, at most 1024 of them, as it must know the size of the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from gemskit import _launch, _layout, backends
+from gemskit._bind import fill
+from gemskit._dtypes import compute_type
+from gemskit._jit import jit
+from gemskit._launch import launch
+from gemskit.errors import CaptureError
+from gemskit.pointwise._drive import Elementwise
+
+#: Filled in per operator.
+FLAG: Any = None
+EMIT: Any = None
+
+#: Most pieces: every program adds up the counts of the pieces before its own.
+PIECES = 1024
+
+
+@jit
+def _count(counts, ins, sizes, strides, n, part, B: tl.constexpr, WIDE: tl.constexpr):
+    piece = tl.program_id(0)
+    if WIDE:
+        piece = piece.to(tl.int64)
+    first = piece * part
+    stop = tl.minimum(first + part, n)
+    total = tl.zeros((B,), tl.int32)
+    for start in range(first, stop, B):
+        i = start + tl.arange(0, B)
+        total += FLAG(ins, i, i < stop, sizes, strides).to(tl.int32)
+    tl.store(counts + piece, tl.sum(total, 0))
+
+
+@jit
+def _write(
+    outs, counts, ins, sizes, strides, extra, n, part, P: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    piece = tl.program_id(0)
+    k = tl.arange(0, P)
+    before = tl.load(counts + k, k < piece, other=0)
+    if WIDE:
+        piece, before = piece.to(tl.int64), before.to(tl.int64)
+    first = piece * part
+    stop = tl.minimum(first + part, n)
+    base = tl.sum(before, 0)
+    for start in range(first, stop, B):
+        i = start + tl.arange(0, B)
+        live = i < stop
+        chosen = FLAG(ins, i, live, sizes, strides)
+        one = chosen.to(base.dtype)
+        EMIT(outs, ins, base + tl.cumsum(one, 0) - 1, i, live, chosen & live, n, sizes, strides, extra)
+        base += tl.sum(one, 0)
+
+
+class Compaction:
+    """A compaction as two kernels.
+
+    Args:
+        flag: jit function ``(ins, i, live, sizes, strides)`` that says which elements ``i`` are chosen, false where not ``live``.
+        emit: jit function ``(outs, ins, at, i, live, chosen, n, sizes, strides, extra)`` that stores; ``at`` is the place of a
+            chosen element among the chosen, and of any other that of the last chosen one before it.
+    """
+
+    def __init__(self, name: str, flag: Any, emit: Any) -> None:
+        self._count, self._write = fill(_count, f"{name}_count", FLAG=flag), fill(_write, name, FLAG=flag, EMIT=emit)
+
+    def count(self, ins: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+        """How many elements of each piece of ``ins``, broadcast to ``shape``, are chosen."""
+        n, pieces, part, meta = _pieces(shape, ins)
+        counts = torch.empty(pieces, dtype=torch.int32, device=ins[0].device)
+        if n:
+            launch(self._count, (pieces,), (counts, tuple(ins), *_space(shape, ins), n, part), meta)
+        return counts
+
+    def write(
+        self, outs: Sequence[Tensor], counts: Tensor, ins: Sequence[Tensor], shape: Sequence[int], extra: Any = None
+    ) -> None:
+        """Store what ``emit`` makes of the elements, given their ``counts``."""
+        n, pieces, part, meta = _pieces(shape, ins)
+        if n:
+            arguments = (tuple(outs), counts, tuple(ins), *_space(shape, ins), extra, n, part)
+            launch(self._write, (pieces,), arguments, dict(meta, P=_layout.next_power_of_2(pieces)))
+
+
+def _space(shape: Sequence[int], ins: Sequence[Tensor]) -> tuple[_layout.Strides, tuple[_layout.Strides, ...]]:
+    sizes, strides = _layout.collapse(shape, [_layout.broadcast_strides(t, shape) for t in ins])
+    return sizes, tuple(strides)
+
+
+def _pieces(shape: Sequence[int], ins: Sequence[Tensor]) -> tuple[int, int, int, dict[str, Any]]:
+    n = math.prod(shape)
+    config = backends.arch().config("scan")
+    tile = config["tile"]
+    if n >= PIECES * 4 * tile:
+        tile *= 2
+    part = _layout.cdiv(_layout.cdiv(max(n, 1), PIECES), tile) * tile
+    # Positions are written for each dimension, so that their memory is larger than what is read.
+    wide = n * (len(shape) + 1) >= 2**31 or _layout.is_wide(shape, [_layout.broadcast_strides(t, shape) for t in ins])
+    return n, max(1, _layout.cdiv(n, part)), part, dict(B=tile, WIDE=wide, num_warps=config["warps"])
+
+
+def read(values: Tensor, most: int = 0) -> list[int]:
+    """The integers ``values`` on the host: the one place where a call waits for the device.
+
+    Where launches are only recorded (cross compilation) there is nothing to read; each is ``most`` then.
+    """
+    if _launch._capture is not None:
+        return [most] * values.numel()
+    if values.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise CaptureError("the size of the result depends on the data and cannot be read inside a graph capture")
+    found: list[int] = values.tolist()
+    return found
+
+
+def total(counts: Tensor, n: int) -> int:
+    """How many elements were chosen of ``n``."""
+    return min(sum(read(counts, n)), n) if n else 0
+
+
+@jit
+def is_set(ins, i, live, sizes, strides):
+    """The flag of masks: ``ins[0]`` is not zero."""
+    return tl.load(ins[0] + _layout.offset(i, sizes, strides[0]), live, other=0) != 0
+
+
+@jit
+def _same(input):
+    return input
+
+
+_COPY = Elementwise("copy_into", _same, keep=("input",))
+
+
+def copy_into(out: Tensor, input: Tensor) -> None:
+    """The elements of ``input`` in ``out``, which has its shape and dtype."""
+    _COPY({"input": input}, [out], compute_type(out.dtype))
+
+
+def flat(input: Tensor) -> Tensor:
+    """The elements as a vector, in logical order: a view where the memory is in that order."""
+    if input.is_contiguous():
+        return input.view(-1)
+    found = torch.empty(input.shape, dtype=input.dtype, device=input.device)
+    copy_into(found, input)
+    return found.view(-1)

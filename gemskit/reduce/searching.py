@@ -1,0 +1,236 @@
+"""Binary search in sorted sequences, and membership."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from gemskit import _layout, backends
+from gemskit._bind import fill
+from gemskit._dtypes import TRITON, Number, compute_type
+from gemskit._jit import jit
+from gemskit._launch import launch
+from gemskit._layout import offset
+from gemskit._op import operator
+from gemskit.errors import DtypeError, ShapeError
+from gemskit.reduce._compact import flat
+from gemskit.reduce._sort import sort_into
+
+
+@jit
+def _search(
+    out, values, number, seq, sorter, sizes, out_strides, value_strides, seq_rows, sorter_rows, seq_col, sorter_col,
+    count, length, steps,
+    VIA: tl.constexpr, COMPUTE: tl.constexpr, RIGHT: tl.constexpr, EQUAL: tl.constexpr, INVERT: tl.constexpr,
+    B: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0)
+    if WIDE:
+        i = i.to(tl.int64)
+    i = i * B + tl.arange(0, B)
+    live = i < count
+    if values is None:
+        x = tl.full((B,), number, COMPUTE)
+    else:
+        x = tl.load(values + offset(i, sizes, value_strides), live).to(VIA).to(COMPUTE)
+    row = seq + offset(i, sizes, seq_rows)
+    low = i * 0
+    high = low + length
+    for _ in range(steps):
+        # Halfway without an overflow; where the search is over, nothing is read.
+        mid = low + (high - low) // 2
+        open = live & (low < high)
+        at = mid
+        if sorter is not None:
+            at = tl.load(sorter + offset(i, sizes, sorter_rows) + mid * sorter_col, open, other=0)
+        y = tl.load(row + at * seq_col, open).to(VIA).to(COMPUTE)
+        # A NaN is neither at least nor above anything: NaNs are looked for at the end.
+        if RIGHT:
+            above = y > x
+        else:
+            above = y >= x
+        low = tl.where(open & (above == 0), mid + 1, low)
+        high = tl.where(open & above, mid, high)
+    where = out + offset(i, sizes, out_strides)
+    if EQUAL:
+        y = tl.load(row + low * seq_col, live & (low < length)).to(VIA).to(COMPUTE)
+        found = (low < length) & (y == x)
+        if INVERT:
+            found = found == 0
+        tl.store(where, found, live)
+    else:
+        tl.store(where, low.to(out.dtype.element_ty), live)
+
+
+@jit
+def _member(
+    out, values, number, tests, sizes, out_strides, value_strides, test_sizes, test_strides, count, length,
+    VIA: tl.constexpr, COMPUTE: tl.constexpr, INVERT: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0)
+    if WIDE:
+        i = i.to(tl.int64)
+    i = i * B + tl.arange(0, B)
+    live = i < count
+    if values is None:
+        x = tl.full((B,), number, COMPUTE)
+    else:
+        x = tl.load(values + offset(i, sizes, value_strides), live).to(VIA).to(COMPUTE)
+    found = i < 0
+    if tests is None:
+        found = x == number.to(COMPUTE)
+    else:
+        for j in range(length):
+            found = found | (x == tl.load(tests + offset(j, test_sizes, test_strides)).to(VIA).to(COMPUTE))
+    if INVERT:
+        found = found == 0
+    tl.store(out + offset(i, sizes, out_strides), found, live)
+
+
+#: By the type of the number in the place of a tensor.
+_SEARCH = {t: fill(_search, "searchsorted", {"number": n} if n else None) for t, n in ((None, ""), (float, "fp64"), (int, "i64"))}
+_MEMBER = {t: fill(_member, "isin", {"number": n} if n else None) for t, n in ((None, ""), (float, "fp64"), (int, "i64"))}
+
+
+def _number(v: Any) -> tuple[type | None, float | int | None]:
+    """The key of a kernel for ``v``, and what to pass: None for a tensor."""
+    if isinstance(v, Tensor):
+        return None, None
+    return (float, v) if isinstance(v, float) else (int, int(v))
+
+
+def _types(a: Any, b: Any) -> tuple[torch.dtype, dict[str, Any]]:
+    via = torch.result_type(a, b)
+    return via, dict(VIA=TRITON[via], COMPUTE=TRITON[compute_type(via)])
+
+
+def search(
+    out: Tensor, values: Any, seq: Tensor, sorter: Tensor | None = None, right: bool = False, equal: bool = False,
+    invert: bool = False,
+) -> None:  # fmt: skip
+    """Into ``out`` where each of ``values`` would go into the sorted rows ``seq``; with ``equal`` whether it is there."""
+    count, length, shape = out.numel(), seq.shape[-1], tuple(out.shape)
+    if not count:
+        return
+    rows = [(*s.stride()[:-1], 0) if s is not None and s.ndim > 1 else (0,) * len(shape) for s in (seq, sorter)]
+    mine = tuple(values.stride()) if isinstance(values, Tensor) else (0,) * len(shape)
+    sizes, strides = _layout.collapse(shape, [tuple(out.stride()), mine, *rows])
+    config = backends.arch().config("pointwise")
+    kind, number = _number(values)
+    _, types = _types(seq, values)
+    wide = _layout.is_wide(shape, [tuple(out.stride()), mine])
+    wide = wide or any(_layout.is_wide(s.shape, [tuple(s.stride())]) for s in (seq, sorter) if s is not None)
+    block = min(config["block"], _layout.next_power_of_2(count))
+    arguments = (
+        out, values if kind is None else None, number, seq, sorter, sizes, *strides,
+        seq.stride(-1), 0 if sorter is None else sorter.stride(-1), count, length, length.bit_length(),
+    )  # fmt: skip
+    meta = dict(types, RIGHT=right, EQUAL=equal, INVERT=invert, B=block, WIDE=wide, num_warps=config["warps"])
+    launch(_SEARCH[kind], (_layout.cdiv(count, block),), arguments, meta)
+
+
+def _checked(name: str, out: Tensor, seq: Tensor, input: Any) -> None:
+    if out.numel() and torch.result_type(seq, input) == torch.bool:
+        raise DtypeError(f"{name}: bools are not searched, by torch neither; convert them to uint8")
+
+
+@operator(aten="searchsorted.Tensor")
+def searchsorted(
+    sorted_sequence: Tensor, input: Tensor | Number, *, out_int32: bool = False, right: bool = False,
+    side: str | None = None, sorter: Tensor | None = None, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Where each of ``input`` would go into the sorted last dimension of ``sorted_sequence``: int64, or int32.
+
+    Before equal elements, or after them with ``right`` (``side="right"``); NaN at the end. ``sorted_sequence`` is one row or
+    as many as ``input`` has; ``sorter`` is what would sort it. Source: ``torch.searchsorted``.
+    """
+    return torch.searchsorted(sorted_sequence, input, out_int32=out_int32, right=right, side=side, sorter=sorter)
+
+
+@searchsorted.kernel
+def _(
+    outs: tuple[Tensor], keep: Any, sorted_sequence: Tensor, input: Any, out_int32: bool, right: bool,
+    side: str | None, sorter: Tensor | None,
+) -> None:  # fmt: skip
+    _checked("searchsorted", outs[0], sorted_sequence, input)
+    if side not in (None, "left", "right"):
+        raise ShapeError(f"searchsorted: side is 'left' or 'right', given {side!r}")
+    search(outs[0], input, sorted_sequence, sorter, right or side == "right")
+
+
+@operator(aten="bucketize.Tensor")
+def bucketize(
+    input: Tensor | Number, boundaries: Tensor, *, out_int32: bool = False, right: bool = False, out: Tensor | None = None
+) -> Tensor:
+    """The bucket of each element between sorted ``boundaries`` (n,), 0 to n: int64, or int32.
+
+    Bucket i ends in ``boundaries[i]``, or before it with ``right``. Source: ``torch.bucketize``.
+    """
+    return torch.bucketize(input, boundaries, out_int32=out_int32, right=right)  # type: ignore[arg-type]
+
+
+@bucketize.kernel
+def _(outs: tuple[Tensor], keep: Any, input: Any, boundaries: Tensor, out_int32: bool, right: bool) -> None:
+    _checked("bucketize", outs[0], boundaries, input)
+    if boundaries.ndim != 1:
+        raise ShapeError(f"bucketize: boundaries must have one dimension, given {list(boundaries.shape)}")
+    search(outs[0], input, boundaries, None, right)
+
+
+#: Most test elements that are compared one by one: above it a binary search reads less.
+_COMPARED = 64
+
+
+@operator(aten="isin.Tensor_Tensor")
+def isin(
+    elements: Tensor | Number, test_elements: Tensor | Number, *, assume_unique: bool = False, invert: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Whether each of ``elements`` is among ``test_elements``, or is not with ``invert``; NaN is equal to nothing.
+
+    ``assume_unique`` changes nothing here. Source: ``torch.isin``.
+    """
+    # torch 2.13 refuses some layouts, more of them with assume_unique.
+    if isinstance(test_elements, Tensor):
+        test_elements = test_elements.reshape(-1)
+    return torch.isin(elements, test_elements, invert=invert)  # type: ignore[call-overload, no-any-return]
+
+
+@isin.kernel
+def _(
+    outs: tuple[Tensor], keep: Any, elements: Any, test_elements: Any, assume_unique: bool, invert: bool
+) -> None:  # fmt: skip
+    (out,) = outs
+    for n, v in (("elements", elements), ("test_elements", test_elements)):
+        if isinstance(v, Tensor) and v.dtype == torch.bool:
+            raise DtypeError(f"isin: {n} is a bool tensor, which torch refuses too; convert it to uint8")
+    if isinstance(test_elements, Tensor) and test_elements.numel() > _COMPARED:
+        tests = flat(test_elements)
+        ordered = torch.empty_like(tests)
+        sort_into(ordered, None, tests, 0, False)
+        search(out, elements, ordered, None, False, True, invert)
+        return
+    count = out.numel()
+    if not count:
+        return
+    mine = [tuple(out.stride()), tuple(elements.stride()) if isinstance(elements, Tensor) else (0,) * out.ndim]
+    sizes, strides = _layout.collapse(out.shape, mine)
+    space: Any = ((1,), [(0,)])
+    if isinstance(test_elements, Tensor):
+        space = _layout.collapse(test_elements.shape, [tuple(test_elements.stride())])
+    kind, number = _number(test_elements)
+    if kind is None:
+        kind, number = _number(elements)
+    _, types = _types(elements, test_elements)
+    config = backends.arch().config("pointwise")
+    block = min(config["block"], _layout.next_power_of_2(count))
+    arguments = (
+        out, elements if isinstance(elements, Tensor) else None, number,
+        test_elements if isinstance(test_elements, Tensor) else None, sizes, *strides, space[0], space[1][0],
+        count, test_elements.numel() if isinstance(test_elements, Tensor) else 1,
+    )  # fmt: skip
+    meta = dict(types, INVERT=invert, B=block, WIDE=_layout.is_wide(out.shape, mine), num_warps=config["warps"])
+    launch(_MEMBER[kind], (_layout.cdiv(count, block),), arguments, meta)

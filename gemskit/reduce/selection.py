@@ -1,0 +1,231 @@
+"""Elements selected by a mask or by being distinct. The sizes of the results depend on the data: the host reads a count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from gemskit import language
+from gemskit._dtypes import accumulate_type
+from gemskit._jit import jit
+from gemskit._layout import offset
+from gemskit._sized import sized
+from gemskit.errors import DtypeError, NoKernel, ShapeError
+from gemskit.pointwise._drive import Elementwise
+from gemskit.reduce._compact import Compaction, flat, is_set, total
+from gemskit.reduce._drive import element
+from gemskit.reduce._fold import Fold
+
+
+@jit
+def _coordinates(outs, ins, at, i, live, chosen, n, sizes, strides, extra):
+    # extra: the sizes of the input, and the strides of the result.
+    shape, row, col = extra
+    rest = i
+    for d in tl.static_range(len(shape) - 1, -1, -1):
+        place = rest
+        if d > 0:
+            place = rest % shape[d]
+            rest = rest // shape[d]
+        tl.store(outs[0] + at * row + d * col, place.to(tl.int64), chosen)
+
+
+@jit
+def _values(outs, ins, at, i, live, chosen, n, sizes, strides, extra):
+    tl.store(outs[0] + at, tl.load(ins[1] + offset(i, sizes, strides[1]), chosen), chosen)
+
+
+@jit
+def _back(outs, ins, at, i, live, chosen, n, sizes, strides, extra):
+    # extra: the stride of the gradient, which is no operand of the space.
+    grad, step = extra
+    value = tl.load(grad + at * step, chosen, other=0)
+    tl.store(outs[0] + i, tl.where(chosen, value, 0).to(outs[0].dtype.element_ty), live)
+
+
+_POSITIONS = Compaction("nonzero", is_set, _coordinates)
+_SELECTED = Compaction("masked_select", is_set, _values)
+_SPREAD = Compaction("masked_select_grad", is_set, _back)
+_SUM = Fold("masked_select_sum", map=element, combine=language.add, identity=(0,))
+
+
+@sized(aten="nonzero")
+def nonzero(
+    input: Tensor, *, as_tuple: bool = False, out: Tensor | None = None
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
+    """Positions of the elements that are not zero, in row-major order: (n, input.ndim), int64. NaN is not zero.
+
+    With ``as_tuple`` one vector for each dimension. The host reads the count. Source: ``torch.nonzero``.
+    """
+    return torch.nonzero(input, as_tuple=as_tuple)  # type: ignore[call-overload, no-any-return]
+
+
+@nonzero.kernel
+def _(keep: Any, input: Tensor, as_tuple: bool) -> tuple[Any, ...]:
+    if as_tuple and not input.ndim:
+        input = input.view(1)
+    shape, ndim = tuple(input.shape), input.ndim
+    counts = _POSITIONS.count([input], shape)
+    n = total(counts, input.numel())
+    # Each dimension's positions lie together, as torch's do.
+    found = torch.empty((ndim, n), dtype=torch.int64, device=input.device).t()
+    if found.numel():
+        _POSITIONS.write([found], counts, [input], shape, (shape, *found.stride()))
+    # One result, which is a tuple.
+    return (found.unbind(1),) if as_tuple else (found,)
+
+
+@sized(aten="masked_select")
+def masked_select(input: Tensor, mask: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Elements of ``input`` where the bool ``mask`` is set, both broadcast, in row-major order: (n,).
+
+    The host reads the count. Source: ``torch.masked_select``.
+    """
+    return torch.masked_select(input, mask)
+
+
+@masked_select.kernel
+def _(keep: Any, input: Tensor, mask: Tensor) -> tuple[Tensor]:
+    if mask.dtype != torch.bool:
+        raise DtypeError(f"masked_select: mask must be a bool tensor, given {mask.dtype}")
+    shape = _broadcast("masked_select", input, mask)
+    counts = _SELECTED.count([mask], shape)
+    found = torch.empty(total(counts, shape.numel()), dtype=input.dtype, device=input.device)
+    if found.numel():
+        _SELECTED.write([found], counts, [mask, input], shape)
+    if keep is not None:
+        keep["counts"] = counts
+    return (found,)
+
+
+@masked_select.gradient_by
+def _(grad: Tensor, mask: Tensor, counts: Tensor, like: Mapping[str, Any]) -> dict[str, Tensor]:
+    want, dtype = like["input"]
+    shape = torch.broadcast_shapes(tuple(want), mask.shape)
+    whole = torch.empty(shape, dtype=dtype, device=grad.device)
+    _SPREAD.write([whole], counts, [mask], shape, (grad, grad.stride(0)))
+    if shape == want:
+        return {"input": whole}
+    return {"input": _SUM.to_shape({"input": whole}, shape, (want, dtype), accumulate_type(dtype))}
+
+
+def _broadcast(name: str, *tensors: Tensor) -> torch.Size:
+    try:
+        return torch.broadcast_shapes(*(t.shape for t in tensors))
+    except RuntimeError:
+        shapes = " and ".join(str(list(t.shape)) for t in tensors)
+        raise ShapeError(f"{name}: shapes {shapes} do not broadcast; accepted: sizes that are equal or 1") from None
+
+
+@jit
+def _differs(ins, i, live, sizes, strides):
+    # NaN differs from NaN.
+    here = tl.load(ins[0] + offset(i, sizes, strides[0]), live)
+    before = tl.load(ins[0] + offset(tl.maximum(i - 1, 0), sizes, strides[0]), live)
+    return live & ((here != before) | (i == 0))
+
+
+@jit
+def _runs(outs, ins, at, i, live, chosen, n, sizes, strides, extra):
+    values, inverse, starts = outs
+    tl.store(values + at, tl.load(ins[0] + offset(i, sizes, strides[0]), chosen), chosen)
+    if inverse is not None:
+        place = i
+        if len(ins) == 2:
+            place = tl.load(ins[1] + i, live, other=0)
+        tl.store(inverse + place, at.to(tl.int64), live)
+    if starts is not None:
+        tl.store(starts + at, i.to(tl.int64), chosen)
+        # One more, so that a count is the difference of two.
+        tl.store(starts + at + 1, at * 0 + n, live & (i == n - 1))
+
+
+@jit
+def _length(stop, start):
+    return stop - start
+
+
+_RUNS = Compaction("unique", _differs, _runs)
+_LENGTHS = Elementwise("unique_counts", _length)
+
+
+def _distinct(
+    input: Tensor, order: Tensor | None, shape: torch.Size, return_inverse: bool, return_counts: bool
+) -> tuple[Any, ...]:
+    """The first of each run of equal elements; where the elements of ``shape``, which ``order`` sorts, went; run lengths."""
+    ins = [input] if order is None else [input, order]
+    counts = _RUNS.count(ins, input.shape)
+    n, device = total(counts, input.numel()), input.device
+    values = torch.empty(n, dtype=input.dtype, device=device)
+    inverse = torch.empty(shape, dtype=torch.int64, device=device) if return_inverse else None
+    starts = torch.empty(n + 1, dtype=torch.int64, device=device) if return_counts else None
+    if n:
+        _RUNS.write([values, inverse, starts], counts, ins, input.shape)  # type: ignore[list-item]
+    found = [values]
+    if inverse is not None:
+        found.append(inverse)
+    if starts is not None:
+        lengths = torch.empty(n, dtype=torch.int64, device=device)
+        _LENGTHS({"stop": starts[1:], "start": starts[:-1]}, [lengths], torch.int64)
+        found.append(lengths)
+    return tuple(found)
+
+
+def _plain(input: Tensor, dim: int | None) -> int | None:
+    """``dim``, or None where it changes nothing: torch's way by slices orders NaNs differently."""
+    return None if input.ndim == 1 and dim in (0, -1) else dim
+
+
+def _flat(name: str, input: Tensor, dim: int | None) -> None:
+    if _plain(input, dim) is not None:
+        raise NoKernel(
+            f"{name}: no kernel for dim={dim} of {list(input.shape)}, which compares slices; accepted: dim=None, or a vector"
+        )
+
+
+@sized(aten="_unique2")
+def unique(
+    input: Tensor, sorted: bool = True, return_inverse: bool = False, return_counts: bool = False, dim: int | None = None
+) -> Any:
+    """Distinct elements in order; also, if asked for, where each element of ``input`` is among them, and how often each occurs.
+
+    Sorted in any case; NaNs are distinct from each other. ``dim`` has a kernel for vectors only. The host reads the count.
+    Source: ``torch.unique``.
+    """
+    more = dict(return_inverse=return_inverse, return_counts=return_counts)
+    return torch.unique(input, sorted=sorted, dim=_plain(input, dim), **more)  # type: ignore[no-untyped-call]
+
+
+@unique.kernel
+def _(
+    keep: Any, input: Tensor, sorted: bool, return_inverse: bool, return_counts: bool, dim: int | None
+) -> tuple[Any, ...]:
+    _flat("unique", input, dim)
+    # At the head of this file the two would import each other.
+    from gemskit.reduce.sorting import sort
+
+    ordered, order = sort(flat(input), 0)
+    return _distinct(ordered, order if return_inverse else None, input.shape, return_inverse, return_counts)
+
+
+@sized(aten="unique_consecutive")
+def unique_consecutive(
+    input: Tensor, return_inverse: bool = False, return_counts: bool = False, dim: int | None = None
+) -> Any:
+    """The first of each run of equal elements; also, if asked for, the run of each element, and the lengths of the runs.
+
+    NaNs are distinct from each other. ``dim`` has a kernel for vectors only. The host reads the count.
+    Source: ``torch.unique_consecutive``.
+    """
+    more = dict(return_inverse=return_inverse, return_counts=return_counts)
+    return torch.unique_consecutive(input, dim=_plain(input, dim), **more)  # type: ignore[no-untyped-call]
+
+
+@unique_consecutive.kernel
+def _(keep: Any, input: Tensor, return_inverse: bool, return_counts: bool, dim: int | None) -> tuple[Any, ...]:
+    _flat("unique_consecutive", input, dim)
+    return _distinct(input, None, input.shape, return_inverse, return_counts)

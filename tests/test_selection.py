@@ -1,0 +1,113 @@
+"""Selection, search and counting where a walk over the registry does not reach: errors, draws, pieces, ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import gemskit
+from gemskit._interpret import interpret
+from gemskit.errors import ArgumentError, DtypeError, NoKernel, ShapeError
+
+inf, nan = float("inf"), float("nan")
+
+
+@pytest.fixture(autouse=True)
+def kernels() -> Iterator[None]:
+    torch.manual_seed(0)
+    with interpret():
+        yield
+
+
+def test_positions_come_in_order_over_many_pieces() -> None:
+    mask = torch.rand(100_003) < 0.3
+    assert torch.equal(gemskit.nonzero(mask), torch.nonzero(mask))
+    wide = mask[:99_999].view(9, 11111).t()
+    for got, want in zip(gemskit.nonzero(wide, as_tuple=True), torch.nonzero(wide, as_tuple=True)):
+        assert torch.equal(got, want)
+    assert torch.equal(gemskit.masked_select(wide, wide), wide[wide])
+
+
+def test_masks_are_bool_and_broadcast() -> None:
+    with pytest.raises(DtypeError, match="masked_select: mask"):
+        gemskit.masked_select(torch.ones(3), torch.ones(3, dtype=torch.uint8))
+    with pytest.raises(ShapeError, match="masked_select"):
+        gemskit.masked_select(torch.ones(3), torch.ones(4, dtype=torch.bool))
+
+
+def test_slices_are_not_compared() -> None:
+    for op in (gemskit.unique, gemskit.unique_consecutive):
+        with pytest.raises(NoKernel, match="dim=0"):
+            op(torch.ones(3, 2), dim=0)
+
+
+def test_nan_is_found_at_the_end() -> None:
+    rows, x = torch.tensor([-inf, 1.0, 1.0, nan]), torch.tensor([nan, 1.0, -inf, inf])
+    for right in (False, True):
+        assert torch.equal(gemskit.searchsorted(rows, x, right=right), torch.searchsorted(rows, x, right=right))
+    assert not gemskit.isin(x, torch.full((100,), nan)).any()
+
+
+def test_histc_of_ranges() -> None:
+    x = torch.tensor([1.0, 5.0, nan])
+    assert gemskit.histc(x, 3).isnan().all()
+    assert torch.equal(gemskit.histc(x, 4, 1, 5), torch.histc(x, 4, 1, 5))
+    ids = torch.randint(0, 8, (1000,))
+    assert torch.equal(gemskit.histc(ids, 8, 0, 7), torch.bincount(ids, minlength=8))
+    with pytest.raises(ArgumentError):
+        gemskit.histc(x, 3, 5, 1)
+    with pytest.raises(ArgumentError):
+        gemskit.histc(x, 3, 0, inf)
+
+
+def test_bincount_refuses() -> None:
+    with pytest.raises(ArgumentError, match="negative"):
+        gemskit.bincount(torch.tensor([1, -1]))
+    with pytest.raises(DtypeError):
+        gemskit.bincount(torch.ones(3))
+    with pytest.raises(ShapeError):
+        gemskit.bincount(torch.tensor([1, 2]), torch.ones(3))
+
+
+def test_draws_follow_the_weights_and_the_seed() -> None:
+    weights = torch.tensor([0.0, 1, 2, 0, 5])
+    torch.manual_seed(1)
+    one = gemskit.multinomial(weights.expand(2000, 5), 1).view(-1)
+    many = gemskit.multinomial(weights, 4000, True)
+    for drawn in (one, many):
+        share = torch.bincount(drawn, minlength=5) / len(drawn)
+        assert (share - weights / 8).abs().max() < 0.04 and not share[[0, 3]].any()
+    torch.manual_seed(1)
+    assert torch.equal(one, gemskit.multinomial(weights.expand(2000, 5), 1).view(-1))
+    three = gemskit.multinomial(weights.expand(50, 5), 3)
+    assert torch.equal(three.sort(-1).values, torch.tensor([1, 2, 4]).expand(50, 3))
+    with pytest.raises(ArgumentError, match="num_samples"):
+        gemskit.multinomial(weights, 6)
+    with pytest.raises(ShapeError):
+        gemskit.multinomial(torch.ones(2, 2, 2), 1)
+
+
+def test_permutations() -> None:
+    generator = torch.Generator().manual_seed(3)
+    a = gemskit.randperm(1000, generator=generator)
+    b = gemskit.randperm(1000, generator=generator)
+    assert torch.equal(a.sort().values, torch.arange(1000)) and not torch.equal(a, b)
+    assert torch.equal(a, gemskit.randperm(1000, generator=generator.manual_seed(3)))
+    assert gemskit.randperm(9, dtype=torch.int32).dtype == torch.int32 and gemskit.randperm(0).numel() == 0
+    with pytest.raises(ArgumentError):
+        gemskit.randperm(-1)
+
+
+def test_medians() -> None:
+    x = torch.tensor([[3.0, nan, 1.0, nan], [4.0, 2.0, 1.0, 3.0]])
+    values, indices = gemskit.median(x, 1)
+    assert torch.equal(indices, torch.tensor([1, 1])) and values[0].isnan() and values[1] == 2
+    values, indices = gemskit.nanmedian(x, 1)
+    assert torch.equal(values, torch.tensor([1.0, 2.0])) and torch.equal(indices, torch.tensor([2, 1]))
+    assert gemskit.median(x).isnan() and gemskit.nanmedian(x) == torch.nanmedian(x)
+    with pytest.raises(ArgumentError):
+        gemskit.kthvalue(x, 5, 1)
+    with pytest.raises(ArgumentError):
+        gemskit.quantile(x, 1.5)

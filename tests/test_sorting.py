@@ -1,0 +1,106 @@
+"""Sorting where a walk over samples does not look: bits of zeros and NaNs, every path of topk, other dimensions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import gemskit
+from gemskit.reduce import _select, _sort
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)
+
+
+def _values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    if not dtype.is_floating_point:
+        return torch.randint(0, 200, shape, generator=generator).to(dtype)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    marks = [float("nan"), -float("nan"), -0.0, 0.0, -0.0, float("inf"), -float("inf"), 0.0]
+    x.view(-1)[: 5 * len(marks)] = torch.tensor(5 * marks, dtype=dtype)
+    return x
+
+
+def _same(found: tuple[Tensor, Tensor], values: Tensor, indices: Tensor) -> None:
+    assert torch.equal(found[1], indices)
+    if not values.dtype.is_floating_point:
+        assert torch.equal(found[0], values)
+        return
+    # Signs of zeros and of NaNs included.
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    assert torch.equal(found[0].contiguous().view(bits), values.contiguous().view(bits))
+
+
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("radix", [False, True])
+def test_sort_is_stable_and_keeps_bits(
+    radix: bool, dtype: torch.dtype, descending: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if radix:
+        monkeypatch.setattr(_sort, "SHORT", {32: 0, 64: 0})
+        monkeypatch.setattr(_sort, "TILE", 128)
+    x = _values((2, 300), dtype)
+    values, indices = torch.sort(x, stable=True, descending=descending)
+    with gemskit.interpret():
+        found = gemskit.sort(x, -1, descending)
+        again = gemskit.sort(x, stable=True, dim=1, descending=descending)
+        where = gemskit.argsort(x, descending=descending)
+    _same(found, values, indices)
+    _same(again, values, indices)
+    assert torch.equal(where, indices)
+    assert isinstance(found, torch.return_types.sort)
+
+
+@pytest.mark.parametrize("order", ["random", "ascending", "descending", "equal"])
+@pytest.mark.parametrize(("k", "largest"), [(1, True), (5, False), (60, True)])
+def test_topk_of_pieces(k: int, largest: bool, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several pieces and two joins; sorted rows have all winners in one piece."""
+    monkeypatch.setattr(_select, "PIECE", 256)
+    monkeypatch.setattr(_select, "CHOICE", 512)
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        x = _values((2, 5000), dtype)
+        if order == "equal":
+            x = torch.zeros_like(x)
+        elif order != "random":
+            x = x.sort(descending=order == "descending").values
+        values, indices = torch.sort(x, stable=True, descending=largest)
+        with gemskit.interpret():
+            found = gemskit.topk(x, k, largest=largest)
+        _same(found, values[:, :k], indices[:, :k])
+        assert isinstance(found, torch.return_types.topk)
+
+
+def test_topk_of_many_and_of_all() -> None:
+    x = _values((2, 2100), torch.float32)
+    values, indices = torch.sort(x, stable=True, descending=True)
+    with gemskit.interpret():
+        for k in (0, 1025, 2100):
+            _same(gemskit.topk(x, k), values[:, :k], indices[:, :k])
+
+
+def test_out_along_another_dimension() -> None:
+    x = _values((40, 3), torch.float32)
+    values, indices = torch.sort(x, dim=0, stable=True)
+    out = torch.empty(3, 40).mT, torch.empty(40, 3, dtype=torch.int64)
+    with gemskit.interpret():
+        found = gemskit.sort(x, 0, out=out)
+    assert found[0] is out[0] and found[1] is out[1] and isinstance(found, torch.return_types.sort)
+    _same(out, values, indices)
+
+
+def test_gradients_go_back_to_where_values_came_from() -> None:
+    x = torch.randn(4, 50, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    with gemskit.interpret():
+        top, _ = gemskit.topk(x, 7, 1)
+        (from_top,) = torch.autograd.grad(top.square().sum(), x)
+        all_of_it, _ = gemskit.sort(x, 1, descending=True)
+        (from_sort,) = torch.autograd.grad(all_of_it[:, :7].square().sum(), x)
+    (expected,) = torch.autograd.grad(torch.topk(x, 7, 1).values.square().sum(), x)
+    assert torch.equal(from_top, expected) and torch.equal(from_sort, expected)
+
+
+def test_topk_refuses_too_many() -> None:
+    with gemskit.interpret(), pytest.raises(gemskit.errors.ArgumentError, match="k=6"):
+        gemskit.topk(torch.randn(2, 5), 6)

@@ -29,7 +29,8 @@ def _sample(logits, tokens, logprobs, seed, cols, row_stride, inverse_temperatur
     total = tl.full((BLOCK,), 0.0, tl.float32)
     for start in range(0, cols, BLOCK):
         col = start + lane
-        x = tl.load(logits + row * row_stride + col, col < cols, other=-float("inf")).to(tl.float32) * inverse_temperature
+        x = tl.load(logits + row * row_stride + col, col < cols, other=-float("inf"))
+        x = x.to(tl.float32) * inverse_temperature
         noise = -language.log(-language.log(language.uniform(key, row * cols + col)))
         score, at = language.better_max(score, at, x + noise, col)
         peak, total = language.online_softmax(peak, total, x, tl.where(col < cols, 1.0, 0.0))
@@ -43,7 +44,7 @@ def _sample(logits, tokens, logprobs, seed, cols, row_stride, inverse_temperatur
 def sample(logits: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """A token for each row of ``logits`` (rows, vocabulary), and the logarithm of its probability, in float32.
 
-    The same seed of torch's ``generator`` gives the same tokens on every device.
+    It draws one number from torch's ``generator``: the same state of that gives the same tokens.
     """
     rows, cols = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()

@@ -46,11 +46,11 @@ def main(argv: list[str]) -> int:
         raise DeviceError(
             "bench: times kernels on an accelerator, and none was found; python -m gemskit info says what was"
         )
-    rows = [c for c in _bench_cases.cases() if not options.ops or c.op in options.ops]
+    every = list(_bench_cases.cases())
+    rows = [c for c in every if not options.ops or {c.op, _public(c.op)} & {*options.ops}]
     if not rows:
-        parser.error(
-            f"no benchmark for {', '.join(options.ops)}; there are {', '.join(sorted({c.op for c in _bench_cases.cases()}))}"
-        )
+        known = sorted({_public(c.op) for c in every})
+        parser.error(f"no benchmark for {', '.join(options.ops)}; there are {', '.join(known)}")
     roof = Roof.measure()
     print(f"copy {roof.bandwidth / 1e12:.2f} TB/s, bf16 product {roof.flops / 1e12:.0f} TFLOP/s")
     found = []
@@ -98,8 +98,9 @@ def time_case(case: BenchCase, roof: Roof, compiled: bool) -> dict[str, Any]:
         torch._dynamo.reset()
         candidates["compile"] = torch.compile(case.peer or op.meaning, dynamic=False)
     row: dict[str, Any] = dict(
-        op=case.op, label=case.label, dtype=str(case.dtype).removeprefix("torch."), backward=case.backward
-    )
+        op=_public(case.op), package=_package(op), label=case.label, dtype=str(case.dtype).removeprefix("torch."),
+        backward=case.backward,
+    )  # fmt: skip
     tensors = [t for t in (*sample.args, *sample.kwargs.values()) if isinstance(t, Tensor)]
     leaves = [t.requires_grad_() for t in tensors if case.backward and t.dtype.is_floating_point]
     times: dict[str, float] = {}
@@ -110,15 +111,24 @@ def time_case(case: BenchCase, roof: Roof, compiled: bool) -> dict[str, Any]:
             call, result, upstream = _prepared(fn, sample, leaves)
             outs[name] = [t.detach() for t in result]
             times[name] = _milliseconds(call)
-        except (RuntimeError, NotImplementedError) as e:
+        except Exception as e:  # one row that fails is one row
             row[f"{name}_error"] = f"{type(e).__name__}: {e}"[:300]
     read = sample.read or sum(_bytes(t) for t in tensors)
     moved = read + upstream + sum(_bytes(t) for t in outs.get("eager", ()))
     # Attention's backward has five products where its forward has two.
     flops = sample.flops * (2.5 if case.backward else 1)
     row.update(times=times, floor=roof.floor(moved, flops), flops=flops, bytes=moved)
-    row["ok"], row["error"], row["eager_error"] = _verify(op, sample, leaves, outs)
+    row["ok"], row["error"], row["eager_error"] = _verify(case, sample, leaves, outs)
     return row
+
+
+def _public(name: str) -> str:
+    """Operators with an underscore are what functions without one call."""
+    return name.lstrip("_")
+
+
+def _package(op: Op[..., Any]) -> str:
+    return op.__module__.split(".")[1]
 
 
 def _prepared(
@@ -145,28 +155,40 @@ def _prepared(
 
 
 def _verify(
-    op: Op[..., Any], sample: Sample, leaves: Sequence[Tensor], outs: dict[str, list[Tensor]]
+    case: BenchCase, sample: Sample, leaves: Sequence[Tensor], outs: dict[str, list[Tensor]]
 ) -> tuple[bool, float, float]:
     """Whether gemskit's error against float64 is within 1.5 times torch eager's (or a few units), and both errors."""
     if "gemskit" not in outs or "eager" not in outs:
         return False, math.nan, math.nan
-
+    op = REGISTRY[case.op]
     try:
         reference = _exact(op, sample, leaves, torch.float64)
     except torch.OutOfMemoryError:  # the scores of a long sequence
         reference = _exact(op, sample, leaves, torch.float32)
-    errors = []
-    for name in ("gemskit", "eager"):
-        worst = 0.0
-        for g, e in zip(outs[name], reference):
-            if g.dtype.is_floating_point:
-                scale = e.abs() + e.square().mean().sqrt()
-                worst = max(worst, float(((g.double() - e).abs() / scale).nan_to_num(0.0).max()))
-            else:
-                worst = max(worst, float((g != e).double().mean()))
-        errors.append(worst)
-    mine, eager = errors
-    return mine <= max(1.5 * eager, slack(op, outs["gemskit"][0].dtype, bool(leaves))), mine, eager
+    dtype = outs["gemskit"][0].dtype
+    if case.compare is not None:
+        outs, reference = {n: case.compare(sample, found) for n, found in outs.items()}, case.compare(sample, reference)
+    mine, eager = (_error(outs[name], reference) for name in ("gemskit", "eager"))
+    return mine <= max(1.5 * eager, slack(op, dtype, bool(leaves))), mine, eager
+
+
+def _error(found: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+    """The largest error relative to an element plus the root mean square, or the share of ints and bools that are wrong."""
+    if [t.shape for t in found] != [t.shape for t in reference]:
+        return math.inf
+    worst = 0.0
+    for g, e in zip(found, reference):
+        if not g.dtype.is_floating_point:
+            worst = max(worst, float((g != e).double().mean()) if g.numel() else 0.0)
+        elif g.numel():
+            e = torch.where(e.abs() > torch.finfo(g.dtype).max, e.sign() * math.inf, e)
+            g = g.to(e.dtype)
+            finite = e[e.isfinite()]
+            scale = e.abs() + (finite.square().mean().sqrt() if finite.numel() else 1)
+            same = (g == e) | (g.isnan() & e.isnan())
+            # What is NaN or infinite on one side only is as wrong as can be.
+            worst = max(worst, float(torch.where(same, 0, (g - e).abs() / scale).nan_to_num(math.inf, math.inf).max()))
+    return worst
 
 
 def _exact(op: Op[..., Any], sample: Sample, leaves: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -215,16 +237,25 @@ def _row(row: dict[str, Any]) -> str:
 def _summary(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for peer in ("eager", "compile"):
-        ratios = [
-            r["times"][peer] / r["times"]["gemskit"] for r in rows if peer in r["times"] and "gemskit" in r["times"]
-        ]
+        ratios = _ratios(rows, peer)
         if ratios:
-            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
             lines.append(
-                f"geometric mean against torch {peer}: {mean:.2f}x over {len(ratios)} rows, "
+                f"geometric mean against torch {peer}: {_mean(ratios):.2f}x over {len(ratios)} rows, "
                 f"{sum(x < 0.95 for x in ratios)} under 0.95x"
             )
+            packages = list(dict.fromkeys(r["package"] for r in rows if "package" in r))
+            if len(packages) > 1:
+                parts = [(p, _ratios([r for r in rows if r.get("package") == p], peer)) for p in packages]
+                lines[-1] += f" ({', '.join(f'{p} {_mean(x):.2f}x of {len(x)}' for p, x in parts if x)})"
     return "\n".join(lines)
+
+
+def _ratios(rows: Sequence[dict[str, Any]], peer: str) -> list[float]:
+    return [r["times"][peer] / r["times"]["gemskit"] for r in rows if {peer, "gemskit"} <= set(r["times"])]
+
+
+def _mean(ratios: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
 def render(path: Path) -> None:

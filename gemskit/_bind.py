@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from gemskit._dtypes import TRITON, scalar_annotation
+from gemskit._jit import jit
 from gemskit.errors import DeclarationError
 
 _serial = itertools.count()
@@ -37,7 +37,6 @@ def fill(driver: Any, name: str, annotations: Mapping[str, str] | None = None, *
     copy.__annotations__ = {**f.__annotations__, **(annotations or {})}
     # Run-time scalars keep one compiled kernel for all their values; 1 would otherwise become a constant.
     fixed = [p for p in parameters(driver) if p in SCALARS]
-    jit: Any = triton.jit
     return jit(copy, repr=lambda _: name, do_not_specialize=fixed)
 
 
@@ -110,7 +109,7 @@ def generated(name: str, pool: str, body: str, **names: Any) -> Any:
     file = f"<gemskit {name} {next(_serial)}>"
     linecache.cache[file] = (len(text), None, text.splitlines(True), file)
     exec(compile(text, file, "exec"), namespace)
-    return triton.jit(namespace[name])
+    return jit(namespace[name])
 
 
 def adapter(name: str, pool: str, fn: Any, expressions: Mapping[str, str], wrap: str = "{}") -> Any:

@@ -360,6 +360,8 @@ def inplace_results(
     op: Op[..., Any], targets: Sequence[Tensor], specs: Sequence[tuple[Sequence[int], torch.dtype]]
 ) -> None:
     """The result must fit its target."""
+    if len(targets) != len(specs):
+        raise ArgumentError(f"{op.name}_: there are {len(specs)} results and {len(targets)} tensors to write them to")
     for t, (shape, dtype) in zip(targets, specs):
         if tuple(t.shape) != tuple(shape):
             raise ShapeError(f"{op.name}_: the result has shape {list(shape)}, which does not fit into {describe(t)}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -20,14 +19,14 @@ from torch import Tensor
 from torch._library import simple_registry
 
 from gemskit import _checks, _launch
-from gemskit._dtypes import _category, compute_type
+from gemskit._compile_kept import KEPT, Spec, rows
+from gemskit._dtypes import _category
 from gemskit.errors import ArgumentError, DeclarationError, GemskitError, GradientError, NoKernel
 
 if TYPE_CHECKING:
     from gemskit._op import Op
 
 Values: TypeAlias = tuple[Any, ...]
-Spec: TypeAlias = tuple[tuple[int, ...], torch.dtype]
 
 _LIBRARY = torch.library.Library("gemskit", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -53,51 +52,21 @@ _SPECS: dict[Any, Any] = {}
 _KERNELS = -1
 
 
-# -- what a forward pass keeps for the gradient ---------------------------------------------------------------------------
-
-
-def _rows(op: Op[..., Any], named: Mapping[str, Any], out: Tensor) -> dict[str, Spec]:
-    """Row-wise operators: a value for each row, in the type computed in."""
-    # The family's module imports this one by way of the operator.
-    from gemskit.nn._drive import columns, row_shape
-
-    input: Tensor = named[op.tensors[0]]
-    shape = row_shape(tuple(input.shape) or (1,), columns(named, input.ndim))
-    saves: tuple[str, ...] = op.saves  # type: ignore[attr-defined]
-    return dict.fromkeys(saves, (tuple(shape), compute_type(named.get("dtype") or input.dtype)))
-
-
-def _attention(op: Op[..., Any], named: Mapping[str, Any], out: Tensor) -> dict[str, Spec]:
-    rows = tuple(out.shape[:-1])
-    shape = (math.prod(rows[:-2]), *rows[-2:]) if len(rows) > 1 else (1, 1, *rows)
-    kept: dict[str, Spec] = {"lse": (shape, compute_type(named["query"].dtype))}
-    if named["dropout_p"]:
-        kept["seed"] = ((1,), torch.int64)
-    return kept
-
-
-def _cross_entropy(op: Op[..., Any], named: Mapping[str, Any], out: Tensor) -> dict[str, Spec]:
-    input: Tensor = named["input"]
-    dtype, dim = compute_type(out.dtype), min(1, input.ndim - 1)
-    shape = tuple(1 if d == dim else n for d, n in enumerate(input.shape))
-    kept: dict[str, Spec] = dict.fromkeys(("peak", "log_total", "mass"), (shape, dtype))
-    deprecated = named["size_average"] is not None or named["reduce"] is not None
-    if not (named["reduce"] is False or named["size_average"] is False) if deprecated else named["reduction"] == "mean":
-        kept["denominator"] = ((1,) * input.ndim, dtype)
-    return kept
-
-
-_KEPT: dict[str, Callable[[Op[..., Any], Mapping[str, Any], Tensor], dict[str, Spec]]] = {
-    "scaled_dot_product_attention": _attention,
-    "cross_entropy": _cross_entropy,
-}
-
-
 # -- values and results ---------------------------------------------------------------------------------------------------
 
 
 def _flat(found: Any) -> list[Tensor]:
     return [found] if isinstance(found, Tensor) else list(found)
+
+
+def _first(grads: Sequence[Tensor | None]) -> Tensor:
+    """The gradient of the first result that has one."""
+    return next(g for g in grads if g is not None)
+
+
+def _memory(values: Sequence[Any]) -> set[int]:
+    """The storages of the tensors among ``values``."""
+    return {v.untyped_storage()._cdata for v in values if isinstance(v, Tensor)}
 
 
 def _device(values: Sequence[Any]) -> torch.device:
@@ -134,7 +103,10 @@ def _promised(op: Op[..., Any], values: Values, found: Sequence[Tensor]) -> list
         if len(_SPECS) > 4096:
             _SPECS.clear()
         specs = _SPECS[key] = [(tuple(t.shape), t.stride()) for t in _meaning(op, values)]
-    return [_restrided(t, shape, stride) for t, (shape, stride) in zip(found, specs)]
+    given = _memory(values)
+    # Some of torch's functions return their argument: conj_physical of real numbers.
+    own = [t.clone() if _memory((t,)) & given else t for t in found]
+    return [_restrided(t, shape, stride) for t, (shape, stride) in zip(own, specs)]
 
 
 def _restrided(t: Tensor, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
@@ -178,9 +150,9 @@ class Bound:
         self.positional = len([p for p in parameters if p.name != "out" and p.kind is not p.KEYWORD_ONLY])
         self.targets = tuple(op.params.index(w) for w in op.writes)
         self.results = _results(op)
-        known = {*op.params, "grad", "grads", "like", "needs"}
-        self.kept = tuple(n for n in op._saves if n not in known and not re.fullmatch(r"outs?\d*", n))
-        self.rule = _KEPT.get(op.name, _rows if hasattr(op, "saves") else None)
+        known = {*op.params, "like", "needs"}
+        self.kept = tuple(n for n in op._saves if n not in known and not re.fullmatch(r"(out|grad)s?\d*", n))
+        self.rule = KEPT.get(op.name, rows if hasattr(op, "saves") else None)
         if self.kept and self.rule is None:
             raise DeclarationError(f"{op.name}: no rule for the shapes of {self.kept}, which its gradient asks for")
         # A gradient that reads neither the input nor the result is the same along what was folded away.
@@ -344,14 +316,16 @@ class Bound:
     def _fake_gradient(self, *arguments: Any) -> list[Tensor]:
         grads, _, _, flat, like = self._split(arguments)
         named = dict(zip(self.op.params, self.values(flat)))
-        return [self._result(n, like, grads[0], named, grads[0].device) for n in like]
+        grad = _first(grads)
+        return [self._result(n, like, grad, named, grad.device) for n in like]
 
     def _run_gradient(self, *arguments: Any) -> list[Tensor]:
         op = self.op
         grads, outs, kept, flat, like = self._split(arguments)
         values = self.values(flat)
         named = dict(zip(op.params, values))
-        state = int(kept[-1]) if grads[0].device.type == "cpu" else _KERNELS
+        grad = _first(grads)
+        state = int(kept[-1]) if grad.device.type == "cpu" else _KERNELS
         if state != _KERNELS:
             found = self._meaning_gradient(grads, values, set(like), state)
         else:
@@ -366,17 +340,18 @@ class Bound:
             with torch.no_grad():
                 found = dict(zip(op.params, op._gradients.call(how, needs, *grads, *tensors.values())))
         results = []
-        given = {t.untyped_storage().data_ptr() for t in (*grads, *outs, *flat) if isinstance(t, Tensor)}
+        given = _memory((*grads, *outs, *flat))
         for n in like:
-            t, want = found.get(n), self._result(n, like, grads[0], named, "meta")
+            t, want = found.get(n), self._result(n, like, grad, named, "meta")
             if t is not None and self.even and t.shape != want.shape:
                 t = t[tuple(slice(0, m) for m in want.shape)]
             # An operator returns no view of its arguments, nor one tensor twice.
             same = t is not None and t.shape == want.shape and t.stride() == want.stride()
-            if t is None or not same or t.untyped_storage().data_ptr() in given:
-                fresh = torch.empty_like(want, device=grads[0].device)
+            # torch's zeros without memory are none that an operator may return either.
+            if t is None or not same or t._is_zerotensor() or _memory((t,)) & given:
+                fresh = torch.empty_like(want, device=grad.device)
                 t = fresh.zero_() if t is None or not t.numel() else fresh.copy_(t)
-            given.add(t.untyped_storage().data_ptr())
+            given |= _memory((t,))
             results.append(t)
         return results
 
@@ -493,8 +468,14 @@ def _flattening(op: Op[..., Any], kinds: Mapping[str, str]) -> Callable[..., lis
     parts = [how[n].format(n) for n in op.params]
     if "dropout_p" in op.params:
         parts.append(f"drawn(dropout_p, {op.tensors[0]})")
+    return _flattener(", ".join(op.params), ", ".join(parts))
+
+
+@functools.cache
+def _flattener(params: str, parts: str) -> Callable[..., list[Any]]:
+    # Compiling the text takes 0.2 ms, and most operators share theirs with others.
     scope: dict[str, Any] = {"either": _either, "listed": _listed, "drawn": _drawn}
-    exec(f"def flatten({', '.join(op.params)}): return [{', '.join(parts)}]", scope)
+    exec(f"def flatten({params}): return [{parts}]", scope)
     return scope["flatten"]  # type: ignore[no-any-return]
 
 

@@ -115,6 +115,9 @@ def _forward(case: Case, op: Op[..., Any], make: Make) -> str:
     refused = 0
     for sample in _each(op, make):
         torch_result = _attempt(op.meaning, sample)
+        if isinstance(torch_result, Exception) and make.device != "cpu":
+            # torch has fewer kernels on the device than on the CPU (angle of halves, scatter of 0-dim tensors in 2.11).
+            torch_result = _attempt(op.meaning, _on_cpu(sample))
         before = [t.clone() for t in _tensors(sample)]
         launches = _launch.launches().total()
         result = _repeat(make, lambda: _attempt(op, sample))
@@ -127,6 +130,11 @@ def _forward(case: Case, op: Op[..., Any], make: Make) -> str:
         if isinstance(result, NoKernel) and _refusal(case):
             refused += 1
             continue
+        if isinstance(result, GemskitError) and make.device != "cpu":
+            # And the reverse (abs of bools): what torch refuses on the CPU is refused everywhere.
+            if isinstance(_attempt(op.meaning, _on_cpu(sample)), Exception):
+                refused += 1
+                continue
         if isinstance(result, Exception):
             raise AssertionError(f"{_show(sample)}: {type(result).__name__}: {result}") from result
         _compare(op, _flat(result), _flat(torch_result), _reference(op, sample), sample)
@@ -250,7 +258,9 @@ def slack(op: Op[..., Any], dtype: torch.dtype, gradient: bool) -> float:
     """
     if not dtype.is_floating_point:
         return 0.0
+    gradient = gradient or op.name.endswith("_backward")
     units = (4 if gradient else 2) if op.family == "pointwise" else 4 if dtype.itemsize == 2 else 32
+    units = max(units, UNITS.get((op.name, dtype), 0))
     return units * torch.finfo(dtype).eps
 
 
@@ -393,6 +403,13 @@ def _as64(sample: Sample) -> Sample:
     return replace(sample, args=tuple(map(wide, sample.args)), kwargs={k: wide(v) for k, v in sample.kwargs.items()})
 
 
+def _on_cpu(sample: Sample) -> Sample:
+    def moved(v: Any) -> Any:
+        return v.cpu() if isinstance(v, Tensor) else v
+
+    return replace(sample, args=tuple(map(moved, sample.args)), kwargs={k: moved(v) for k, v in sample.kwargs.items()})
+
+
 def _argument(op: Op[..., Any], sample: Sample, place: int) -> Any:
     return sample.args[place] if place < len(sample.args) else sample.kwargs.get(op.params[place])
 
@@ -443,12 +460,28 @@ REFUSED: tuple[tuple[tuple[str, ...], tuple[torch.dtype, ...], str], ...] = (
 
 #: Checks that say nothing, and why: (operator, kind) -> reason.
 EXEMPT: dict[tuple[str, str], str] = {
-    ("hardtanh_backward", "special"): "at NaN torch's vectorised CPU code gives 0, its scalar code and CUDA the gradient",
+    ("hardtanh_backward", "special"): "at NaN torch gives 0 where its CPU code is vectorised, elsewhere the gradient",
     (
         "scaled_dot_product_attention",
         "special",
     ): "torch's backends differ among each other on NaN and inf (the CPU one turns a "
     "NaN row into zeros, the math one spreads a NaN that causality skips); tests/test_attention.py pins ours",
+}
+
+#: Units that elementwise operators may be off by where the general bound says nothing.
+UNITS: dict[tuple[str, torch.dtype], int] = {
+    # i1(-8) of an int is off by 4.3 units on NVIDIA; torch has a series of its own.
+    ("special_i1", torch.float32): 8,
+    # The reference is torch in float64, whose 1 - x * x cancels near 1; the product (1 - x) (1 + x) does not.
+    ("asin", torch.float64): 64,
+    ("acos", torch.float64): 64,
+    ("acosh", torch.float64): 64,
+    ("atanh", torch.float64): 1024,
+    ("arctanh", torch.float64): 1024,
+    # The gradient with respect to one number is a sum of many: 4.3 units.
+    ("logaddexp", torch.float32): 8,
+    # Of complex64, by four real operations: 5 units.
+    ("sqrt", torch.float32): 8,
 }
 
 #: Checks that fail for a known reason: case name, or operator and kind -> reason. An unexpected pass fails the run.

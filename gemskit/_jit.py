@@ -13,7 +13,7 @@ from triton.runtime.jit import JITFunction
 _lock = threading.RLock()
 
 
-class _Later(JITFunction):  # type: ignore[type-arg]
+class _Later(JITFunction):  # type: ignore[misc, type-arg]
     """A ``JITFunction`` that is initialised by the first attribute asked of it."""
 
     def __init__(self, fn: Any, options: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from typing_extensions import ParamSpec
 
-from gemskit import _checks, _compile, _launch, _replay, backends
+from gemskit import _checks, _compile, _launch, _replay, _signature, backends
 from gemskit._checks import describe
 from gemskit._layout import contiguous
 from gemskit._plan import PLANS
@@ -96,16 +95,20 @@ class Op(Generic[P, R]):
         self.tensors = tuple(n for n in self.params if "Tensor" in kinds[n])
         #: Numbers that only the launch needs: their values never make a new plan or kernel.
         self.scalars = tuple(
-            n for n in self.params if n not in self.tensors and kinds[n].split(" | ")[0] in ("float", "Number", "Scalar")
+            n
+            for n in self.params
+            if n not in self.tensors and kinds[n].split(" | ")[0] in ("float", "Number", "Scalar")
         )
         #: The tensors that the in-place variant overwrites, one for each output.
         self.writes = tuple(writes) or self.tensors[:1]
         #: Parameters that take floating-point tensors only (torch finds out in its kernels, so a meta run does not).
         self.floats = tuple(floats)
         self.inplace_name: str | None = None
-        self._order, self._mean = _ordering(self), _meaning_of(self)
+        self._order, self._mean = _signature.ordering(self), _signature.meaning_of(self)
         #: Where tensors are taken, and what may be given in their place.
-        self.stand_ins = tuple((i, _stand_ins(kinds[n])) for i, n in enumerate(self.params) if n in self.tensors)
+        self.stand_ins = tuple(
+            (i, _signature.stand_ins(kinds[n])) for i, n in enumerate(self.params) if n in self.tensors
+        )
         self._is_scalar = tuple(n in self.scalars for n in self.params)
         self._is_sizes = tuple(n == "normalized_shape" for n in self.params)
         self._shapes: Callable[..., Sequence[tuple[int, ...]] | None] | None = None
@@ -115,7 +118,7 @@ class Op(Generic[P, R]):
         # 2: any number, 1: floats only, as an int that stands for a tensor may decide something (pow(x, 2), pow(x, -1)).
         linked = [self.passes_scalars * (2 if n in self.scalars else n in self.tensors) for n in self.params]
         places = [self.params.index(w) for w in self.writes]
-        has = _parameters(self.signature)
+        has = _signature.parameters(self.signature)
         self._calls = _replay.Table(self._call, linked, (), self._enter, has)
         self._overwrites = _replay.Table(self._call_inplace, linked, places, self._enter_inplace, has)
         self._intos = _replay.Table(self._call_into, (*linked, 0), [len(linked)])
@@ -164,7 +167,7 @@ class Op(Generic[P, R]):
         _compile.register(self)
 
     # -- calling ---------------------------------------------------------------------------------------------------
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         if is_compiling():
             return _compile.call(self, args, kwargs)  # type: ignore[no-any-return]
         return self._calls.call(*args, **kwargs)  # type: ignore[no-any-return]
@@ -186,13 +189,13 @@ class Op(Generic[P, R]):
         call.__doc__ = f"In-place :func:`{self.name}`: overwrites {' and '.join(f'``{w}``' for w in self.writes)}."
         return call
 
-    def _enter(self, *args: Any, **kwargs: Any) -> Any:
+    def _enter(self, /, *args: Any, **kwargs: Any) -> Any:
         values, out = self._order(*args, **kwargs)
         if out is not None:
             return self._intos(*values, out)
         return self._calls(*values) if self._calls._replays else self._call(*values)
 
-    def _enter_inplace(self, *args: Any, **kwargs: Any) -> Any:
+    def _enter_inplace(self, /, *args: Any, **kwargs: Any) -> Any:
         values, out = self._order(*args, **kwargs)
         if out is not None:
             raise ArgumentError(f"{self.name}_: takes no out=; it writes {' and '.join(self.writes)}")
@@ -239,6 +242,9 @@ class Op(Generic[P, R]):
         if kernels and self.elementwise:
             _checks.inplace_overlap(self, targets, values)
         if not kernels:
+            if needs_grad and torch.is_grad_enabled():
+                # The gradient may need what is about to be overwritten.
+                values = tuple([v.clone() if any(v is t for t in targets) else v for v in values])
             found = self._meaning(values)
             flat = found if isinstance(found, tuple) else (found,)
             _checks.inplace_results(self, targets, [(tuple(f.shape), f.dtype) for f in flat])
@@ -383,6 +389,7 @@ class Op(Generic[P, R]):
         have: dict[str, Any] = dict(zip(how[0], tensors[outputs:]))
         have.update(zip(how[1], how[2]))
         have["like"] = {n: (shape, dtype) for n, shape, dtype in how[3]}
+        have.update({f"grad{i}": g for i, g in enumerate(tensors[:outputs])})
         have.update(grad=tensors[0], grads=tensors[:outputs], needs={n for n, need in zip(self.params, needs) if need})
         if "outs" in self._saves:
             have["outs"] = tuple(v for n, v in have.items() if n.startswith("out"))
@@ -432,9 +439,7 @@ class Op(Generic[P, R]):
             if known is not None:
                 return tuple([(s, contiguous(s), d) for s, d in zip(shapes, known)])
         found = self._meaning(tuple(_on_meta(v) if isinstance(v, Tensor) else v for v in values), values)
-        specs = tuple(
-            (tuple(t.shape), tuple(t.stride()), t.dtype) for t in (found if isinstance(found, tuple) else (found,))
-        )
+        specs = tuple((tuple(t.shape), _dense(t), t.dtype) for t in (found if isinstance(found, tuple) else (found,)))
         if shapes is not None and [s[:2] for s in specs] == [(s, contiguous(s)) for s in shapes]:
             if len(self._kinds) >= PLANS:
                 self._kinds.clear()
@@ -486,6 +491,12 @@ def _meta(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Te
     return torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device="meta")
 
 
+def _dense(t: Tensor) -> tuple[int, ...]:
+    """Strides without two elements at one place, which torch 2.11 gives results of select_scatter on meta."""
+    aliased = any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape))
+    return contiguous(t.shape) if aliased else tuple(t.stride())
+
+
 def _on_meta(t: Tensor) -> Tensor:
     return _meta(t.shape, t.stride(), t.dtype)
 
@@ -499,26 +510,6 @@ def _key(v: Any, scalar: bool) -> Any:
     return type(v), tuple(v) if isinstance(v, list) else v
 
 
-def _ordering(op: Op[Any, Any]) -> Callable[..., tuple[tuple[Any, ...], Any]]:
-    """A function with the operator's signature that returns its arguments in order: 0.2 us where ``bind`` takes 3.7."""
-    defaults: dict[str, Any] = {}
-    parts: list[str] = []
-    star = False
-    for n, p in op.signature.parameters.items():
-        if p.kind is p.KEYWORD_ONLY and not star:
-            parts.append("*")
-            star = True
-        if p.default is p.empty:
-            parts.append(n)
-        else:
-            defaults[f"_{n}"] = p.default
-            parts.append(f"{n}=_{n}")
-    values = " ".join(f"{n}," for n in op.params)
-    text = f"def {op.name}({', '.join(parts)}): return ({values}), {'out' if op.has_out else 'None'}"
-    exec(text, defaults)
-    return defaults[op.name]  # type: ignore[no-any-return]
-
-
 def _split(outputs: int, names: tuple[str, ...], results: Sequence[Any]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     return tuple(results[:outputs]), dict(zip(names, results[outputs:]))
 
@@ -528,31 +519,6 @@ def _split(outputs: int, names: tuple[str, ...], results: Sequence[Any]) -> tupl
 _How = tuple[
     tuple[str, ...], tuple[str, ...], tuple[Any, ...], tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 ]  # fmt: skip
-
-
-def _meaning_of(op: Op[Any, Any]) -> Callable[..., Any]:
-    """The meaning of arguments in order, those that it takes by name only included."""
-    named = [p.kind is p.KEYWORD_ONLY for n, p in op.signature.parameters.items() if n != "out"]
-    if not any(named):
-        return op.meaning
-    given = ", ".join(f"{n}={n}" if by_name else n for n, by_name in zip(op.params, named))
-    return eval(f"lambda {', '.join(op.params)}: _meaning({given})", {"_meaning": op.meaning})  # type: ignore[no-any-return]
-
-
-def _stand_ins(kind: str) -> frozenset[type]:
-    numbers = (bool, int, float, complex) if any(n in kind for n in ("Number", "float", "Scalar")) else ()
-    return frozenset((*numbers, type(None)) if "None" in kind else numbers)
-
-
-def _parameters(signature: inspect.Signature) -> _replay.Parameters:
-    given = list(signature.parameters.values())
-    names = tuple(sys.intern(p.name) for p in given)
-    defaults = tuple(NotImplemented if p.default is p.empty else p.default for p in given)
-    positional = len([p for p in given if p.kind is not p.KEYWORD_ONLY])
-    out = names.index("out") if "out" in names else -1
-    if out not in (-1, len(names) - 1):
-        raise DeclarationError(f"{names}: out is the last parameter")
-    return _replay.Parameters(names, defaults, positional, out)
 
 
 class _Differentiable(torch.autograd.Function):

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import dis
 import inspect
 import re
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import CodeType, GenericAlias, ModuleType, UnionType
 from typing import Any
 
 import torch
 
 import gemskit
 from gemskit import _bench_cases
-from gemskit._op import REGISTRY, Op
+from gemskit._op import Op
 from gemskit.errors import GemskitError
 from gemskit.testing import Make, load
 
-#: The heading of a family in the documentation, in the order in which they are shown.
-FAMILIES = {
-    "pointwise": "Elementwise",
-    "reduction": "Reductions",
-    "scan": "Scans",
-    "gemm": "Products",
-    "rowwise": "Row-wise",
-    "free": "Kernels of their own",
-}
+#: The packages in the order in which the page shows them; within each, the modules by name.
+PACKAGES = ("pointwise", "reduce", "blas", "nn")
 DTYPES = {
     "float": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
     "int": (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8),
@@ -35,11 +32,19 @@ DTYPES = {
 HEAD = """\
 # Operators
 
-{count} operators. This page is written by `python -m gemskit ops --markdown` from the declarations and checked by the tests.
-The signature is that of the function; the in-place variant overwrites the argument named. *Dtypes* are those of its samples that
-its plain-torch meaning accepts, *tests* the number of calls that the tests make with it in float32 (int32 where it takes no
-floats), each in several dtypes and memory layouts, *bench* says whether `python -m gemskit bench` times it.
-"""
+{count} functions, by theme. This page is written by `python -m gemskit ops --markdown` from the declarations and checked by the
+tests. The signature is that of the function. *Variants*: `out=`, and the in-place variant with the argument that it overwrites.
+*Gradient of*: the parameters that autograd follows. *Dtypes* are those of its samples that its plain-torch meaning accepts.
+*ATen* names the overloads that it, or the operators behind it, equal. *Tests* is the number of calls that the tests make with
+these operators in float32 (int32 where they take no floats), each in several dtypes and memory layouts. *Bench* says whether
+`python -m gemskit bench` times it. A function without dtypes makes views or memory, or reads a value: no kernel runs.
+
+| theme | functions |
+| --- | --- |
+{themes}
+| in signatures | stands for |
+| --- | --- |
+{aliases}"""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Row:
     """What is said of one operator."""
 
     name: str
+    module: str
     family: str
     signature: str
     summary: str
@@ -59,8 +65,20 @@ class Row:
 
 
 def public() -> list[str]:
-    """The public operators: those exported by name, and the functions that choose between several."""
-    return [n for n, v in vars(gemskit).items() if isinstance(v, Op) or _is_function(n, v)]
+    """The public functions: operators, what is composed of them, and views. In-place variants only where they stand alone."""
+    return [n for n, v in vars(gemskit).items() if isinstance(v, Op) or (_is_function(v) and not _is_variant(n))]
+
+
+def _is_function(v: Any) -> bool:
+    return inspect.isfunction(v) and v.__module__.startswith(_OURS)
+
+
+def _is_variant(name: str) -> bool:
+    return name.endswith("_") and hasattr(gemskit, name[:-1])
+
+
+#: Modules of operators: what is declared elsewhere in the package is no operator.
+_OURS = tuple(f"gemskit.{package}." for package in PACKAGES)
 
 
 def modules() -> list[str]:
@@ -69,23 +87,43 @@ def modules() -> list[str]:
 
 
 def parts(name: str) -> list[Op[..., Any]]:
-    """The registered operators behind a public name.
+    """The registered operators behind a public name: itself, or those that its code refers to.
 
-    ``max`` has ``max_all`` and ``max_dim``, ``dropout`` has ``_dropout``, ``greater`` is ``gt``, ``rsub`` calls ``sub``.
+    ``max`` has ``max_all``, ``max_dim`` and ``maximum``, ``greater`` is ``gt``, ``zeros`` fills, ``view`` has none.
     """
-    found = getattr(gemskit, name, None)
-    if isinstance(found, Op):
-        return [found]
-    hidden = [op for n, op in REGISTRY.items() if getattr(gemskit, n, None) is not op]
-    own = [op for op in hidden if op.name == f"_{name}" or op.name.startswith(f"{name}_")]
-    if own or not inspect.isfunction(found):
-        return own
-    called = (found.__globals__.get(n) for n in found.__code__.co_names)
-    return [v for v in called if isinstance(v, Op)]
+    return list(dict.fromkeys(v for v, _ in refers(getattr(gemskit, name)) if isinstance(v, Op)))
 
 
-def _is_function(name: str, v: Any) -> bool:
-    return inspect.isfunction(v) and not name.endswith("_") and v.__module__.count(".") == 2
+def refers(fn: Any, inplace: bool = False, seen: set[Any] | None = None) -> Iterator[tuple[Any, bool]]:
+    """What the code of ``fn`` names, over the functions of gemskit's operator modules, and whether on the way to overwrite."""
+    if isinstance(fn, Op):
+        yield fn, inplace
+    elif _is_function(fn):
+        seen = set() if seen is None else seen
+        inplace = inplace or fn.__name__.endswith("_")
+        if (fn, inplace) not in seen:
+            seen.add((fn, inplace))
+            for v in _named(fn.__code__, {**fn.__globals__, **inspect.getclosurevars(fn).nonlocals}):
+                yield from refers(v, inplace, seen)
+    else:
+        yield fn, inplace
+
+
+def _named(code: CodeType, scope: Mapping[str, Any]) -> Iterator[Any]:
+    """The values of the names in ``code``, those of modules by attribute (``pointwise.sub``), functions inside it included."""
+    found: Any = None
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_DEREF"):
+            found = scope.get(step.argval)
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(found, ModuleType):
+            found = getattr(found, step.argval, None)
+        else:
+            continue
+        if not isinstance(found, ModuleType):
+            yield found
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _named(inner, scope)
 
 
 def summary(doc: str | None) -> str:
@@ -96,8 +134,7 @@ def summary(doc: str | None) -> str:
 
 def signature(name: str) -> str:
     """The function's head as one writes it, with a line for each parameter where it is long."""
-    found = getattr(gemskit, name)
-    described = found.signature if isinstance(found, Op) else inspect.signature(found)
+    described = _signature_of(name)
     texts: list[str] = []
     for p in described.parameters.values():
         if p.kind is p.KEYWORD_ONLY and not any(text.startswith("*") for text in texts):
@@ -111,31 +148,51 @@ def signature(name: str) -> str:
     return f"{name}(\n" + "".join(f"    {text},\n" for text in texts) + f") -> {described.return_annotation}"
 
 
+def _signature_of(name: str) -> inspect.Signature:
+    found = getattr(gemskit, name)
+    return found.signature if isinstance(found, Op) else inspect.signature(found)
+
+
+def _gradient(name: str) -> list[str]:
+    """The parameters of a public function that gradients go to; what is only overwritten was made for it."""
+    given = _signature_of(name).parameters
+    found: dict[str, None] = {}
+    for op, inplace in refers(getattr(gemskit, name)):
+        if isinstance(op, Op) and op.differentiable and not inplace:
+            # The many tensors of cat() are arguments of their own where it is declared.
+            many = [n for n, p in given.items() if str(p.annotation) == "Sequence[Tensor]"]
+            found |= dict.fromkeys([n for n in op.differentiable if n in given and _is_real(op, n)] or many)
+    return list(found)
+
+
+def _is_real(op: Op[..., Any], name: str) -> bool:
+    """Whether a parameter takes floats: an index is an argument of the gradient too, but has none."""
+    given = [op.signature.bind(*s.args, **s.kwargs).arguments.get(name) for s in _samples(op, torch.float32)]
+    return any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in given)
+
+
 def row(name: str) -> Row:
-    """What the table says of the public operator ``name``."""
+    """What the table says of the public function ``name``."""
     ops = parts(name)
     found = getattr(gemskit, name)
-    writes = " / ".join(dict.fromkeys(", ".join(op.writes) for op in ops))
-    variants = [
-        *(
-            ["`out=`"]
-            if "out" in (found.signature if isinstance(found, Op) else inspect.signature(found)).parameters
-            else []
-        ),
-        *([f"`{name}_` ({writes})"] if hasattr(gemskit, f"{name}_") else []),
-    ]
+    given = _signature_of(name).parameters
+    variants = ["`out=`"] * ("out" in given)
+    if hasattr(gemskit, f"{name}_"):
+        writes = dict.fromkeys(w for op in ops for w in op.writes if w in given)
+        variants.append(f"`{name}_` ({', '.join(writes) or next(iter(given))})")
     kinds = [kind for kind, dtypes in DTYPES.items() if any(_accepts(op, d) for op in ops for d in dtypes)]
     kinds += ["complex"] * any(op.complex for op in ops)
     return Row(
         name=name,
-        family=ops[0].family if ops else "free",
+        module=found.__module__,
+        family=ops[0].family if ops else "no kernel",
         signature=signature(name),
         summary=summary(found.__doc__),
         variants=", ".join(variants) or "none",
-        gradient=", ".join(dict.fromkeys(n for op in ops for n in op.differentiable)) or "none",
+        gradient=", ".join(_gradient(name)) or "none",
         dtypes=", ".join(kinds) or "none",
         aten=", ".join(op.aten for op in ops if op.aten) or "none",
-        samples=sum(len([s for s in _samples(op, _main(op)) if s.note != "big"]) for op in ops),
+        samples=sum(len(_samples(op, _main(op))) for op in ops),
         bench=any(case.op in (name, *(op.name for op in ops)) for case in _bench_cases.cases()),
     )
 
@@ -149,7 +206,9 @@ def _main(op: Op[..., Any]) -> torch.dtype:
 
 def _samples(op: Op[..., Any], dtype: torch.dtype) -> list[Any]:
     found = load().get(op.name)
-    return list(found(Make(dtype, device="meta", empty=True))) if found else []
+    # What the data decide needs data.
+    make = Make(dtype) if op.family == "sized" else Make(dtype, device="meta", empty=True)
+    return [s for s in found(make) if s.note != "big"] if found else []
 
 
 def _accepts(op: Op[..., Any], dtype: torch.dtype) -> bool:
@@ -159,33 +218,74 @@ def _accepts(op: Op[..., Any], dtype: torch.dtype) -> bool:
             continue
         try:
             op.meaning(*sample.args, **sample.kwargs)
-        except (GemskitError, RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+        except (GemskitError, RuntimeError, TypeError, ValueError, IndexError, NotImplementedError, AssertionError):
+            # The last is how some of torch's meta functions refuse.
             continue
         return True
     return False
 
 
 def rows() -> list[Row]:
-    """Every public operator, by family and name."""
-    order = [*FAMILIES]
-    found = [row(name) for name in public()]
-    return sorted(found, key=lambda r: (order.index(r.family) if r.family in order else len(order), r.name))
+    """Every public function, by module and name."""
+    # torch warns of complex numbers of halves, which no kernel takes.
+    warnings.filterwarnings("ignore", "ComplexHalf support")
+
+    def place(r: Row) -> tuple[int, str, str]:
+        _, package, module = r.module.split(".")
+        return PACKAGES.index(package), module, r.name
+
+    return sorted(map(row, public()), key=place)
+
+
+def theme(module: str) -> tuple[str, str]:
+    """The heading of a module's operators, and what is said under it, both of the first paragraph of its docstring."""
+    title, _, prose = re.sub(r"[.:](?: |$)", "\n", summary(sys.modules[module].__doc__), count=1).partition("\n")
+    return title, prose[:1].upper() + prose[1:]
+
+
+def aliases() -> dict[str, str]:
+    """The names of types in public signatures, and what they stand for."""
+    found: dict[str, str] = {}
+    for name in public():
+        scope, given = vars(sys.modules[getattr(gemskit, name).__module__]), _signature_of(name)
+        for kind in (given.return_annotation, *(p.annotation for p in given.parameters.values())):
+            for word in re.findall(r"\b[A-Z]\w*", str(kind)):
+                if isinstance(v := scope.get(word), (UnionType, GenericAlias)):
+                    found[word] = re.sub(r"collections\.abc\.|torch\.(?=Tensor)", "", str(v)).replace("|", "\\|")
+    return dict(sorted(found.items()))
+
+
+def _plainly(name: str) -> str:
+    """Markdown that does not make ``__or__`` bold."""
+    return f"`{name}`" if name.startswith("__") else name
 
 
 def markdown() -> str:
     """The page docs/ops.md."""
     found = rows()
-    text = [HEAD.format(count=len(found))]
-    for family in dict.fromkeys(r.family for r in found):
-        text.append(f"\n## {FAMILIES.get(family, family)}\n")
-        for r in found:
-            if r.family == family:
-                text.append(
-                    f"\n### {r.name}\n\n```python\n{r.signature}\n```\n\n{r.summary}\n\n"
-                    "| variants | gradient of | dtypes | ATen | tests | bench |\n| --- | --- | --- | --- | --- | --- |\n"
-                    f"| {r.variants} | {r.gradient} | {r.dtypes} | {r.aten} | {r.samples} | "
-                    f"{'yes' if r.bench else 'no'} |\n"
-                )
+    themes: dict[str, list[Row]] = {}
+    for r in found:
+        themes.setdefault(r.module, []).append(r)
+    lines = [
+        f"| {theme(m)[0]} | {', '.join(f'[{_plainly(r.name)}](#{r.name})' for r in rs)} |\n" for m, rs in themes.items()
+    ]
+    text = [
+        HEAD.format(
+            count=len(found),
+            themes="".join(lines),
+            aliases="".join(f"| `{n}` | `{v}` |\n" for n, v in aliases().items()),
+        )
+    ]
+    for module, members in themes.items():
+        title, prose = theme(module)
+        text.append(f"\n## {title}\n" + (f"\n{prose}\n" if prose else ""))
+        for r in members:
+            text.append(
+                f"\n### {_plainly(r.name)}\n\n```python\n{r.signature}\n```\n\n{r.summary}\n\n"
+                "| variants | gradient of | dtypes | ATen | tests | bench |\n| --- | --- | --- | --- | --- | --- |\n"
+                f"| {r.variants} | {r.gradient} | {r.dtypes} | {r.aten} | {r.samples} | "
+                f"{'yes' if r.bench else 'no'} |\n"
+            )
     text.append(
         "\n## Modules\n\n`torch.nn.Module` classes over these operators.\n\n| module | what it is |\n| --- | --- |\n"
     )

@@ -32,7 +32,7 @@ def _(make: Make) -> Iterator[Sample]:
         yield Sample((make(4, 1, 65, dtype=dtype), make(3, 1, dtype=dtype)))
         yield Sample((make(0, 3, dtype=dtype), make(3, dtype=dtype)))
         yield Sample((make(9, dtype=dtype), make(9, dtype=torch.int64, low=-2, high=70)))
-        for number in (0, 1, 7, 8, 31, 64, -1):
+        for number in (1, dtype.itemsize * 8, -1):
             yield Sample((make(9, dtype=dtype), number))
         yield Sample((5, make(9, dtype=dtype)))
     yield Sample((make(4096, 4096, dtype=torch.int32), make(4096, 4096, dtype=torch.int32)), note="big")
@@ -47,9 +47,9 @@ def _(make: Make) -> Iterator[Sample]:
 
 @samples("floor_divide", "remainder")
 def _(make: Make) -> Iterator[Sample]:
+    yield from quotients(make)
     if make.dtype != torch.bool:  # half of them zeros
         yield Sample((7, make(5, 33, low=1, high=9)))
-    yield from quotients(make)
 
 
 @samples("fmod")

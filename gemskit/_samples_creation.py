@@ -52,8 +52,8 @@ def _(make: Make) -> Iterator[Sample]:
 
 @samples("_tri_indices")
 def _(make: Make) -> Iterator[Sample]:
-    for row, col in ((3, 3), (5, 2), (2, 5), (1, 1), (0, 4), (3, 1030)):
-        for offset in (0, 1, -1, 3, -4, 9, -9):
+    for row, col, *offsets in ((3, 3, 0), (5, 2, 1, -4, 9), (2, 5, -1, 3, -9), (0, 4, 0), (3, 1030, 1)):
+        for offset in offsets:
             for upper in (False, True):
                 n = (torch.triu_indices if upper else torch.tril_indices)(row, col, offset).shape[1]
                 yield Sample((make(2, n, dtype=torch.int64), row, col, offset, upper))

@@ -229,7 +229,6 @@ def _(make: Make) -> Iterator[Sample]:
 def _(make: Make) -> Iterator[Sample]:
     yield Sample((make(2, 12, 3, 5), 2))
     yield Sample((make(9, 4, 7), 3))
-    yield Sample((make(2, 4, 0, 5), 2))
     yield Sample((make(16, 256, 64, 64), 2), note="big")
 
 

@@ -99,7 +99,8 @@ def _(make: Make) -> Iterator[Sample]:
 
 @samples("trace")
 def _(make: Make) -> Iterator[Sample]:
-    for shape in ((5, 5), (33, 7), (1, 1), (0, 3)):
+    # Not tall: the gradient of torch 2.11 goes on below the diagonal there.
+    for shape in ((5, 5), (7, 33), (1, 1), (0, 3)):
         yield Sample((make(*shape),))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -129,8 +130,8 @@ def _(make: Make) -> Iterator[Sample]:
 @samples("unique")
 def _(make: Make) -> Iterator[Sample]:
     for shape in ((1,), (70,), (3, 33, 5), (0, 3)):
-        for more in ({}, {"return_inverse": True}, {"return_counts": True}, {"return_inverse": True, "return_counts": True}):
-            yield Sample((_few(make, *shape, high=9),), more)
+        for inverse, counts in product((False, True), repeat=2):
+            yield Sample((_few(make, *shape, high=9),), {"return_inverse": inverse, "return_counts": counts})
     yield Sample((make(),), {"return_inverse": True, "return_counts": True}, "0-dim")
     yield Sample((make(33), False, True, False, 0))
     yield Sample((_few(make, 20_001, high=9), True, True, True), note="long")
@@ -150,8 +151,8 @@ def _(make: Make) -> Iterator[Sample]:
 
 @samples("quantile", "nanquantile")
 def _(make: Make) -> Iterator[Sample]:
-    for q in (0, 0.3, 1.0):
-        yield Sample((make(3, 17, 5), q, 1))
+    for number in (0, 0.3, 1.0):
+        yield Sample((make(3, 17, 5), number, 1))
     q = make(4, low=0, high=1) if make.dtype.is_floating_point else make(4, dtype=torch.float32, low=0, high=1)
     for dim in (0, -1, None):
         yield Sample((make(3, 17, 5), q, dim))

@@ -27,10 +27,14 @@ class Sized(Op[P, R]):
 
     family = "sized"
 
+    def kernel(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Attach the host function."""
+        return super().kernel(fn)
+
     def register(self) -> None:
         """Nothing: the sizes are unknown to ``torch.compile``, which calls the eager operator."""
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         if is_compiling():
             return _eagerly(self, args, kwargs)  # type: ignore[no-any-return]
         return self._calls.call(*args, **kwargs)  # type: ignore[no-any-return]
@@ -76,9 +80,21 @@ class Sized(Op[P, R]):
         raise ArgumentError(f"{self.name}: the size of its result depends on the data, so it overwrites nothing")
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _eagerly(op: Sized[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run(op: Sized[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return op._calls.call(*args, **kwargs)
+
+
+@functools.cache
+def _uncompiled() -> Callable[..., Any]:
+    return torch.compiler.disable(_run)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _eagerly(op: Sized[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _uncompiled()(op, args, kwargs)
+
+
+# What torch.compiler.disable marks a function with. Using that here would import all of torch.compile, two seconds.
+_eagerly._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def sized(

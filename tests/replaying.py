@@ -184,8 +184,8 @@ def flat(result: Any) -> list[Tensor]:
 def looks(t: Tensor | None) -> Any:
     if t is None:
         return None
-    # The stride of a single element means nothing, and empty_like on meta tensors gives another one.
-    stride = tuple(s for n, s in zip(t.shape, t.stride()) if n != 1)
+    # The stride of no or a single element means nothing, and empty_like on meta tensors gives another one.
+    stride = tuple(s for n, s in zip(t.shape, t.stride()) if n != 1) if t.numel() else ()
     return tuple(t.shape), stride, t.dtype, t.device, t.requires_grad, t.is_leaf, type(t), t._is_view()
 
 

@@ -15,6 +15,7 @@ import io
 import os
 import re
 import signal
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 #: One row of each vendor gets more launches of an operator, other dtypes, and the tiles of transposed tensors.
 MAIN = ("sm_90", "gfx942")
 #: Row, dtype, layout, and how many launches of an operator are compiled (all, with GEMSKIT_COMPILE=full).
-COLUMNS = [(row, BF16, "contiguous", 5 if row.name in MAIN else 2) for row in ROWS]
+COLUMNS = [(row, BF16, "contiguous", 4 if row.name in MAIN else 2) for row in ROWS]
 COLUMNS += [(row, FP32, "transposed", 3) for row in ROWS if row.name in MAIN]
 COLUMNS += [(row, FP64, "contiguous", 2) for row in ROWS if row.name in MAIN]
 
@@ -219,8 +220,22 @@ def _call(op: Op[..., Any], sample: Sample) -> None:
         return  # the operator does not take this dtype; tests/test_ops.py decides whether it may refuse
 
 
-@pytest.mark.parametrize("column", COLUMNS, ids=lambda c: f"{c[0].name}-{str(c[1]).removeprefix('torch.')}")
-@pytest.mark.parametrize("name", list(REGISTRY))
+def _title(column: tuple[Arch, torch.dtype, str, int]) -> str:
+    return f"{column[0].name}-{str(column[1]).removeprefix('torch.')}"
+
+
+def _visited() -> list[Any]:
+    """Every operator for one row of each vendor in bfloat16; the other columns for one of three (elementwise: of six)."""
+    found = []
+    for name, op in REGISTRY.items():
+        for column in COLUMNS:
+            always = FULL or (column[0].name in MAIN and column[1] == BF16)
+            if always or zlib.crc32(f"{name} {_title(column)}".encode()) % (6 if op.family == "pointwise" else 3) == 0:
+                found.append(pytest.param(name, column, id=f"{name}-{_title(column)}"))
+    return found
+
+
+@pytest.mark.parametrize(("name", "column"), _visited())
 def test_compiles(name: str, column: tuple[Arch, torch.dtype, str, int]) -> None:
     row, dtype, layout, most = column
     if str(dtype).removeprefix("torch.") in row.unsupported_dtypes:

@@ -108,13 +108,13 @@ def test_extreme_parts(dtype: torch.dtype) -> None:
 
 def test_refusals_name_the_operator() -> None:
     z = draw(3)
-    with pytest.raises(NoKernel, match="maximum|silu: no kernel for input: complex64"):
+    with pytest.raises(NoKernel, match="silu: no kernel for input: complex64"):
         gemskit.silu(z)
     with pytest.raises(ArgumentError, match="add_: the target is a lazy"):
         gemskit.add_(z.conj(), 1)
     with pytest.raises(ArgumentError, match="add: out is a lazy"):
         gemskit.add(z, 1, out=torch.empty_like(z).conj())
-    with pytest.raises(NoKernel, match="add: no kernel writes a result of torch.float32 into complex64"):
+    with pytest.raises(NoKernel, match=r"add: no kernel writes a result of torch\.float32 into complex64"):
         gemskit.add(torch.ones(3), 1, out=torch.empty(3, dtype=torch.complex64))
-    with pytest.raises(NoKernel, match="add: no kernel for a result of torch.complex32"):
+    with pytest.raises(NoKernel, match=r"add: no kernel for a result of torch\.complex32"):
         gemskit.add(torch.ones(3, dtype=torch.float16), 1j)

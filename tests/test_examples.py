@@ -1,4 +1,4 @@
-"""The two examples and ``python -m gemskit demo`` do what their pages say, checked against code that is not ours."""
+"""The examples and ``python -m gemskit demo`` do what their pages say, checked against code that is not ours."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from gemskit.errors import MissingExtra
 ROOT = Path(__file__).parents[1]
 minilm = _demo.example("minilm")
 decoder = _demo.example("decoder")
+sampling = _demo.example("sampling")
 
 needs_weights = pytest.mark.skipif(
     any(importlib.util.find_spec(module) is None for module in (minilm.PACKAGE, "safetensors", "tokenizers")),
@@ -187,3 +188,40 @@ def test_decoder_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     output = capsys.readouterr().out
     assert re.search(r"^   2 +\d\.\d{5} +\d\.\d{5}", output, re.MULTILINE)
     assert "cached and uncached generation agree" in output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sampling_gives_the_probability_of_its_tokens(dtype: torch.dtype) -> None:
+    logits = (torch.randn(5, 2500, generator=torch.Generator().manual_seed(0)) * 4).to(dtype)
+    logits[1, 100:] = -torch.inf
+    wide = torch.zeros(5, 5000, dtype=dtype)[:, ::2].copy_(logits)
+    for given in (logits, logits.t().contiguous().t(), wide):
+        tokens, logprobs = sampling.sample(given, 0.7, torch.Generator().manual_seed(3))
+        assert tokens.dtype == torch.int64 and int(tokens[1]) < 100
+        want = (logits.double() / 0.7).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        torch.testing.assert_close(logprobs.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_sampling_draws_as_often_as_is_probable() -> None:
+    row = torch.tensor([2.0, 1.0, 0.0, -1.0, -torch.inf, 0.5])
+    n, temperature = 6000, 1.5
+    tokens, _ = sampling.sample(row.expand(n, -1), temperature, torch.Generator().manual_seed(1))
+    share = (row / temperature).softmax(0).double()
+    found = torch.bincount(tokens, minlength=6).double() / n
+    assert found[4] == 0 and (found - share).abs().le(5 * (share * (1 - share) / n).sqrt()).all()
+
+
+def test_sampling_repeats_by_seed() -> None:
+    logits = torch.randn(200, 1030, generator=torch.Generator().manual_seed(0))
+    first, again, other = (sampling.sample(logits, generator=torch.Generator().manual_seed(s))[0] for s in (4, 4, 5))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    torch.manual_seed(6)
+    first, after = sampling.sample(logits)[0], sampling.sample(logits)[0]
+    torch.manual_seed(6)
+    assert torch.equal(first, sampling.sample(logits)[0]) and not torch.equal(first, after)
+
+
+def test_sampling_example_of_the_docs() -> None:
+    text = (ROOT / "docs" / "examples.md").read_text()
+    (code,) = re.findall(r"```python\n(import torch\n.*?sampling.*?)```", text, re.DOTALL)
+    exec(code.replace("from gemskit._examples import sampling", ""), {"sampling": sampling})

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import zlib
+
 import pytest
+import torch
+from walks import FULL
 
 import gemskit  # noqa: F401
 from gemskit import _conformance
 from gemskit._interpret import interpret
 from gemskit._op import REGISTRY
 
-ALL = [pytest.param(case, id=case.name) for op in REGISTRY.values() if not op.random for case in _conformance.cases(op)]
+#: What every operator is checked for in every run. Of the other combinations of dtype and layout each run has the same draw, one
+#: of three (of the elementwise operators, which share a driver, one of six); GEMSKIT_TESTS=full has all, and so has
+#: ``python -m gemskit check`` on an accelerator.
+BASE = {
+    ("forward", torch.float32, "contiguous"),
+    ("forward", torch.int64, "contiguous"),
+    ("forward", torch.bfloat16, "mixed"),
+    ("special", torch.float32, "contiguous"),
+    ("gradient", torch.float32, "contiguous"),
+    ("out", torch.float32, "contiguous"),
+    ("inplace", torch.float32, "contiguous"),
+    ("errors", torch.float32, "contiguous"),
+}
+
+
+def runs(case: _conformance.Case) -> bool:
+    if FULL or (case.kind, case.dtype, case.layout) in BASE:
+        return True
+    return zlib.crc32(case.name.encode()) % (6 if REGISTRY[case.op].family == "pointwise" else 3) == 0
+
+
+CASES = [case for op in REGISTRY.values() if not op.random for case in _conformance.cases(op) if runs(case)]
+ALL = [pytest.param(case, id=case.name) for case in CASES]
 
 
 @pytest.mark.parametrize("case", ALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -14,10 +15,11 @@ import gemskit
 ROOT = Path(__file__).parents[1]
 
 
-def _python(code: str, *options: str) -> str:
+def _python(code: str, *options: str, **environment: str) -> str:
     result = subprocess.run(
-        [sys.executable, *options, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+        [sys.executable, *options, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env=os.environ | environment,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout.strip()
 
@@ -29,13 +31,14 @@ def test_versions_agree() -> None:
     assert f"[{found[1]}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_import_is_cheap() -> None:
+def test_import_is_cheap(tmp_path: Path) -> None:
     code = (
         "import time, torch, triton, triton.language, triton.language.extra.libdevice\n"
         "start = time.process_time(); import gemskit; print(time.process_time() - start)"
     )
-    # The best of three: other processes disturb even CPU time.
-    seconds = min(float(_python(code)) for _ in range(3))
+    # The best of four, the first of which compiles to bytecode: other processes disturb even CPU time.
+    bytecode = dict(PYTHONDONTWRITEBYTECODE="", PYTHONPYCACHEPREFIX=str(tmp_path))
+    seconds = min(float(_python(code, **bytecode)) for _ in range(4))
     # 0.3 s is the bar on a server (0.2 s on the H200's host, triton included); a busy test machine takes half as much again.
     assert seconds < 0.45, f"importing gemskit takes {seconds:.2f} s beyond torch and triton"
 

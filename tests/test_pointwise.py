@@ -337,13 +337,12 @@ def test_a_users_operator_has_gradients() -> None:
 # -- the example of the documentation --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def example(tmp_path: Path) -> ModuleType:
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     text = (Path(__file__).parents[1] / "docs" / "declaring.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    path = tmp_path / "softsign_example.py"
-    path.write_text(code)
-    spec = importlib.util.spec_from_file_location("softsign_example", path)
+    path = tmp_path_factory.mktemp("docs") / "declaring_example.py"
+    path.write_text("\n\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)))
+    spec = importlib.util.spec_from_file_location("declaring_example", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -363,3 +362,20 @@ def test_the_example_of_the_docs(example: ModuleType) -> None:
     assert example.softsign_(y, 2.0) is y
     torch.testing.assert_close(y, want)
     torch.testing.assert_close(example.softsign(x.bfloat16()), F.softsign(x.bfloat16()))
+
+
+def test_the_other_examples_of_the_docs(example: ModuleType) -> None:
+    x, y = torch.randn(2, 6, 9).unbind()
+    for name in ("polar", "wide_mul", "log_cosh"):
+        op, found = getattr(example, name), []
+        for fn, dtype in ((op, torch.float32), (op.meaning, torch.float64)):
+            leaves = [t.to(dtype).requires_grad_() for t in (x, y[0])]
+            result = fn(*leaves)
+            outs = result if isinstance(result, tuple) else (result,)
+            weights = [torch.full_like(o, 0.5 + i) for i, o in enumerate(outs)]
+            found.append([*outs, *torch.autograd.grad(outs, leaves, weights)])
+        for got, want in zip(*found, strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    a, b = x.bfloat16(), y.bfloat16()
+    assert torch.equal(example.wide_mul(a, b), a.float() * b.float())
+    assert torch.equal(example.within(x, y, 1), (x >= y) & (x < 1))

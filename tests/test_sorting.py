@@ -72,12 +72,32 @@ def test_topk_of_pieces(k: int, largest: bool, order: str, monkeypatch: pytest.M
         assert isinstance(found, torch.return_types.topk)
 
 
+@pytest.mark.parametrize("order", ["random", "ascending", "descending", "equal"])
+@pytest.mark.parametrize(("k", "largest"), [(40, True), (64, False)])
+def test_topk_by_a_search_of_pieces(k: int, largest: bool, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several pieces and two joins, the last piece with fewer than k elements."""
+    for name, value in {"FEW": 1, "SEARCH": 512, "JOIN": 256}.items():
+        monkeypatch.setattr(_select, name, value)
+    for dtype in (torch.float32, torch.bfloat16, torch.uint8, torch.bool):
+        x = _values((5130, 2), dtype)
+        if order == "equal":
+            x = torch.zeros_like(x)
+        elif order != "random":
+            x = x.sort(0, descending=order == "descending").values
+        values, indices = torch.sort(x, dim=0, stable=True, descending=largest)
+        with gemskit.interpret():
+            found = gemskit.topk(x, k, 0, largest)
+        _same(found, values[:k], indices[:k])
+
+
 def test_topk_of_many_and_of_all() -> None:
-    x = _values((2, 2100), torch.float32)
-    values, indices = torch.sort(x, stable=True, descending=True)
-    with gemskit.interpret():
-        for k in (0, 1025, 2100):
-            _same(gemskit.topk(x, k), values[:, :k], indices[:, :k])
+    for n, ks in ((2100, (0, 300, 1025, 2100)), (9000, (1000, 4096, 4097))):
+        for dtype in (torch.float32, torch.float16):
+            x = _values((2, n), dtype)
+            values, indices = torch.sort(x, stable=True, descending=True)
+            with gemskit.interpret():
+                for k in ks:
+                    _same(gemskit.topk(x, k), values[:, :k], indices[:, :k])
 
 
 def test_out_along_another_dimension() -> None:

@@ -171,7 +171,8 @@ def test_workers_fill_the_cache(device: Device, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **what: hits.append(what["cache_hit"]))
     report = warmup(calls, jobs=2)
     assert not report.not_warmed and report.jobs == 2
-    assert report.kernels == report.compiled == len(hits) == len(device.loaded) >= 5
+    # Those of the calls and the gradient of neg: the gradient of a dropout is its kernel again.
+    assert report.kernels == report.compiled == len(hits) == len(device.loaded) == 4
     assert all(hits), "the parent compiled what the workers had compiled: their keys differ"
     again = warmup([*calls, (lambda x: gemskit.neg_(x), (x,))], jobs=2)
     assert (again.kernels, again.compiled) == (report.kernels, 0) and len(device.loaded) == report.kernels

@@ -20,7 +20,12 @@ VENDOR = Vendor(
     identify="capability",
     archs=(
         # 128 lanes a warp: 8 warps are the 1,024 threads that a program may have.
-        Arch("mp_22", ("musa", 22, 128), launch={"rowwise": {"warps": 8}}, unsupported_dtypes=NO_FLOAT64),
+        Arch(
+            "mp_22",
+            ("musa", 22, 128),
+            launch={"rowwise": {"warps": 8}, "reduction_along": {"warps": 8}},
+            unsupported_dtypes=NO_FLOAT64,
+        ),
         Arch("mp_31", ("musa", 31, 32), unsupported_dtypes=NO_FLOAT64),
     ),
     overrides=OVERRIDES,

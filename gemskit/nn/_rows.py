@@ -246,7 +246,9 @@ class Rows(Planned):
             LOOP=loop,
             ONCE=3 not in outs_along and by_element.isdisjoint(parameters(self.formula)),
             SPLIT=split,
-            GROUP=tuple(VECTOR if s.step is not None and not across and bn >= 32 * VECTOR else 1 for s in self.statistics[path]),
+            GROUP=tuple(
+                VECTOR if s.step is not None and not across and bn >= 32 * VECTOR else 1 for s in self.statistics[path]
+            ),
             BM=bm,
             BN=bn,
             WIDE=_layout.is_wide(shape, full),

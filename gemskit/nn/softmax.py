@@ -84,9 +84,9 @@ def _statistics(op: Rowwise[..., Any]) -> None:
     op.statistic("peak", combine=language.maximum, identity="lowest", only="tile")(element)
     op.statistic("total", combine=language.add, only="tile")(shifted)
     # A second exponential per element is cheaper than a second pass over memory.
-    op.statistic("peak", "total", combine=language.online_softmax, identity=("lowest", 0), only="loop", step=online_step)(
-        online
-    )
+    op.statistic(
+        "peak", "total", combine=language.online_softmax, identity=("lowest", 0), only="loop", step=online_step
+    )(online)
 
 
 _statistics(softmax)

@@ -235,6 +235,15 @@ def _views(t: Tensor) -> tuple[Tensor, ...]:
     return pairs.select(-1, 0), pairs.select(-1, 1)
 
 
+@jit
+def _same(input):
+    return input
+
+
+#: What a gradient formula may name besides parameters.
+GRADIENT = ("grad", "grad1", "grad2", "out", "out1", "out2")
+
+
 class Pointwise(Op[P, R]):
     """An operator applied to each element, its operands broadcast and promoted as torch does."""
 
@@ -269,7 +278,8 @@ class Pointwise(Op[P, R]):
     def gradient(self, fn: Any) -> Any:
         """Attach the gradient formula, of ``grad`` and any parameters or ``out``.
 
-        It returns one value for each differentiable tensor parameter, in order (those not in ``keep``).
+        Of further results there are ``grad1``, ``grad2`` and ``out1``, ``out2``. It returns one value for each differentiable
+        tensor parameter, in order (those not in ``keep``).
         """
         # Reductions use Elementwise for their gradients: at the head of this file the two would import each other.
         from gemskit.reduce._fold import Fold
@@ -277,16 +287,16 @@ class Pointwise(Op[P, R]):
         of = tuple(n for n in self.tensors if n not in self.keep)
         kernel = Elementwise(f"{self.name}_grad", fn, keep=self.keep, results=len(of))
         folds = {n: Fold.of_formula(f"{self.name}_grad_{n}", fn, len(of), k, keep=self.keep) for k, n in enumerate(of)}
-        names = [n for n in parameters(fn) if n in self.params or n in ("grad", "out")]
+        names = [n for n in parameters(fn) if n in self.params or n in GRADIENT]
 
         def vjp(needs: set[str], like: Mapping[str, Any], **named: Any) -> dict[str, Tensor]:
-            compute = compute_type(common_dtype([named["grad"]]))
             named = self._counted(named)
-            shape = named["grad"].shape
+            grads = [g for n in GRADIENT[:3] if (g := named.get(n)) is not None]
+            grad, compute, shape = grads[0], compute_type(common_dtype(grads)), grads[0].shape
             whole = [n for n in of if n in needs and like[n][0] == shape]
             found: dict[str, Tensor] = {}
             if whole:
-                outs = [torch.empty_like(named["grad"], dtype=like[n][1]) for n in whole]
+                outs = [torch.empty_like(grad, dtype=like[n][1]) for n in whole]
                 kernel(named, outs, compute, tuple(of.index(n) for n in whole))
                 found.update(zip(whole, outs))
             for n in of:
@@ -295,6 +305,30 @@ class Pointwise(Op[P, R]):
             return found
 
         self.set_gradient(vjp, ("needs", "like", *names), of)
+        return fn
+
+    def gradient_by(self, fn: Callable[..., Mapping[str, Tensor | None]]) -> Callable[..., Mapping[str, Tensor | None]]:
+        """Attach a gradient written with other operators (see :meth:`Op.gradient_by`).
+
+        It may return gradients of the result's shape and of any float dtype: what was broadcast gets their sum.
+        """
+        from gemskit.reduce._fold import Fold
+
+        names, kernel = parameters(fn), Elementwise(f"{self.name}_grad_cast", _same)
+        fold = Fold.of_formula(f"{self.name}_grad_sum", _same, 1, 0, keep=())
+
+        def vjp(like: Mapping[str, Any], **named: Any) -> dict[str, Tensor | None]:
+            found = dict(fn(**{n: like if n == "like" else named[n] for n in names}))
+            for n, g in found.items():
+                if g is not None and g.shape != like[n][0]:
+                    found[n] = fold.to_shape({"input": g}, g.shape, like[n], compute_type(g.dtype))
+                elif g is not None and g.dtype != like[n][1]:
+                    found[n] = cast = torch.empty_like(g, dtype=like[n][1])
+                    kernel({"input": g}, [cast], compute_type(g.dtype))
+            return found
+
+        of = tuple(n for n in self.tensors if n not in self.keep)
+        self.set_gradient(vjp, tuple(dict.fromkeys(("like", *names))), of)
         return fn
 
     def complex_formula(self, fn: Any) -> Any:
@@ -388,7 +422,8 @@ class Pointwise(Op[P, R]):
             if len(self._probed) >= PLANS:
                 self._probed.clear()
             result = self._probed[kind] = self._probe(named)
-        dtype = result if result.is_floating_point else common
+        # A meaning may also give a wider or a narrower float than its operands promote to: that is rounded to at the end.
+        dtype = torch.promote_types(result, common) if result.is_floating_point else common
         if self.complex and (result.is_complex or common.is_complex):
             return self._plan_complex(named, outs, result, compute_type(result if result.is_complex else common))
         assert self._formula is not None
@@ -409,8 +444,12 @@ class Pointwise(Op[P, R]):
                 for n, v in named.items()
             }
         found: Any = self._meaning(tuple(named.values()))
-        first: Tensor = found[0] if isinstance(found, tuple) else found
-        return first.dtype
+        dtypes: list[torch.dtype] = [t.dtype for t in (found if isinstance(found, tuple) else (found,))]
+        real = [d for d in dtypes if d.is_floating_point or d.is_complex]
+        result = (real or dtypes)[0]
+        for d in real[1:]:
+            result = torch.promote_types(result, d)
+        return result
 
 
 def pointwise(

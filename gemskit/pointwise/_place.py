@@ -63,7 +63,10 @@ def narrow(t: Tensor, dim: int, start: int, length: int) -> Tensor:
 
 @jit
 def search(table, i, size, live):
-    """The number of entries of ``table`` (ascending) that are at most ``i``: at most ``size - 1``."""
+    """The number of entries of ``table`` (ascending, two or more) that are at most ``i``: at most ``size - 1``.
+
+    With one entry Triton 3.6 fails on a loop whose condition is a constant.
+    """
     low, high = i * 0, i * 0 + size - 1
     # 2**k entries are told apart in k steps.
     reach = 1

@@ -1,4 +1,4 @@
-"""Gradients of activations as operators, with the names and arguments of ``torch.ops.aten``. They have no gradient themselves."""
+"""Gradients of activations: operators with the names and arguments of ``torch.ops.aten``. They have no gradient themselves."""
 
 from __future__ import annotations
 

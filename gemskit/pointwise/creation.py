@@ -14,6 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 from torch.compiler import is_compiling
+from triton.language.extra import libdevice
 
 from gemskit import _launch, language
 from gemskit._dtypes import Number
@@ -351,7 +352,12 @@ def _linear(start, end, steps, whole, index):
 
 @jit
 def _powers(start, end, steps, base, whole, index):
-    return language.pow(base + 0 * index.to(steps.dtype), _spaced(start, end, steps, whole, index))
+    value = language.pow(base + 0 * index.to(steps.dtype), _spaced(start, end, steps, whole, index))
+    if whole:
+        # A power that is off by units below an integer must not be cut to the one before.
+        near = libdevice.nearbyint(value)
+        value = tl.where(tl.abs(value - near) <= 1e-15 * value, near, value)
+    return value
 
 
 _linspaced, _logspaced = Elementwise("linspace", _linear), Elementwise("logspace", _powers)

@@ -138,7 +138,8 @@ def _windows(t: Tensor, image: Sequence[int], kernel: _Ints, dilation: _Ints, pa
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, d, p, s in zip(image, kernels, _pair(dilation), _pair(padding), _pair(stride))
     ]
-    return t.unflatten(-1, counts).unflatten(-3, (t.shape[-2] // (kernels[0] * kernels[1]), *kernels))
+    windows: Tensor = t.unflatten(-1, counts).unflatten(-3, (t.shape[-2] // (kernels[0] * kernels[1]), *kernels))
+    return windows
 
 
 def _copied_out(

@@ -209,7 +209,10 @@ def repeat_interleave_rows(input: Tensor, ends: Tensor, dim: int, output_size: i
 
 @repeat_interleave_rows.kernel
 def _(outs: tuple[Tensor, ...], keep: Any, input: Tensor, ends: Tensor, dim: int, output_size: int) -> None:
-    place(outs[0], input, _along(dim, input.ndim, Axis("ends")), table=_dense(ends))
+    if ends.shape[0] == 1:
+        copy(input.expand(outs[0].shape), outs[0])
+    else:
+        place(outs[0], input, _along(dim, input.ndim, Axis("ends")), table=_dense(ends))
 
 
 def _dense(ends: Tensor) -> Tensor:
@@ -260,12 +263,15 @@ repeat_interleave_rows.set_gradient(_repeated_gradient, ("grad", "ends", "dim", 
 
 
 @jit(repr=lambda _: "repeat_index")
-def _index(out, ends, size, width, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+def _index(out, ends, size, width, MANY: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     i = tl.program_id(0)
     if WIDE:
         i = i.to(tl.int64)
     p = i * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + p, search(ends, p, size, p < width).to(out.dtype.element_ty), p < width)
+    if MANY:
+        tl.store(out + p, search(ends, p, size, p < width).to(out.dtype.element_ty), p < width)
+    else:
+        tl.store(out + p, tl.zeros((BLOCK,), out.dtype.element_ty), p < width)
 
 
 @operator()
@@ -281,7 +287,9 @@ def repeat_interleave_index(repeats: Tensor, ends: Tensor, output_size: int) -> 
 def _(outs: tuple[Tensor, ...], keep: Any, repeats: Tensor, ends: Tensor, output_size: int) -> None:
     config = backends.arch().config("pointwise")
     block = min(config["block"], _layout.next_power_of_2(output_size))
-    meta = dict(BLOCK=block, WIDE=_layout.is_wide((output_size,), []), num_warps=config["warps"])
+    meta = dict(
+        MANY=ends.shape[0] > 1, BLOCK=block, WIDE=_layout.is_wide((output_size,), []), num_warps=config["warps"]
+    )
     if output_size:
         launch(_index, (_layout.cdiv(output_size, block),), (outs[0], _dense(ends), ends.shape[0], output_size), meta)
 

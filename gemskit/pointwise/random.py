@@ -21,7 +21,7 @@ from gemskit._op import P, R
 from gemskit.errors import ArgumentError, DtypeError
 from gemskit.pointwise._draw import Drawn
 from gemskit.pointwise._drive import pointwise
-from gemskit.pointwise.creation import _DIGITS, _finished, _made, _shape
+from gemskit.pointwise.creation import _DIGITS, Device, Size, _finished, _made, _shape
 
 
 def _drawn(*, source: str, ints: bool = False, floats: Sequence[str] = ()) -> Callable[[Callable[P, R]], Drawn[P, R]]:
@@ -140,8 +140,8 @@ def uniform_(input: Tensor, from_: float = 0.0, to: float = 1.0, *, generator: t
 
 
 def rand(
-    *size: int | Sequence[int], generator: torch.Generator | None = None, out: Tensor | None = None,
-    dtype: torch.dtype | None = None, device: torch.device | str | None = None, requires_grad: bool = False,
+    *size: Size, generator: torch.Generator | None = None, out: Tensor | None = None,
+    dtype: torch.dtype | None = None, device: Device = None, requires_grad: bool = False,
 ) -> Tensor:  # fmt: skip
     """Uniform values in [0, 1). Source: ``torch.rand``."""
     made = _made("rand", _shape(size), out, dtype, device)
@@ -150,7 +150,7 @@ def rand(
 
 def rand_like(
     input: Tensor, *, generator: torch.Generator | None = None, dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None, requires_grad: bool = False,
+    device: Device = None, requires_grad: bool = False,
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> Tensor:  # fmt: skip
     """Uniform values in [0, 1), as many as ``input`` has. Source: ``torch.rand_like``."""
@@ -193,7 +193,7 @@ def _spread(name: str, std: Tensor | float) -> None:
 def normal(
     mean: Tensor | float, std: Tensor | float = 1.0, size: Sequence[int] | None = None, *,
     generator: torch.Generator | None = None, out: Tensor | None = None, dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None, requires_grad: bool = False,
+    device: Device = None, requires_grad: bool = False,
 ) -> Tensor:  # fmt: skip
     """Normal values: of the shape that the tensors ``mean`` and ``std`` broadcast to, or of ``size`` where both are numbers.
 
@@ -215,8 +215,8 @@ def normal(
 
 
 def randn(
-    *size: int | Sequence[int], generator: torch.Generator | None = None, out: Tensor | None = None,
-    dtype: torch.dtype | None = None, device: torch.device | str | None = None, requires_grad: bool = False,
+    *size: Size, generator: torch.Generator | None = None, out: Tensor | None = None,
+    dtype: torch.dtype | None = None, device: Device = None, requires_grad: bool = False,
 ) -> Tensor:  # fmt: skip
     """Standard normal values. Source: ``torch.randn``."""
     made = _made("randn", _shape(size), out, dtype, device)
@@ -225,7 +225,7 @@ def randn(
 
 def randn_like(
     input: Tensor, *, generator: torch.Generator | None = None, dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None, requires_grad: bool = False,
+    device: Device = None, requires_grad: bool = False,
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> Tensor:  # fmt: skip
     """Standard normal values, as many as ``input`` has. Source: ``torch.randn_like``."""
@@ -367,7 +367,7 @@ def random_(input: Tensor, *bounds: int | None, generator: torch.Generator | Non
 def randint(
     low: int, high: int | Sequence[int] | None = None, size: Sequence[int] | None = None, *,
     generator: torch.Generator | None = None, out: Tensor | None = None, dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None, requires_grad: bool = False,
+    device: Device = None, requires_grad: bool = False,
 ) -> Tensor:  # fmt: skip
     """Integers in [low, high), int64 unless ``dtype`` says otherwise; ``randint(high, size)`` starts at 0.
 

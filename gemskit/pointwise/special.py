@@ -104,7 +104,8 @@ def _digamma(x):
     apart = x - (libdevice.trunc(x) if x.dtype == tl.float64 else libdevice.nearbyint(x))
     turned = language.div(tl.full(y.shape, 3.141592653589793, y.dtype), libdevice.tan(3.141592653589793 * apart))
     value = tl.where(x < 0, tl.where(apart == 0, float("nan"), value - turned), value)
-    return tl.where(x == 0, libdevice.copysign(tl.full(x.shape, float("inf"), x.dtype), -x), value)
+    # Not copysign(inf, -x): -0.0 of an int that became 0.0 may be folded to 0.0.
+    return tl.where(x == 0, -libdevice.copysign(tl.full(x.shape, float("inf"), x.dtype), x), value)
 
 
 @jit

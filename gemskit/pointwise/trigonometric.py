@@ -89,7 +89,8 @@ def _(input):
 @asin.gradient
 @jit
 def _(grad, input):
-    return grad * _fast.rsqrt(1 - input * input)
+    # A product of exact differences: 1 - x * x loses all digits near 1.
+    return grad * _fast.rsqrt((1 - input) * (1 + input))
 
 
 asin_ = asin.inplace
@@ -110,7 +111,7 @@ def _(input):
 @acos.gradient
 @jit
 def _(grad, input):
-    return -grad * _fast.rsqrt(1 - input * input)
+    return -grad * _fast.rsqrt((1 - input) * (1 + input))
 
 
 acos_ = acos.inplace
@@ -226,7 +227,7 @@ def _(input):
 @acosh.gradient
 @jit
 def _(grad, input):
-    return grad * _fast.rsqrt(input * input - 1)
+    return grad * _fast.rsqrt((input - 1) * (input + 1))
 
 
 acosh_ = acosh.inplace
@@ -239,7 +240,7 @@ def _atanh(input):
 
 @jit
 def _atanh_grad(grad, input, precise):
-    return _fast.div(grad, 1 - input * input, precise)
+    return _fast.div(grad, (1 - input) * (1 + input), precise)
 
 
 @pointwise(aten="atanh")

@@ -102,7 +102,7 @@ def _space(shape: Sequence[int], ins: Sequence[Tensor]) -> tuple[_layout.Strides
 
 def _pieces(shape: Sequence[int], ins: Sequence[Tensor]) -> tuple[int, int, int, dict[str, Any]]:
     n = math.prod(shape)
-    config = backends.arch().config("scan")
+    config = backends.arch().config("scan_along")
     tile = config["tile"]
     if n >= PIECES * 4 * tile:
         tile *= 2

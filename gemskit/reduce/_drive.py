@@ -87,7 +87,7 @@ class Reduction(Op[P, R]):
             fold = Fold(
                 self.name, map=map, combine=fn, identity=identities, finish=finish, results=results, step=step, join=join,
                 anchored=anchored,
-                state=state or ("accumulate",) * len(identities), ordered="index" in (state or ()),
+                state=state or ("accumulate",) * len(identities),
             )  # fmt: skip
             self._folds.append((when, fold))
             return fn
@@ -147,15 +147,17 @@ class Scanning(Op[P, R]):
         self._scan: Scan | None = None
 
     def combine(
-        self, *, identity: float | str | Sequence[float | str], map: Any = element, state: Sequence[str] | None = None
-    ) -> Callable[[Any], Any]:
+        self, *, identity: float | str | Sequence[float | str], map: Any = element, finish: Any = None,
+        state: Sequence[str] | None = None, commutes: bool = True,
+    ) -> Callable[[Any], Any]:  # fmt: skip
         """Attach the associative step, a jit function of two states (see :class:`gemskit.reduce._scan.Scan`)."""
         identities = identity if isinstance(identity, tuple) else (identity,)
 
         def attach(fn: Any) -> Any:
             self._scan = Scan(
-                self.name, map=map, combine=fn, identity=identities, state=state or ("accumulate",) * len(identities)
-            )
+                self.name, map=map, combine=fn, identity=identities, finish=finish,
+                state=state or ("accumulate",) * len(identities), commutes=commutes,
+            )  # fmt: skip
             return fn
 
         return attach

@@ -57,15 +57,15 @@ def _fold(
     if ANCHORED or ONE:
         live = (row < rows) & (first + lane < stop)
         values = _read(
-            ins, row, first + lane, live, row_sizes, col_sizes, in_row_strides, in_col_strides, CAST, COMPUTE, KEEP, EVEN
-        )
+            ins, row, first + lane, live, row_sizes, col_sizes, in_row_strides, in_col_strides, CAST, COMPUTE, KEEP, EVEN,
+        )  # fmt: skip
         state = _where(live, _typed(MAP(values, s0, s1, s2, s3, first + lane, first), STATE, BM, BN), none, EVEN)
     if not ONE:
         for start in tl.range(first, stop, BN, loop_unroll_factor=UNROLL):
             live = (row < rows) & (start + lane < stop)
             values = _read(
-                ins, row, start + lane, live, row_sizes, col_sizes, in_row_strides, in_col_strides, CAST, COMPUTE, KEEP, EVEN
-            )
+                ins, row, start + lane, live, row_sizes, col_sizes, in_row_strides, in_col_strides, CAST, COMPUTE, KEEP, EVEN,
+            )  # fmt: skip
             fresh = _typed(MAP(values, s0, s1, s2, s3, start + lane, start), STATE, BM, BN)
             if ANCHORED:
                 state = _where(live, MERGE(state, fresh), state, EVEN)
@@ -134,16 +134,17 @@ class Fold(Planned):
         finish: jit function of ``state0, state1 ..``, scalars and ``count``; the states themselves if None.
         state: the type of each state: ``"accumulate"`` (float32 for halves, int64 for ints), ``"compute"`` or
             ``"index"`` (int32, or int64 where positions need it).
-        ordered: ``col`` counts the reduced dimensions in their logical order, for states that hold positions.
     """
 
     def __init__(
         self, name: str, *, map: Any, combine: Any, identity: Sequence[float | str | None], finish: Any = None,
         state: Sequence[str] = ("accumulate",), results: int | None = None, keep: Sequence[str] = (),
-        wrap: str | None = None, ordered: bool = False, step: Any = None, join: Any = None, anchored: bool = False,
+        wrap: str | None = None, step: Any = None, join: Any = None, anchored: bool = False,
     ) -> None:  # fmt: skip
         self.name, self.map, self.combine, self.finish = name, map, combine, finish
-        self.identity, self.state, self.keep, self.ordered = tuple(identity), tuple(state), frozenset(keep), ordered
+        self.identity, self.state, self.keep = tuple(identity), tuple(state), frozenset(keep)
+        # Positions count the reduced dimensions in their logical order.
+        self.ordered = not {"col", "start"}.isdisjoint(parameters(map))
         self.results = len(self.identity) if results is None else results
         self.names = (*parameters(map), *(parameters(finish) if finish else ()))
         self.step, self.join, self.anchored = step, join, anchored
@@ -271,7 +272,9 @@ class Fold(Planned):
         reads = {n: f"values[{k}]" for k, n in enumerate(operands)}
         # A sum of many wants what it adds as it is, not rounded to a half.
         values = {**{n: named.get(n) for n in self.names}, "precise": True}
-        runtime, expressions = arguments(self.names, values, {**reads, "col": "col", "start": "start", "count": "count"}, compute)
+        runtime, expressions = arguments(
+            self.names, values, {**reads, "col": "col", "start": "start", "count": "count"}, compute
+        )
         key = (tuple(operands), tuple(expressions.items()), compute, step)
         if key not in self._bound:
             n = len(self.identity)

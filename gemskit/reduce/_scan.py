@@ -170,9 +170,10 @@ class Scan(Planned):
         row_sizes, row = _layout.collapse([shape[d] for d in kept], [tuple(s[d] for d in kept) for s in both])
         col = tuple(s[dim] for s in both)
         rows, cols, n = math.prod(row_sizes), shape[dim], len(outs)
-        config = backends.arch().config("scan")
+        across = bool(ins) and row[n][-1] == 1 and col[n] != 1 and rows > 1
+        config = backends.arch().config("scan_across" if across else "scan_along")
         tile = config["tile"]
-        if ins and row[n][-1] == 1 and col[n] != 1 and rows > 1:
+        if across:
             bm = min(config["rows"], _layout.next_power_of_2(rows))
             bn = min(2 * tile // bm, _layout.next_power_of_2(cols))
         else:

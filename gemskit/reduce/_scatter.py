@@ -27,9 +27,6 @@ from gemskit.pointwise._indexing import ZEROS, Spots, at_least_1d, copy, locate,
 #: Where the writes go in a tensor of the target's shape: asked for the target and for scratch memory.
 Where = Callable[[Tensor], Spots]
 
-#: Addends of finite size take 62 bits less those that their number needs (in steps of 8, so that few kernels are compiled).
-POINT = 62
-
 
 @jit
 def _power(peak, BITS):

@@ -17,8 +17,6 @@ from gemskit.pointwise._indexing import ZEROS, along, at_least_1d, corner, read,
 from gemskit.reduce import _scatter
 from gemskit.reduce._scatter import Where, _rank
 
-WAYS = ("sum", "prod", "mean", "amax", "amin")
-
 
 @jit
 def _ranked(input, least):

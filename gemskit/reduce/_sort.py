@@ -93,43 +93,70 @@ def _bit(rank: tl.constexpr, j: tl.constexpr):
 
 
 @jit
-def _step(h, rank: tl.constexpr, j: tl.constexpr):
+def _step(h, rank: tl.constexpr, j: tl.constexpr, OWN: tl.constexpr):
     """Order each pair of words whose positions differ in bit ``j``."""
-    other = h ^ tl.xor_sum(h, rank - 1 - j, True)
-    return tl.where((h > other) ^ (_bit(rank, j) == 1), other, h)
+    if j < OWN:
+        # Within a thread, where most steps are: a minimum and a maximum for each pair, nothing else is left of this.
+        low = tl.min(h, rank - 1 - j, keep_dims=True)
+        high = tl.max(h, rank - 1 - j, keep_dims=True)
+        return tl.where(_bit(rank, j) == 1, high, low)
+    else:
+        # One shuffle a word, which costs as much as four other instructions.
+        other = h ^ tl.xor_sum(h, rank - 1 - j, True)
+        return tl.where((h > other) ^ (_bit(rank, j) == 1), other, h)
 
 
 @jit
-def _merge(h, rank: tl.constexpr, stage: tl.constexpr, turn: tl.constexpr):
+def _merge(h, rank: tl.constexpr, stage: tl.constexpr, turn: tl.constexpr, OWN: tl.constexpr):
     """Sort bitonic runs of 2**stage; with ``turn`` every second one in descending order."""
     # Flipping all bits turns the order around: so every step is a plain minimum or maximum.
     if turn:
         h = h ^ (-_bit(rank, stage)).to(h.dtype)
     for i in tl.static_range(stage):
-        h = _step(h, rank, stage - 1 - i)
+        h = _step(h, rank, stage - 1 - i, OWN)
     if turn:
         h = h ^ (-_bit(rank, stage)).to(h.dtype)
     return h
 
 
 @jit
-def smallest(x, LOG: tl.constexpr, KEEP: tl.constexpr, RANK: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr):
+def smallest(
+    x, LOG: tl.constexpr, KEEP: tl.constexpr, RANK: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, OWN: tl.constexpr
+):
     """The 2**KEEP smallest words, in order, of each 2**LOG along the last dimension of a block of 2**RANK.
 
-    One row (LOG = RANK) is first read in another order, in which the words of a thread are neighbours: then most steps stay
-    within threads. Where LANES threads loaded V neighbours each, in turns, no word moves for that. Words must be different.
+    One row (LOG = RANK) is first read in another order, in which the 2**OWN words of a thread are neighbours: then most steps
+    stay within threads. Where LANES threads loaded V neighbours each, in turns, no word moves for that. Words must be different.
     """
     h = x
     if V:
         h = tl.permute(tl.reshape(h, (2**RANK // (LANES * V), LANES, V)), (1, 0, 2))
     h = tl.reshape(h, [2] * RANK)
     for s in tl.static_range(1, KEEP + 1):
-        h = _merge(h, RANK, s, s < LOG)
+        h = _merge(h, RANK, s, s < LOG, OWN)
     for s in tl.static_range(KEEP + 1, LOG + 1):
         # Of two runs, one in descending order, the smaller halves: those form a bitonic run.
         h = tl.min(h, RANK - s)
-        h = _merge(h, RANK - s + KEEP, KEEP, s < LOG)
+        h = _merge(h, RANK - s + KEEP, KEEP, s < LOG, 0 if V == 0 else OWN)
     return tl.reshape(h, x.shape[:-1] + [2**KEEP])
+
+
+@jit
+def in_order(x, RANK: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, OWN: tl.constexpr):
+    """All 2**RANK words in order, as by :func:`smallest`: its stages are one loop, which compiles in a fraction of the time."""
+    h = x
+    if V:
+        h = tl.permute(tl.reshape(h, (2**RANK // (LANES * V), LANES, V)), (1, 0, 2))
+    h = tl.reshape(h, [2] * RANK)
+    pos = tl.reshape(tl.arange(0, 2**RANK), [2] * RANK)
+    for stage in range(1, RANK + 1):
+        turn = (-((pos >> stage) & 1)).to(h.dtype)
+        h = h ^ turn
+        for i in tl.static_range(RANK):
+            if stage > RANK - 1 - i:
+                h = _step(h, RANK, RANK - 1 - i, OWN)
+        h = h ^ turn
+    return tl.reshape(h, x.shape)
 
 
 # ---- rows that fit into a program ----------------------------------------------------------------------------------
@@ -139,7 +166,8 @@ def smallest(x, LOG: tl.constexpr, KEEP: tl.constexpr, RANK: tl.constexpr, V: tl
 def sort_rows(
     values, indices, x, row_sizes, x_rows, v_rows, i_rows, x_col, v_col, i_col, rows, cols, keep,
     DESCENDING: tl.constexpr, NARROW: tl.constexpr, TWICE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    LOG: tl.constexpr, RANK: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr,
+    LOG: tl.constexpr, RANK: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, OWN: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Sort BM rows; the first ``keep`` of each are stored. NARROW: keys of at most 16 bits, so that words have 32."""
     i = tl.program_id(0)
@@ -159,19 +187,19 @@ def sort_rows(
         # By the lower half of the key, then by the upper one: words of the size of the key.
         half: tl.constexpr = bits // 2
         mask: tl.constexpr = 2**half - 1
-        low = smallest((((key & mask) - (mask // 2 + 1)) << half) | pos, LOG, LOG, RANK, V, LANES)
+        low = smallest((((key & mask) - (mask // 2 + 1)) << half) | pos, LOG, LOG, RANK, V, LANES, OWN)
         found = (low & mask).to(i.dtype)
         live = (row < rows) & (found < cols)
         key = tl.where(live, key_of(tl.load(x + from_row + found * x_col, live), DESCENDING), most)
-        high = smallest(((key >> half) << half) | pos, LOG, LOG, RANK, V, LANES)
+        high = smallest(((key >> half) << half) | pos, LOG, LOG, RANK, V, LANES, OWN)
         low = tl.gather(low, (high & mask).to(tl.int32), 1)
         key = (high - (high & mask)) + ((low >> half) + (mask // 2 + 1))
         found = low & mask
     elif NARROW:
-        word = smallest((key << 16) | pos, LOG, LOG, RANK, V, LANES)
+        word = smallest((key << 16) | pos, LOG, LOG, RANK, V, LANES, OWN)
         key, found = word >> 16, word & 0xFFFF
     else:
-        word = smallest((key.to(tl.int64) << 32) | pos, LOG, LOG, RANK, V, LANES)
+        word = smallest((key.to(tl.int64) << 32) | pos, LOG, LOG, RANK, V, LANES, OWN)
         key, found = (word >> 32).to(tl.int32), word.to(tl.int32)
     live = (row < rows) & (col < keep)
     found = found.to(i.dtype)
@@ -258,7 +286,8 @@ def radix_move(
     target, values, indices, source, x, counts, totals,
     row_sizes, x_rows, v_rows, i_rows, x_col, v_col, i_col, cols, tiles, keep, shift, flip,
     FIRST: tl.constexpr, LAST: tl.constexpr, DESCENDING: tl.constexpr, T: tl.constexpr, LOG: tl.constexpr,
-    V: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr,
+    V: tl.constexpr, LANES: tl.constexpr, OWN: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Move the elements of a tile to where their digits belong; the LAST pass stores the results."""
     i = tl.program_id(0)
@@ -271,7 +300,7 @@ def radix_move(
     start, from_row = row * cols, offset(row, row_sizes, x_rows)
     key, _ = entry(source, x, start, from_row, col, x_col, live, FIRST, DESCENDING)
     digit = ((key >> shift) & 255).to(tl.int32) ^ flip
-    word = smallest((tl.where(live, digit, 256) << 16) | lane, LOG, LOG, LOG, V, LANES)
+    word = smallest((tl.where(live, digit, 256) << 16) | lane, LOG, LOG, LOG, V, LANES, OWN)
     digit = word >> 16
     live = digit < 256
     to = tl.load(counts + (row * 256 + digit) * tiles + tile, live, other=0)
@@ -342,10 +371,10 @@ def sort_into(
 
 
 def neighbours(x: Tensor, step: int, words: int, warps: int) -> dict[str, int]:
-    """How a row is loaded: V elements by each of LANES threads in turns, as :func:`smallest` takes it."""
+    """How a row is loaded: V elements by each of LANES threads in turns, 2**OWN in all, as :func:`smallest` takes it."""
     lanes = 32 * warps
     each = min(16 // x.element_size() if step == 1 else 1, words // lanes)
-    return {"V": each, "LANES": lanes}
+    return {"V": each, "LANES": lanes, "OWN": log2(words // lanes)}
 
 
 def _sort_short(
@@ -358,7 +387,7 @@ def _sort_short(
     warps = min(16, max(1, bm * bn // WORDS))
     meta = dict(
         DESCENDING=descending, NARROW=narrow, TWICE=twice, BM=bm, BN=bn, LOG=log2(bn), RANK=log2(bm * bn), WIDE=layout.wide,
-        num_warps=warps, **(neighbours(x, layout.by_col[0], bn, warps) if bm == 1 else {"V": 0, "LANES": 0}),
+        num_warps=warps, **(neighbours(x, layout.by_col[0], bn, warps) if bm == 1 else {"V": 0, "LANES": 0, "OWN": 0}),
     )  # fmt: skip
     grid = (_layout.cdiv(layout.rows, bm),)
     how = (layout.sizes, *layout.by_row, *layout.by_col, layout.rows, layout.cols, keep)

@@ -109,7 +109,9 @@ def _zero(index):
 _ZEROS = Elementwise("histogram_zero", _zero)
 _SPAN = Fold("histogram_span", map=_twice, combine=_both, identity=("highest", "lowest"), state=("compute", "compute"))
 #: By the type of the edges.
-_COUNT = {kind: fill(_count, "histogram", {"low": kind, "high": kind} if kind else None) for kind in ("", "fp64", "i64")}
+_COUNT = {
+    kind: fill(_count, "histogram", {"low": kind, "high": kind} if kind else None) for kind in ("", "fp64", "i64")
+}
 
 
 def _span(input: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Products."""
+"""Products of many elements."""
 
 from __future__ import annotations
 

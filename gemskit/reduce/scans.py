@@ -210,10 +210,7 @@ def logcumsumexp(input: Tensor, dim: int, *, out: Tensor | None = None) -> Tenso
     return torch.logcumsumexp(input, dim)
 
 
-_PAIR = ("accumulate", "accumulate")
-logcumsumexp._scan = Scan(
-    "logcumsumexp", map=one, combine=language.online_softmax, identity=(-math.inf, 0), finish=logarithm, state=_PAIR
-)
+logcumsumexp.combine(identity=(-math.inf, 0), map=one, finish=logarithm)(language.online_softmax)
 
 
 @jit
@@ -228,7 +225,7 @@ def _share(state0, state1, input):
 
 _SHARES = Scan(
     "logcumsumexp_grad", map=_shared, combine=language.online_softmax, identity=(-math.inf, 0), finish=_share,
-    state=_PAIR, reverse=True,
+    state=("accumulate", "accumulate"), reverse=True,
 )  # fmt: skip
 
 

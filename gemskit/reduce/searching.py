@@ -21,12 +21,11 @@ from gemskit.reduce._sort import sort_into
 
 
 @jit
-def _search(
-    out, values, number, seq, sorter, sizes, out_strides, value_strides, seq_rows, sorter_rows, seq_col, sorter_col,
-    count, length, steps,
-    VIA: tl.constexpr, COMPUTE: tl.constexpr, RIGHT: tl.constexpr, EQUAL: tl.constexpr, INVERT: tl.constexpr,
-    B: tl.constexpr, WIDE: tl.constexpr,
+def _wanted(
+    values, number, sizes, value_strides, count,
+    VIA: tl.constexpr, COMPUTE: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """The places of a program's block, which of them are there, and what is looked for: elements, or a number."""
     i = tl.program_id(0)
     if WIDE:
         i = i.to(tl.int64)
@@ -36,6 +35,17 @@ def _search(
         x = tl.full((B,), number, COMPUTE)
     else:
         x = tl.load(values + offset(i, sizes, value_strides), live).to(VIA).to(COMPUTE)
+    return i, live, x
+
+
+@jit
+def _search(
+    out, values, number, seq, sorter, sizes, out_strides, value_strides, seq_rows, sorter_rows, seq_col, sorter_col,
+    count, length, steps,
+    VIA: tl.constexpr, COMPUTE: tl.constexpr, RIGHT: tl.constexpr, EQUAL: tl.constexpr, INVERT: tl.constexpr,
+    B: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    i, live, x = _wanted(values, number, sizes, value_strides, count, VIA, COMPUTE, B, WIDE)
     row = seq + offset(i, sizes, seq_rows)
     low = i * 0
     high = low + length
@@ -70,15 +80,7 @@ def _member(
     out, values, number, tests, sizes, out_strides, value_strides, test_sizes, test_strides, count, length,
     VIA: tl.constexpr, COMPUTE: tl.constexpr, INVERT: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0)
-    if WIDE:
-        i = i.to(tl.int64)
-    i = i * B + tl.arange(0, B)
-    live = i < count
-    if values is None:
-        x = tl.full((B,), number, COMPUTE)
-    else:
-        x = tl.load(values + offset(i, sizes, value_strides), live).to(VIA).to(COMPUTE)
+    i, live, x = _wanted(values, number, sizes, value_strides, count, VIA, COMPUTE, B, WIDE)
     found = i < 0
     if tests is None:
         found = x == number.to(COMPUTE)
@@ -91,8 +93,9 @@ def _member(
 
 
 #: By the type of the number in the place of a tensor.
-_SEARCH = {t: fill(_search, "searchsorted", {"number": n} if n else None) for t, n in ((None, ""), (float, "fp64"), (int, "i64"))}
-_MEMBER = {t: fill(_member, "isin", {"number": n} if n else None) for t, n in ((None, ""), (float, "fp64"), (int, "i64"))}
+_NUMBERS = {None: None, float: {"number": "fp64"}, int: {"number": "i64"}}
+_SEARCH: dict[Any, Any] = {t: fill(_search, "searchsorted", annotation) for t, annotation in _NUMBERS.items()}
+_MEMBER: dict[Any, Any] = {t: fill(_member, "isin", annotation) for t, annotation in _NUMBERS.items()}
 
 
 def _number(v: Any) -> tuple[type | None, float | int | None]:
@@ -163,8 +166,9 @@ def _(
 
 @operator(aten="bucketize.Tensor")
 def bucketize(
-    input: Tensor | Number, boundaries: Tensor, *, out_int32: bool = False, right: bool = False, out: Tensor | None = None
-) -> Tensor:
+    input: Tensor | Number, boundaries: Tensor, *, out_int32: bool = False, right: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The bucket of each element between sorted ``boundaries`` (n,), 0 to n: int64, or int32.
 
     Bucket i ends in ``boundaries[i]``, or before it with ``right``. Source: ``torch.bucketize``.
@@ -196,7 +200,7 @@ def isin(
     # torch 2.13 refuses some layouts, more of them with assume_unique.
     if isinstance(test_elements, Tensor):
         test_elements = test_elements.reshape(-1)
-    return torch.isin(elements, test_elements, invert=invert)  # type: ignore[call-overload, no-any-return]
+    return torch.isin(elements, test_elements, invert=invert)  # type: ignore[call-overload, arg-type, no-any-return]
 
 
 @isin.kernel

@@ -115,7 +115,7 @@ def _(grad: Tensor, mask: Tensor, counts: Tensor, like: Mapping[str, Any]) -> di
 
 def _broadcast(name: str, *tensors: Tensor) -> torch.Size:
     try:
-        return torch.broadcast_shapes(*(t.shape for t in tensors))
+        return torch.Size(torch.broadcast_shapes(*(t.shape for t in tensors)))
     except RuntimeError:
         shapes = " and ".join(str(list(t.shape)) for t in tensors)
         raise ShapeError(f"{name}: shapes {shapes} do not broadcast; accepted: sizes that are equal or 1") from None
@@ -189,8 +189,9 @@ def _flat(name: str, input: Tensor, dim: int | None) -> None:
 
 @sized(aten="_unique2")
 def unique(
-    input: Tensor, sorted: bool = True, return_inverse: bool = False, return_counts: bool = False, dim: int | None = None
-) -> Any:
+    input: Tensor, sorted: bool = True, return_inverse: bool = False, return_counts: bool = False,
+    dim: int | None = None,
+) -> Any:  # fmt: skip
     """Distinct elements in order; also, if asked for, where each element of ``input`` is among them, and how often each occurs.
 
     Sorted in any case; NaNs are distinct from each other. ``dim`` has a kernel for vectors only. The host reads the count.

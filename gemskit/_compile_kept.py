@@ -1,0 +1,55 @@
+"""The shapes and dtypes of what a forward pass keeps for the gradient, which :mod:`gemskit._compile` has to declare."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gemskit._dtypes import compute_type
+
+if TYPE_CHECKING:
+    from gemskit._op import Op
+
+Spec: TypeAlias = tuple[tuple[int, ...], torch.dtype]
+
+
+def rows(op: Op[..., Any], named: Mapping[str, Any], out: Tensor) -> dict[str, Spec]:
+    """Row-wise operators: a value for each row, in the type computed in."""
+    # The family's module imports this one by way of the operator.
+    from gemskit.nn._drive import columns, row_shape
+
+    input: Tensor = named[op.tensors[0]]
+    shape = row_shape(tuple(input.shape) or (1,), columns(named, input.ndim))
+    saves: tuple[str, ...] = op.saves  # type: ignore[attr-defined]
+    return dict.fromkeys(saves, (tuple(shape), compute_type(named.get("dtype") or input.dtype)))
+
+
+def _attention(op: Op[..., Any], named: Mapping[str, Any], out: Tensor) -> dict[str, Spec]:
+    rows = tuple(out.shape[:-1])
+    shape = (math.prod(rows[:-2]), *rows[-2:]) if len(rows) > 1 else (1, 1, *rows)
+    kept: dict[str, Spec] = {"lse": (shape, compute_type(named["query"].dtype))}
+    if named["dropout_p"]:
+        kept["seed"] = ((1,), torch.int64)
+    return kept
+
+
+def _cross_entropy(op: Op[..., Any], named: Mapping[str, Any], out: Tensor) -> dict[str, Spec]:
+    input: Tensor = named["input"]
+    dtype, dim = compute_type(out.dtype), min(1, input.ndim - 1)
+    shape = tuple(1 if d == dim else n for d, n in enumerate(input.shape))
+    kept: dict[str, Spec] = dict.fromkeys(("peak", "log_total", "mass"), (shape, dtype))
+    deprecated = named["size_average"] is not None or named["reduce"] is not None
+    if not (named["reduce"] is False or named["size_average"] is False) if deprecated else named["reduction"] == "mean":
+        kept["denominator"] = ((1,) * input.ndim, dtype)
+    return kept
+
+
+#: The rule of operators that are not of the row-wise family, by name.
+KEPT: dict[str, Callable[[Op[..., Any], Mapping[str, Any], Tensor], dict[str, Spec]]] = {
+    "scaled_dot_product_attention": _attention,
+    "cross_entropy": _cross_entropy,
+}

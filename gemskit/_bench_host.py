@@ -78,7 +78,7 @@ class Case:
 
     @property
     def op(self) -> Op[..., Any]:
-        return REGISTRY[{"max": "max_dim"}.get(self.name, self.name.rstrip("_"))]
+        return REGISTRY[{"max": "max_dim", "var": "_var"}.get(self.name, self.name.rstrip("_"))]
 
     @property
     def family(self) -> str:

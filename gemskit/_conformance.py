@@ -153,7 +153,8 @@ _special = _forward
 def _gradient(case: Case, op: Op[..., Any], make: Make) -> str:
     for sample in _each(op, make):
         got = _repeat(make, lambda: _attempt(lambda *a, **k: _grads(op, op, a, k, case.layout), sample))
-        like = _attempt(lambda *a, **k: _grads(op, op.meaning, a, k, case.layout), sample)
+        peer = _on_cpu(sample) if op.name in FAULTY else sample
+        like = _attempt(lambda *a, **k: _grads(op, op.meaning, a, k, case.layout), peer)
         if isinstance(like, Exception):
             continue
         if isinstance(got, Exception):
@@ -467,6 +468,9 @@ EXEMPT: dict[tuple[str, str], str] = {
     ): "torch's backends differ among each other on NaN and inf (the CPU one turns a "
     "NaN row into zeros, the math one spreads a NaN that causality skips); tests/test_attention.py pins ours",
 }
+
+#: Operators whose gradient in torch reads out of bounds on accelerators (2.11, of gradients that are not aligned): the CPU's counts.
+FAULTY = ("pad",)
 
 #: Units that elementwise operators may be off by where the general bound says nothing.
 UNITS: dict[tuple[str, torch.dtype], int] = {

@@ -92,7 +92,6 @@ def _(make: Make) -> Iterator[Sample]:
     yield Sample((make(7, 5, 9), 0, below(make, 7, 3, 4, 9), make(4, 5, 9)), note="larger src")
     yield Sample((make(4, 6), -1, below(make, 6, 4, 3), 2))
     yield Sample((make(4, 6), 0, below(make, 4, 3, 6), 1.5 if make.dtype.is_floating_point else 3))
-    yield Sample((make(), 0, below(make, 1), make()), note="0-dim")
     yield Sample((make(3, 4), 1, below(make, 4, 3, 0), make(3, 0)), note="no index")
     yield Sample((make(5, 33), 1, below(make, 33, 5, 40), make(5, 40)), {"reduce": "add"})
     yield Sample((make(5, 6), 0, below(make, 5, 9, 6), make(9, 6)), {"reduce": "multiply"})
@@ -107,7 +106,6 @@ def _(make: Make) -> Iterator[Sample]:
         yield Sample((make(5, 33), 1, below(make, 33, 5, 40, dtype=dtype), make(5, 40)))
     yield Sample((make(7, 5, 9), 0, below(make, 7, 3, 4, 9), make(4, 5, 9)), note="larger src")
     yield Sample((make(2), 0, below(make, 2, 700), make(700)), note="many to one")
-    yield Sample((make(), 0, below(make, 1), make()), note="0-dim")
     yield Sample((make(3, 4), 1, below(make, 4, 3, 0), make(3, 0)), note="no index")
     yield Sample((make(8192, 8192), 1, below(make, 8192, 8192, 8192), make(8192, 8192)), note="big")
 
@@ -180,6 +178,5 @@ def _(make: Make) -> Iterator[Sample]:
     yield Sample((ties, 0, below(make, 6, 8), make(8, low=1, high=2), "prod"), note="factors of 1")
     tied = make(6, low=0, high=2)
     yield Sample((tied, 0, below(make, 6, 20), make(20, low=0, high=2), "amax"), note="ties")
-    yield Sample((make(), 0, below(make, 1), make(), "mean"), note="0-dim")
     yield Sample((make(7, 5, 9), 0, below(make, 7, 3, 4, 9), make(4, 5, 9), "amin"), note="larger src")
     yield Sample((make(4096, 4096), 1, below(make, 4096, 4096, 4096), make(4096, 4096), "amax"), note="big")

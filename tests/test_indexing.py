@@ -280,3 +280,12 @@ def test_where_the_interpreter_looks_for_races_the_last_wins() -> None:
         assert _scatter.ordered()
     with gemskit.interpret(check=False):
         assert not _scatter.ordered()
+
+
+def test_zero_dimensions() -> None:
+    """Not among the samples: torch 2.11 refuses them on CUDA."""
+    index, source, target = torch.zeros(1, dtype=torch.int64)[0], torch.tensor(2.5), torch.tensor(1.0)
+    with gemskit.interpret():
+        assert gemskit.scatter(target, 0, index, source) == 2.5
+        assert gemskit.scatter_add(target, 0, index, source) == 3.5
+        assert gemskit.scatter_reduce(target, 0, index, source, "mean") == 1.75

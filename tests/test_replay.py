@@ -369,7 +369,8 @@ def test_strange_tensors_are_for_python(fake: Fake) -> None:
     for _ in range(3):
         fake.clear()
         add(negative, y)
-        assert fake.slow and not fake.replayed
+        # Another kernel negates what the view leaves to its readers; that call is an ordinary one.
+        assert "add" in {one[0] for one in fake.slow} and {one[0] for one in fake.replayed} <= {"neg"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         sparse = [x.to_sparse(), x.to_sparse_csr(), x.to_mkldnn()]

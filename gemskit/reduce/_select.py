@@ -34,7 +34,9 @@ from gemskit.reduce._sort import (
 )
 
 #: Largest k that networks choose, and that a search does; more are sorted.
-FEW, MOST = 128, 4096
+FEW, MOST = 64, 4096
+#: Words of a network that a warp holds.
+WORDS = 1024
 #: Words that one program chooses from at most: maxima of groups, and elements of the groups chosen or winners to join.
 GROUPS, CHOICE = 4096, 8192
 #: Elements of a piece, at least; about this many programs are wanted.

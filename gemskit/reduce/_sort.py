@@ -22,11 +22,12 @@ from gemskit._layout import offset
 
 #: Longest row that one program sorts, by the bits of its words; 64-bit keys are sorted twice.
 SHORT = {32: 8192, 64: 4096}
-#: Words that a warp of a sorting network holds. H200, bf16, 8192 rows of 4096: 1024 take 1.07 ms, 512 1.93.
-WORDS = 1024
-#: Elements of a program of the radix sort, and the warps that count and move them. H200, 64 rows of 128256: 0.70 ms with one
-#: warp for 512, which needs no barrier; 0.85 with two.
-TILE, COUNTING, MOVING = 512, 2, 1
+#: Words that a warp of a sorting network holds, by their bits. H200, 8192 rows of 4096: bf16 0.82 ms with 2048, 1.14 with 1024;
+#: float32 1.84 with 1024, 2.03 with 2048.
+WORDS = {32: 2048, 64: 1024}
+#: Elements of a program of the radix sort, and the warps that count and move them. H200, 16M float32: 1.48 ms with one warp for
+#: 1024, 1.78 for 512; two warps for 1024, which need barriers, 1.86.
+TILE, COUNTING, MOVING = 1024, 2, 1
 
 
 # ---- keys ----------------------------------------------------------------------------------------------------------
@@ -121,7 +122,13 @@ def _merge(h, rank: tl.constexpr, stage: tl.constexpr, turn: tl.constexpr, OWN: 
 
 @jit
 def smallest(
-    x, LOG: tl.constexpr, KEEP: tl.constexpr, RANK: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, OWN: tl.constexpr
+    x,
+    LOG: tl.constexpr,
+    KEEP: tl.constexpr,
+    RANK: tl.constexpr,
+    V: tl.constexpr,
+    LANES: tl.constexpr,
+    OWN: tl.constexpr,
 ):
     """The 2**KEEP smallest words, in order, of each 2**LOG along the last dimension of a block of 2**RANK.
 
@@ -144,9 +151,7 @@ def smallest(
 @jit
 def in_order(x, RANK: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, OWN: tl.constexpr):
     """All 2**RANK words in order, as by :func:`smallest`: its stages are one loop, which compiles in a fraction of the time."""
-    h = x
-    if V:
-        h = tl.permute(tl.reshape(h, (2**RANK // (LANES * V), LANES, V)), (1, 0, 2))
+    h = tl.permute(tl.reshape(x, (2**RANK // (LANES * V), LANES, V)), (1, 0, 2))
     h = tl.reshape(h, [2] * RANK)
     pos = tl.reshape(tl.arange(0, 2**RANK), [2] * RANK)
     for stage in range(1, RANK + 1):
@@ -157,6 +162,15 @@ def in_order(x, RANK: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, OWN: t
                 h = _step(h, RANK, RANK - 1 - i, OWN)
         h = h ^ turn
     return tl.reshape(h, x.shape)
+
+
+@jit
+def sorted_words(x, LOG: tl.constexpr, RANK: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, OWN: tl.constexpr):
+    """Each 2**LOG words along the last dimension in order: one row by :func:`in_order`, several by :func:`smallest`."""
+    if V:
+        return in_order(x, RANK, V, LANES, OWN)
+    else:
+        return smallest(x, LOG, LOG, RANK, V, LANES, OWN)
 
 
 # ---- rows that fit into a program ----------------------------------------------------------------------------------
@@ -187,19 +201,19 @@ def sort_rows(
         # By the lower half of the key, then by the upper one: words of the size of the key.
         half: tl.constexpr = bits // 2
         mask: tl.constexpr = 2**half - 1
-        low = smallest((((key & mask) - (mask // 2 + 1)) << half) | pos, LOG, LOG, RANK, V, LANES, OWN)
+        low = sorted_words((((key & mask) - (mask // 2 + 1)) << half) | pos, LOG, RANK, V, LANES, OWN)
         found = (low & mask).to(i.dtype)
         live = (row < rows) & (found < cols)
         key = tl.where(live, key_of(tl.load(x + from_row + found * x_col, live), DESCENDING), most)
-        high = smallest(((key >> half) << half) | pos, LOG, LOG, RANK, V, LANES, OWN)
+        high = sorted_words(((key >> half) << half) | pos, LOG, RANK, V, LANES, OWN)
         low = tl.gather(low, (high & mask).to(tl.int32), 1)
         key = (high - (high & mask)) + ((low >> half) + (mask // 2 + 1))
         found = low & mask
     elif NARROW:
-        word = smallest((key << 16) | pos, LOG, LOG, RANK, V, LANES, OWN)
+        word = sorted_words((key << 16) | pos, LOG, RANK, V, LANES, OWN)
         key, found = word >> 16, word & 0xFFFF
     else:
-        word = smallest((key.to(tl.int64) << 32) | pos, LOG, LOG, RANK, V, LANES, OWN)
+        word = sorted_words((key.to(tl.int64) << 32) | pos, LOG, RANK, V, LANES, OWN)
         key, found = (word >> 32).to(tl.int32), word.to(tl.int32)
     live = (row < rows) & (col < keep)
     found = found.to(i.dtype)
@@ -300,7 +314,7 @@ def radix_move(
     start, from_row = row * cols, offset(row, row_sizes, x_rows)
     key, _ = entry(source, x, start, from_row, col, x_col, live, FIRST, DESCENDING)
     digit = ((key >> shift) & 255).to(tl.int32) ^ flip
-    word = smallest((tl.where(live, digit, 256) << 16) | lane, LOG, LOG, LOG, V, LANES, OWN)
+    word = sorted_words((tl.where(live, digit, 256) << 16) | lane, LOG, LOG, V, LANES, OWN)
     digit = word >> 16
     live = digit < 256
     to = tl.load(counts + (row * 256 + digit) * tiles + tile, live, other=0)
@@ -384,7 +398,7 @@ def _sort_short(
     bm = min(max(1, 512 // bn), _layout.next_power_of_2(layout.rows))
     bits = key_bits(x.dtype)
     narrow, twice = bits <= 16, bits == 64
-    warps = min(16, max(1, bm * bn // WORDS))
+    warps = min(16, max(1, bm * bn // WORDS[32 if narrow else 64]))
     meta = dict(
         DESCENDING=descending, NARROW=narrow, TWICE=twice, BM=bm, BN=bn, LOG=log2(bn), RANK=log2(bm * bn), WIDE=layout.wide,
         num_warps=warps, **(neighbours(x, layout.by_col[0], bn, warps) if bm == 1 else {"V": 0, "LANES": 0, "OWN": 0}),

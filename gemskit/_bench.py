@@ -36,7 +36,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("ops", nargs="*", help="operators to time (default: all)")
     parser.add_argument("--report", type=Path, help="write JSON here; a Markdown table and SVG and PNG plots beside it")
     parser.add_argument("--host", action="store_true", help="time the host instead; --host --help tells its options")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument(
+        "--no-compile", nargs="*", metavar="PACKAGE", help="leave torch.compile out (of the rows of these packages)"
+    )
     parser.add_argument("--render", type=Path, help="only draw the table and plots of an existing JSON report")
     options = parser.parse_args(argv)
     if options.render:
@@ -55,7 +57,9 @@ def main(argv: list[str]) -> int:
     print(f"copy {roof.bandwidth / 1e12:.2f} TB/s, bf16 product {roof.flops / 1e12:.0f} TFLOP/s")
     found = []
     for case in rows:
-        row = time_case(case, roof, not options.no_compile)
+        out = options.no_compile
+        compiled = out is None or (bool(out) and _package(REGISTRY[case.op]) not in out)
+        row = time_case(case, roof, compiled)
         found.append(row)
         print(_row(row), flush=True)
     print(_summary(found))

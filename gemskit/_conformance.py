@@ -469,7 +469,7 @@ EXEMPT: dict[tuple[str, str], str] = {
     "NaN row into zeros, the math one spreads a NaN that causality skips); tests/test_attention.py pins ours",
 }
 
-#: Operators whose gradient in torch reads out of bounds on accelerators (2.11, of gradients that are not aligned): the CPU's counts.
+#: Operators whose gradient in torch 2.11 reads out of bounds where gradients are not aligned: the CPU's counts.
 FAULTY = ("pad",)
 
 #: Units that elementwise operators may be off by where the general bound says nothing.

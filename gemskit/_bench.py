@@ -267,6 +267,7 @@ def render(path: Path) -> None:
     report = json.loads(path.read_text())
     rows = report["rows"]
     facts = {k: report[k] for k in ("machine", "date", "gemskit", "commit", "torch", "triton", "python", "command")}
+    facts |= {k: report[k] for k in ("note",) if k in report}
     lines = [
         f"# Benchmarks on {report['machine']}", "", *(f"- {k}: {v}" for k, v in facts.items()),
         f"- roof: copy {report['bandwidth'] / 1e12:.2f} TB/s, bf16 product {report['flops'] / 1e12:.0f} TFLOP/s, same run",

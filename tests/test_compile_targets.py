@@ -45,9 +45,22 @@ BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 #: One row of each vendor gets more launches of an operator, other dtypes, and the tiles of transposed tensors.
 MAIN = ("sm_90", "gfx942")
 #: Row, dtype, layout, and how many launches of an operator are compiled (all, with GEMSKIT_COMPILE=full).
-COLUMNS = [(row, BF16, "contiguous", 4 if row.name in MAIN else 2) for row in ROWS]
+COLUMNS = [(row, BF16, "contiguous", 3 if row.name in MAIN else 2) for row in ROWS]
 COLUMNS += [(row, FP32, "transposed", 3) for row in ROWS if row.name in MAIN]
 COLUMNS += [(row, FP64, "contiguous", 2) for row in ROWS if row.name in MAIN]
+
+#: Bytes that a kernel may spill on NVIDIA, and why.
+SPILLS: dict[str, tuple[int, str]] = {
+    "sort_rows": (
+        160,
+        "8192 rows of 4096 bf16 on H200: 0.82 ms with 2048 words a warp, 1.14 with 1024, which spills nothing",
+    ),
+    "radix_move": (160, "16M bf16 on H200: 0.74 ms with tiles of 1024, 0.80 with 512, which spills nothing"),
+    "digamma": (256, "16 elements a thread; 415 instructions an element hide it"),
+    "lgamma_grad": (256, "it is digamma"),
+    "polar_complex": (16, "sine and cosine with the reduction of large arguments"),
+    "cos_grad": (16, "sine with the reduction of large arguments"),
+}
 
 #: (operator, row, dtype) that is known to fail, with the reason. One that passes fails the run.
 EXPECTED: dict[tuple[str, str, str], str] = {}
@@ -143,7 +156,7 @@ class Launch:
                     yield f"{what} is {amount}"
         else:
             spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())]
-            if any(spills):
+            if max(spills, default=0) > SPILLS.get(self.name.rpartition(".")[2], (0, ""))[0]:
                 yield f"{max(spills)} bytes of registers are spilled"
 
 
@@ -225,12 +238,12 @@ def _title(column: tuple[Arch, torch.dtype, str, int]) -> str:
 
 
 def _visited() -> list[Any]:
-    """Every operator for one row of each vendor in bfloat16; the other columns for one of three (elementwise: of six)."""
+    """Every operator for sm_90 in bfloat16, all but the elementwise ones for gfx942 too; of the rest one of six."""
     found = []
     for name, op in REGISTRY.items():
         for column in COLUMNS:
-            always = FULL or (column[0].name in MAIN and column[1] == BF16)
-            if always or zlib.crc32(f"{name} {_title(column)}".encode()) % (6 if op.family == "pointwise" else 3) == 0:
+            main = column[1] == BF16 and column[0].name in (MAIN[:1] if op.family == "pointwise" else MAIN)
+            if FULL or main or zlib.crc32(f"{name} {_title(column)}".encode()) % 6 == 0:
                 found.append(pytest.param(name, column, id=f"{name}-{_title(column)}"))
     return found
 
@@ -246,7 +259,7 @@ def test_compiles(name: str, column: tuple[Arch, torch.dtype, str, int]) -> None
         for sample in _samples(op, dtype, layout):
             _call(op, sample)
         if not launches and dtype == BF16:
-            for sample in (s for d in (torch.int32, torch.bool) for s in _samples(op, d, layout)):
+            for sample in (s for d in (FP32, torch.int32, torch.bool) for s in _samples(op, d, layout)):
                 _call(op, sample)
     _forget_plans()
     assert launches or dtype != BF16, "no sample launched a kernel"

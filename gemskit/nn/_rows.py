@@ -231,6 +231,8 @@ class Rows(Planned):
         if not loop and not across:
             bm = max(1, min(config["short"] // bn, _layout.next_power_of_2(max(rows, 1))))
         path = "loop" if loop else "tile"
+        if loop and max((len(s.identity) for s in self.statistics[path]), default=1) > 2:
+            bn = max(16, bn // 2)  # four states of 16 elements a thread would spill
         wide = [t for t, a in zip((*outs, *(named[o] for o in operands)), (*outs_along, *along)) if a == 3]
         precise = any(t.dtype.itemsize > 2 for t in wide)
         by_element = {"col", *(o for o, a in zip(operands, along) if a != 2)}

@@ -88,7 +88,10 @@ def fmax(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
 @fmax.formula
 @jit
 def _(input, other):
-    return tl.where((input >= other) | (other != other), input, other)
+    if input.dtype.is_floating():
+        return tl.maximum(input, other)
+    else:
+        return tl.where(input >= other, input, other)
 
 
 @fmax.gradient
@@ -107,7 +110,10 @@ def fmin(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
 @fmin.formula
 @jit
 def _(input, other):
-    return tl.where((input <= other) | (other != other), input, other)
+    if input.dtype.is_floating():
+        return tl.minimum(input, other)
+    else:
+        return tl.where(input <= other, input, other)
 
 
 @fmin.gradient

@@ -229,7 +229,7 @@ class Fold(Planned):
             ANCHORED=self.anchored,
             ONE=part <= bn,
             EVEN=rows % bm == 0 and cols % bn == 0 < cols,
-            UNROLL=config["unroll"],
+            UNROLL=config["unroll"] if len(operands) < 3 else 1,
             BM=bm,
             BN=bn,
             WIDE=_layout.is_wide(shape, full) or _layout.is_wide(row_sizes, out_rows),

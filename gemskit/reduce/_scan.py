@@ -172,7 +172,8 @@ class Scan(Planned):
         rows, cols, n = math.prod(row_sizes), shape[dim], len(outs)
         across = bool(ins) and row[n][-1] == 1 and col[n] != 1 and rows > 1
         config = backends.arch().config("scan_across" if across else "scan_along")
-        tile = config["tile"]
+        # Several states, and doubles, take the registers of more elements.
+        tile = config["tile"] * 4 // max(4, compute.itemsize) // (1 if len(self.state) < 3 else 2)
         if across:
             bm = min(config["rows"], _layout.next_power_of_2(rows))
             bn = min(2 * tile // bm, _layout.next_power_of_2(cols))

@@ -21,7 +21,6 @@ from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
 from gemskit.reduce._sort import (
-    WORDS,
     Rows,
     in_order,
     key_bits,

@@ -39,7 +39,7 @@ def test_sort_is_stable_and_keeps_bits(
     radix: bool, dtype: torch.dtype, descending: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if radix:
-        monkeypatch.setattr(_sort, "SHORT", {32: 0, 64: 0})
+        monkeypatch.setattr(_sort, "SHORT", {16: 0, 32: 0, 64: 0})
         monkeypatch.setattr(_sort, "TILE", 128)
     x = _values((2, 300), dtype)
     values, indices = torch.sort(x, stable=True, descending=descending)

@@ -233,6 +233,11 @@ def load(
     return found
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream of ``device`` records a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _permitted(kernel: Any, device: torch.device) -> None:
     name = kernel_name(kernel)
     if _jit_error:
@@ -240,7 +245,7 @@ def _permitted(kernel: Any, device: torch.device) -> None:
             f"{name}: a kernel would be compiled or loaded at call time, which GEMSKIT_JIT=error forbids; "
             "call gemskit.warmup with these arguments first"
         )
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if capturing(device):
         raise CaptureError(
             f"{name}: a kernel would be compiled or loaded inside a graph capture; run the call once before the capture, "
             "or call gemskit.warmup"

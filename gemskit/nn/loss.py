@@ -20,7 +20,7 @@ from gemskit.errors import ArgumentError, DtypeError
 from gemskit.nn._drive import row_shape
 from gemskit.nn._rows import Rows, Statistic
 from gemskit.nn.softmax import element, online
-from gemskit.reduce._fold import Fold
+from gemskit.reduce._fold import Fold, add_pairs
 
 
 @operator()
@@ -215,18 +215,13 @@ def _loss_share(loss, share):
 
 
 @jit
-def _add2(a0, a1, b0, b1):
-    return a0 + b0, a1 + b1
-
-
-@jit
 def _mean(state0, state1):
     return language.div(state0, state1), state1
 
 
 _SUM = Fold("cross_entropy_sum", map=_loss, combine=language.add, identity=(0,))
 _MEAN = Fold(
-    "cross_entropy_mean", map=_loss_share, combine=_add2, identity=(0, 0), finish=_mean,
+    "cross_entropy_mean", map=_loss_share, combine=add_pairs, identity=(0, 0), finish=_mean,
     state=("accumulate", "accumulate"), results=2,
 )  # fmt: skip
 

@@ -16,7 +16,7 @@ from gemskit._jit import jit
 from gemskit.errors import ShapeError
 from gemskit.nn._drive import RowGradient, rowwise
 from gemskit.nn._rows import Rows, Statistic
-from gemskit.reduce._fold import Fold
+from gemskit.reduce._fold import Fold, add_pairs
 
 Like = Mapping[str, Any]
 Shape = Sequence[int]
@@ -48,11 +48,6 @@ def _rstd(square, cols, eps):
         return 1 / language.sqrt(square / cols + 2.220446049250313e-16)
     else:
         return 1 / language.sqrt(square / cols + 1.1920928955078125e-07)
-
-
-@jit
-def _add2(a0, a1, b0, b1):
-    return a0 + b0, a1 + b1
 
 
 @jit
@@ -123,7 +118,7 @@ def _layer_norm_weight(grad, input, mean, rstd):
 
 
 _LAYER_NORM_GRAD = RowGradient(
-    Rows("layer_norm_grad", _layer_norm_grad, [Statistic(("total", "dot"), _layer_norm_dots, _add2, (0, 0))]),
+    Rows("layer_norm_grad", _layer_norm_grad, [Statistic(("total", "dot"), _layer_norm_dots, add_pairs, (0, 0))]),
     {
         "weight": Fold("layer_norm_grad_weight", map=_layer_norm_weight, combine=language.add, identity=(0,)),
         "bias": Fold("layer_norm_grad_bias", map=_only_grad, combine=language.add, identity=(0,)),
@@ -195,7 +190,7 @@ def _skip_weight(grad, x, residual, mean, rstd):
 
 
 _SKIP_GRAD = RowGradient(
-    Rows("skip_layer_norm_grad", _skip_grad, [Statistic(("total", "dot"), _skip_dots, _add2, (0, 0))]),
+    Rows("skip_layer_norm_grad", _skip_grad, [Statistic(("total", "dot"), _skip_dots, add_pairs, (0, 0))]),
     {
         "weight": Fold("skip_layer_norm_grad_weight", map=_skip_weight, combine=language.add, identity=(0,)),
         "bias": _LAYER_NORM_GRAD.folds["bias"],

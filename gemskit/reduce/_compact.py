@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from gemskit import _launch, _layout, backends
+from gemskit import _driver, _launch, _layout, backends
 from gemskit._bind import fill
 from gemskit._dtypes import compute_type
 from gemskit._jit import jit
@@ -119,7 +119,7 @@ def read(values: Tensor, most: int = 0) -> list[int]:
     """
     if _launch._capture is not None:
         return [most] * values.numel()
-    if values.is_cuda and torch.cuda.is_current_stream_capturing():
+    if _driver.capturing(values.device):
         raise CaptureError("the size of the result depends on the data and cannot be read inside a graph capture")
     found: list[int] = values.tolist()
     return found

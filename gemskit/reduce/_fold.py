@@ -117,6 +117,12 @@ def _where(live, new, old, EVEN: tl.constexpr):
     return chosen
 
 
+@jit
+def add_pairs(a0, a1, b0, b1):
+    """The combine function of two sums."""
+    return a0 + b0, a1 + b1
+
+
 class Fold(Planned):
     """A reduction as a kernel: ``map`` each element to a state, ``combine`` states, ``finish`` the last one.
 

@@ -15,7 +15,7 @@ from gemskit._jit import jit
 from gemskit._op import Named
 from gemskit.pointwise._drive import Elementwise
 from gemskit.reduce._drive import Dims, dims_of, reduction, spread
-from gemskit.reduce._fold import Fold
+from gemskit.reduce._fold import Fold, add_pairs
 
 
 @reduction(aten="amax")
@@ -231,11 +231,6 @@ def _equal_either(input, out, out1):
 
 
 @jit
-def _add2(a0, a1, b0, b1):
-    return a0 + b0, a1 + b1
-
-
-@jit
 def _shared_both(grad, grad1, input, out, out1, hits, hits1):
     low = language.div(grad * (input == out).to(grad.dtype), hits)
     return low + language.div(grad1 * (input == out1).to(grad.dtype), hits1)
@@ -294,7 +289,7 @@ max_dim.gradient_by(_at_index)
 min_dim.gradient_by(_at_index)
 
 
-_EITHER = Fold("aminmax_hits", map=_equal_either, combine=_add2, identity=(0, 0), state=("index", "index"))
+_EITHER = Fold("aminmax_hits", map=_equal_either, combine=add_pairs, identity=(0, 0), state=("index", "index"))
 _SHARED = Elementwise("aminmax_grad", _shared_both)
 
 

@@ -18,7 +18,7 @@ from gemskit._op import Named, P, R, operator
 from gemskit.errors import DtypeError, ShapeError
 from gemskit.pointwise._drive import Elementwise
 from gemskit.reduce._drive import Dims, Reduction, count_of, element, floating, reduction, spread
-from gemskit.reduce._fold import Fold
+from gemskit.reduce._fold import Fold, add_pairs
 
 
 @reduction(aten="sum.dim_IntList")
@@ -138,18 +138,13 @@ def _count(input):
 
 
 @jit
-def _add2(a0, a1, b0, b1):
-    return a0 + b0, a1 + b1
-
-
-@jit
 def _among(state0, state1):
     return language.div(state0, state1.to(state0.dtype))
 
 
 nansum.combine(identity=0, map=_known)(language.add)
 nanmean.combine(identity=(0, 0), map=_counted, finish=_among, state=("accumulate", "index"), results=1, when=floating)(
-    _add2
+    add_pairs
 )
 
 

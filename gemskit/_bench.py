@@ -62,26 +62,29 @@ def main(argv: list[str]) -> int:
         print(f"{str(done).splitlines()[0]}; {len(done.not_warmed)} calls not warmed", flush=True)
     devices = options.devices[: max(1, len(todo))]
     tasks = [(n, _compiled(cases[n], options.no_compile)) for n in todo]
-    for (n, _), found, error in share(_one, tasks, devices):
-        if found is None:
-            found = dict(**_known(cases[n]), times={}, ok=False, gemskit_error=error[:300])
-        elif found["device"] not in seen:
-            seen.add(found["device"])
-            print(f"device {found['device']}: {Roof(*found['roof'])}")
-        rows[n] = found
-        print(_bench_report.line(found), flush=True)
-        if options.report:
-            report.update(seconds=round(time.perf_counter() - start), planned=len(cases))
-            _write(options.report, report, [rows[n] for n in sorted(rows)])
+    try:
+        for (n, _), found, error in share(_one, tasks, devices):
+            if found is None:
+                found = dict(**_known(cases[n]), times={}, ok=False, gemskit_error=error[:300])
+            elif found["device"] not in seen:
+                seen.add(found["device"])
+                print(f"device {found['device']}: {Roof(*found['roof'])}")
+            rows[n] = found
+            print(_bench_report.line(found), flush=True)
+            if options.report:
+                report.update(seconds=round(time.perf_counter() - start), planned=len(cases))
+                _write(options.report, report, [rows[n] for n in sorted(rows)])
+    except KeyboardInterrupt:
+        print(f"cut short after {len(rows)} of {len(cases)} rows")
     whole = [rows[n] for n in sorted(rows)]
     print(_bench_report.summary(whole))
     for row, ratio in _bench_report.slower(whole):
         why = reason(row["op"], row["label"]) or "unexplained"
         print(f"{ratio:.2f}x eager: {row['op']} {row['label']}: {why}")
-    print(f"{len(todo)} rows on {len(devices)} devices in {time.perf_counter() - start:.0f} s")
-    if options.report:
+    print(f"{len(todo)} rows on {len(devices)} devices in {time.perf_counter() - start:.0f} s", flush=True)
+    if options.report and whole:
         _bench_report.render(options.report)
-    return 0 if all(r["ok"] for r in whole) else 1
+    return 0 if len(whole) == len(cases) and all(r["ok"] for r in whole) else 1
 
 
 def _options(argv: list[str]) -> argparse.Namespace:

@@ -67,21 +67,26 @@ def main(argv: list[str]) -> int:
     work = functools.partial(check_op, device=device, interpreted=interpreted)
     # The largest operators last would leave one process alone with them.
     tasks = sorted(names, key=lambda n: REGISTRY[n].family == "pointwise")
-    for name, rows, error in share(work, tasks, [n % count for n in range(options.jobs)]):
-        if rows is None or error:
-            died = dict(op=name, kind="all", dtype="", layout="", status="failed", detail=error, seconds=0.0)
-            rows = [*(rows or ()), died]
-        found[name] = rows
-        print(_line(name, rows), flush=True)
-        if options.report:
-            # After every operator, so that a run that is cut short leaves what it has found.
-            write(options.report, [r for n in names for r in found.get(n, ())], time.perf_counter() - start, machine)
-    every = [r for n in names for r in found[n]]
+    with contextlib.suppress(KeyboardInterrupt):
+        for name, rows, error in share(work, tasks, [n % count for n in range(options.jobs)]):
+            if rows is None or error:
+                died = dict(op=name, kind="all", dtype="", layout="", status="failed", detail=error, seconds=0.0)
+                rows = [*(rows or ()), died]
+            found[name] = rows
+            print(_line(name, rows), flush=True)
+            if options.report:
+                # After every operator, so that a run that is cut short leaves what it has found.
+                write(
+                    options.report, [r for n in names for r in found.get(n, ())], time.perf_counter() - start, machine
+                )
+    every = [r for n in names for r in found.get(n, ())]
     failed = [r for r in every if r["status"] in ("failed", "unexpected pass")]
     for r in failed:
         print(f"{r['op']} {r['kind']} {r['dtype']} {r['layout']}: {r['status']}: {r['detail'][:400]}")
-    print(f"{len(names)} operators, {len(every)} checks in {time.perf_counter() - start:.0f} s: {_counted(every)}")
-    return 1 if failed else 0
+    if len(found) < len(names):
+        print(f"cut short: {len(names) - len(found)} operators were not checked")
+    print(f"{len(found)} operators, {len(every)} checks in {time.perf_counter() - start:.0f} s: {_counted(every)}")
+    return 1 if failed or len(found) < len(names) else 0
 
 
 def _counted(rows: Sequence[dict[str, Any]]) -> str:

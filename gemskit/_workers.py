@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -17,8 +19,11 @@ from gemskit import backends
 def share(work: Callable[[Any], Any], tasks: Sequence[Any], devices: Sequence[int]) -> Iterator[tuple[Any, Any, str]]:
     """``(task, work(task), "")``, or ``(task, None, error)``, as they are done, by one process for each of ``devices``.
 
-    A device may be named more than once; where there is no accelerator the numbers mean nothing.
+    A device may be named more than once; where there is no accelerator the numbers mean nothing. What ends a run early, such
+    as ``timeout``, raises KeyboardInterrupt here, and the processes end too.
     """
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
     context = multiprocessing.get_context("spawn")
     todo = list(reversed(tasks))
     busy: dict[Connection, tuple[Any, int, Any]] = {}
@@ -60,9 +65,12 @@ def share(work: Callable[[Any], Any], tasks: Sequence[Any], devices: Sequence[in
             end.close()
             process.terminate()
             process.join()
+        if main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _work(work: Callable[[Any], Any], end: Connection, device: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # that is for the parent, which ends this process
     accelerated = backends.vendor.device_type != "cpu"
     if accelerated:
         torch.accelerator.set_device_index(device)

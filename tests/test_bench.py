@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
@@ -292,12 +294,11 @@ def test_a_cut_run_leaves_its_rows_and_is_gone_on_with(tmp_path: Path, monkeypat
         "--report",
         str(report),
     ]
-    with pytest.raises(KeyboardInterrupt):
-        _bench.main(command)
+    assert _bench.main(command) == 1
     found = json.loads(report.read_text())
     assert len(found["rows"]) == 2 and found["planned"] == len(every) == 3 and found["devices"] == 2
-    _bench.main(["--render", str(report)])
     assert "2 of 3, the run was cut short" in report.with_suffix(".md").read_text()
+    assert _bench.main(["--render", str(report)]) == 0
     assert _bench.main([*command, "--resume"]) == 1, "a row whose process died"
     found = json.loads(report.read_text())
     assert len(timed) == 1 and [r["ok"] for r in found["rows"]] == [True, True, False] and found["bandwidth"] == 1e12
@@ -320,6 +321,19 @@ def test_processes_that_die_cost_one_task() -> None:
     assert found[1] == (10, "") and found[2] == (5, "") and found[4] == (2, "") and found[5] == (2, "")
     assert found[0][0] is None and "ZeroDivisionError" in found[0][1]
     assert found[3] == (None, "its process ended with status 7")
+
+
+def slow(task: int) -> None:
+    """Ends the run, as ``timeout`` does, and is at work then."""
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
+
+
+def test_what_ends_a_run_ends_its_processes() -> None:
+    start = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        list(share(slow, [1, 2], [0]))
+    assert time.perf_counter() - start < 50 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_warmed_calls_are_those_of_the_rows() -> None:

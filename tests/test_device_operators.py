@@ -218,6 +218,38 @@ def test_sized_gradient_and_out() -> None:
     same([out], [torch.masked_select(x.detach(), mask)])
 
 
+# -- sums in no fixed order --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["index_add", "scatter_add", "embedding"])
+def test_unordered_sums_in_a_graph_and_on_a_stream(name: str) -> None:
+    """Without torch's deterministic mode, in which tests/test_device.py compares bits."""
+    index, rows = torch.randint(0, 5, (4000,), device="cuda"), uniform(4000, 64)
+    weight = uniform(5, 64).requires_grad_()
+
+    def call() -> Tensor:
+        if name == "index_add":
+            return gemskit.index_add(weight.detach(), 0, index, rows)
+        if name == "scatter_add":
+            return gemskit.scatter_add(weight.detach(), 0, index[:, None].expand(4000, 64), rows)
+        return torch.autograd.grad(gemskit.embedding(index, weight), weight, rows)[0]
+
+    for _ in range(WARM):
+        call()
+    want = weight.detach() * (name != "embedding") + torch.zeros_like(weight).index_add(0, index, rows * 2)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        got = call()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(40_000_000)
+        rows.mul_(2)
+        late = call()
+    stream.synchronize()
+    graph.replay()
+    close([got, late], [want, want])
+
+
 # -- torch.compile -----------------------------------------------------------------------------------------------------------
 
 

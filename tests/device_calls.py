@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -62,7 +63,11 @@ def warmed() -> Iterator[None]:
         samples = {name: sample_of(name) for name in sorted(CALLED)}
         done = gemskit.warmup([(REGISTRY[name], s.args, s.kwargs) for name, s in samples.items()])
         print(f"\n{done}")
+    # All of torch's objects are there for good; to look through them takes a third of a second, and tests collect often.
+    gc.collect()
+    gc.freeze()
     yield
+    gc.unfreeze()
 
 
 # -- calls ---------------------------------------------------------------------------------------------------------------

@@ -326,14 +326,14 @@ def test_processes_that_die_cost_one_task() -> None:
 def slow(task: int) -> None:
     """Ends the run, as ``timeout`` does, and is at work then."""
     os.kill(os.getppid(), signal.SIGTERM)
-    time.sleep(60)
+    time.sleep(900)
 
 
 def test_what_ends_a_run_ends_its_processes() -> None:
     start = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
         list(share(slow, [1, 2], [0]))
-    assert time.perf_counter() - start < 50 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert time.perf_counter() - start < 600 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_warmed_calls_are_those_of_the_rows() -> None:

@@ -270,7 +270,7 @@ def _(grad, input, precise):
 @jit
 def _tanh_softplus(x, precise):
     """``tanh(log(1 + e**x)) = w / (w + 2)`` with ``w = e**x (e**x + 2)``, 1 from 20 on; then ``e**x``, ``w``, ``1 / (w + 2)``."""
-    e = _fast.exp(tl.where(x > 20, 20.0, x), precise)
+    e = _fast.exp(x, precise)
     w = e * (e + 2)
     r = _fast.inverse(w + 2, precise)
     return tl.where(x > 20, 1.0, w * r), e, w, r
@@ -294,8 +294,11 @@ def mish(input: Tensor, *, out: Tensor | None = None) -> Tensor:
 @mish.formula
 @jit
 def _(input, precise):
-    t, _, _, _ = _tanh_softplus(input, precise)
-    return input * t
+    if precise:
+        t, _, _, _ = _tanh_softplus(input, precise)
+        return input * t
+    else:
+        return _fast.mish(input)
 
 
 @mish.gradient

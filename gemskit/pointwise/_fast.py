@@ -88,6 +88,15 @@ def rsqrt(x):
 
 
 @jit
+def quotient(x, y):
+    """``x / y``: 2**-22; 0 where ``y`` is beyond 2**126."""
+    if is_cuda():
+        return libdevice.fast_dividef(x, y)
+    else:
+        return x / y
+
+
+@jit
 def div(x, y, precise):
     """``x / y``: 2**-22."""
     if precise:
@@ -256,12 +265,12 @@ def pow(x, y, precise):
 
 
 @jit
-def below(x, bound):
-    """Whether all magnitudes of the block ``x`` are below ``bound``, no NaN among them: a branch for the whole block."""
-    most = tl.abs(x)
-    if len(x.shape) != 0:
-        most = tl.reduce(most, None, language.maximum)
-    return most < bound
+def largest(x):
+    """The largest of a block, NaN if one is: what a branch of the whole block asks."""
+    if len(x.shape) == 0:
+        return x
+    else:
+        return tl.reduce(x, None, language.maximum)
 
 
 @jit
@@ -287,10 +296,9 @@ def sin(x, precise):
     if precise:
         return libdevice.sin(x)
     else:
-        # The reduction of large arguments takes 40 instructions an element, and the test for it a branch.
-        if below(x, 2.0**18):
-            y = _sine(x, False)
-        else:
+        # Large arguments take 80 instructions an element, which then run one by one. Few registers wait for the test.
+        y = _sine(x, False)
+        if not largest(tl.abs(x)) < 2.0**18:
             y = libdevice.sin(x)
         return y
 
@@ -301,9 +309,8 @@ def cos(x, precise):
     if precise:
         return libdevice.cos(x)
     else:
-        if below(x, 2.0**18):
-            y = _sine(x, True)
-        else:
+        y = _sine(x, True)
+        if not largest(tl.abs(x)) < 2.0**18:
             y = libdevice.cos(x)
         return y
 

@@ -12,16 +12,20 @@ from gemskit.pointwise import _fast
 
 @jit
 def _near(x, y):
-    """``x / y``, a whole number at most 0.9 away, what that leaves of ``x``, and whether the last two are exact for all.
-
-    They are below 2**18. ``fmod`` takes 50 instructions and two branches an element, this 9.
-    """
-    t = x / y
+    """A whole number near ``x / y``, and what it leaves of ``x``; both exact where :func:`_far` is false."""
     # So much smaller that what is below one half is not rounded up to 1, where the rest would not be a float.
-    n = tl.math.fma(t, 1 - 2.0**-21, 12582912.0) - 12582912.0
-    r = tl.math.fma(-n, y, x)
-    # r * 0 is NaN where r is not finite.
-    return t, n, r, _fast.below(t + r * 0, 2.0**18)
+    n = tl.math.fma(_fast.quotient(x, y), 1 - 2.0**-21, 12582912.0) - 12582912.0
+    return n, tl.math.fma(-n, y, x)
+
+
+@jit
+def _far(r, y):
+    """Whether the rest of one of the block is no rest: the quotient is above 2**20 or not finite.
+
+    ``fmod`` takes 50 instructions and two branches an element. The result of the short way is complete before this is asked:
+    operands that wait for the answer take registers.
+    """
+    return not _fast.largest(tl.abs(r) - 0.75 * tl.abs(y)) <= 0
 
 
 @jit
@@ -34,10 +38,11 @@ def _apart(r, y):
 def floor_div(x, y):
     """The exact quotient, rounded down."""
     if x.dtype == tl.float32:
-        t, n, r, near = _near(x, y)
-        if near:
-            whole = libdevice.copysign(tl.where(_apart(r, y), n - 1, n), t)
-        else:
+        n, r = _near(x, y)
+        # Zero has the sign of the quotient.
+        sign = (x.to(tl.int32, bitcast=True) ^ y.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+        whole = libdevice.copysign(tl.where(_apart(r, y), n - 1, n), sign)
+        if _far(r, y):
             whole = _floor_div(x, y)
         return whole
     elif x.dtype.is_floating():
@@ -64,10 +69,9 @@ def _floor_div(x, y):
 def remainder(x, y):
     """What the quotient rounded down leaves: zero with the sign of ``x``, or something with that of ``y``."""
     if x.dtype == tl.float32:
-        t, n, r, near = _near(x, y)
-        if near:
-            rest = tl.where(_apart(r, y), r + y, tl.where(r == 0, libdevice.copysign(r, x), r))
-        else:
+        n, r = _near(x, y)
+        rest = tl.where(_apart(r, y), r + y, tl.where(r == 0, libdevice.copysign(r, x), r))
+        if _far(r, y):
             rest = _remainder(x, y)
         return rest
     else:
@@ -84,10 +88,9 @@ def _remainder(x, y):
 def fmod(x, y):
     """What the quotient rounded toward zero leaves, with the sign of ``x``."""
     if x.dtype == tl.float32:
-        t, n, r, near = _near(x, y)
-        if near:
-            rest = libdevice.copysign(tl.where(_apart(r, x), r + libdevice.copysign(y, x), r), x)
-        else:
+        n, r = _near(x, y)
+        rest = libdevice.copysign(tl.where(_apart(r, x), r + libdevice.copysign(y, x), r), x)
+        if _far(r, y):
             rest = libdevice.fmod(x, y)
         return rest
     elif x.dtype.is_floating():

@@ -234,9 +234,13 @@ def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0, *, out: 
 @jit
 def _(input, beta, threshold, precise):
     x = input * beta
-    value = tl.where(x > 0, x, 0) + _fast.log1p_exp(x, precise)
-    value = language.div(value, beta) if precise else value * (1 / beta)
-    return tl.where(x > threshold, input, value)
+    curve = _fast.log1p_exp(x, precise)
+    if precise:
+        return tl.where(x > threshold, input, language.div(tl.where(x > 0, x, 0) + curve, beta))
+    else:
+        # Choosing from two sums would round each by itself.
+        line = tl.where(x > tl.minimum(threshold, 0.0), input, 0)
+        return tl.where(x > threshold, 0, curve) * (1 / beta) + line
 
 
 @jit

@@ -69,7 +69,7 @@ def _floor_div(x, y):
 def remainder(x, y):
     """What the quotient rounded down leaves: zero with the sign of ``x``, or something with that of ``y``."""
     if x.dtype == tl.float32:
-        n, r = _near(x, y)
+        _, r = _near(x, y)
         rest = tl.where(_apart(r, y), r + y, tl.where(r == 0, libdevice.copysign(r, x), r))
         if _far(r, y):
             rest = _remainder(x, y)
@@ -88,7 +88,7 @@ def _remainder(x, y):
 def fmod(x, y):
     """What the quotient rounded toward zero leaves, with the sign of ``x``."""
     if x.dtype == tl.float32:
-        n, r = _near(x, y)
+        _, r = _near(x, y)
         rest = libdevice.copysign(tl.where(_apart(r, x), r + libdevice.copysign(y, x), r), x)
         if _far(r, y):
             rest = libdevice.fmod(x, y)

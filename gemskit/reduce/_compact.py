@@ -60,7 +60,7 @@ def _write(
     stop = tl.minimum(first + part, n)
     base = tl.sum(before, 0) - 1
     for start in range(first, stop, B):
-        # In columns: Triton stores in the order of the first dimension, so that threads next to each other write next to each other.
+        # In columns: Triton stores along the first dimension, so that threads next to each other write side by side.
         i = start + (tl.arange(0, B // RUN) * RUN)[None, :] + tl.arange(0, RUN)[:, None]
         live = i < stop
         chosen = FLAG(ins, i, live, sizes, strides)

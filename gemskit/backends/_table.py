@@ -65,6 +65,8 @@ DEFAULT: Launch = {
     "scan_along": {"tile": 4096, "warps": 8, "split_below": 1024},
     "scan_across": {"tile": 2048, "rows": 32, "warps": 4, "split_below": 512},
     "gather": {"block": 512, "warps": 4},
+    # H200, 64M float32 in 256 bins: 0.374 ms; 8192 in 8 warps 0.384; 2048 in 16 warps, 4 elements a thread, 0.545.
+    "histogram": {"tile": 4096, "warps": 4, "pieces": 1024},
 }
 
 

@@ -130,9 +130,9 @@ def _histogram(
     """Into ``out`` how many elements lie in each of its equal bins between edges; without any, how often each bin occurs."""
     n, bins = input.numel(), out.numel()
     config = backends.arch().config("reduction_along")
-    tile = config["tile"] // 2
+    tile = config["warps"] * 128
     own = _layout.next_power_of_2(bins) if bins <= _OWN else 0
-    part = _layout.cdiv(_layout.cdiv(max(n, 1), config["split_below"]), tile) * tile
+    part = _layout.cdiv(_layout.cdiv(max(n, 1), config["fill"]), tile) * tile
     pieces = _layout.cdiv(n, part)
     sizes, strides = _layout.collapse(input.shape, [tuple(input.stride())])
     rows = pieces if own else 1

@@ -66,6 +66,8 @@ class Op(Generic[P, R]):
     passes_scalars = False
     #: Whether there is a kernel for complex numbers.
     complex = False
+    #: Whether there is a kernel for float8.
+    float8 = False
     #: Whether ``out`` may be the very tensor that is read (every element is read before it is written).
     elementwise = False
 

@@ -137,6 +137,7 @@ def load() -> dict[str, Callable[[Make], Iterator[Sample]]]:
         _samples_movement,
         _samples_nn,
         _samples_pointwise,
+        _samples_products,
         _samples_reduce,
         _samples_reduce_more,
         _samples_rows,

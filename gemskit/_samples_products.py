@@ -71,3 +71,14 @@ def _(make: Make) -> Iterator[Sample]:
     yield Sample((make(2, 1, 4, 9), make(3, 9, 7)), note="broadcast")
     yield Sample((make(0, 3, 4), make(4, 5)), note="no batch")
     yield Sample((make(2, 3, 0), make(2, 0, 5)), note="nothing to sum")
+
+
+@samples("_contraction")
+def _(make: Make) -> Iterator[Sample]:
+    yield Sample((make(3, 7, 2, 9), make(3, 5, 2, 9), "bqhd", "bkhd", "bhqk"), note="attention scores")
+    yield Sample((make(5, 4, 3), make(4, 6, 3), "abc", "bdc", "ad"), note="two summed")
+    yield Sample((make(5, 3, 4), make(4, 6, 3), "acb", "bdc", "da"), note="two summed that are not adjacent")
+    yield Sample((make(2, 3, 4), make(5, 4, 2), "abi", "cid", "cabd"), note="results that are no matrix")
+    yield Sample((make(5, 7), make(5, 7), "ab", "ab", "b"), note="no rows")
+    yield Sample((make(5), make(7), "a", "b", "ba"), note="nothing summed")
+    yield Sample((make(5, 0), make(0, 3), "ab", "bc", "ac"), note="nothing to sum")

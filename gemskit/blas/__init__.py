@@ -3,6 +3,13 @@
 from gemskit.blas.batched import baddbmm as baddbmm
 from gemskit.blas.batched import baddbmm_ as baddbmm_
 from gemskit.blas.batched import bmm as bmm
+from gemskit.blas.contractions import addbmm as addbmm
+from gemskit.blas.contractions import addbmm_ as addbmm_
+from gemskit.blas.contractions import chain_matmul as chain_matmul
+from gemskit.blas.contractions import einsum as einsum
+from gemskit.blas.contractions import inner as inner
+from gemskit.blas.contractions import linalg_multi_dot as linalg_multi_dot
+from gemskit.blas.contractions import tensordot as tensordot
 from gemskit.blas.matmul import addmm as addmm
 from gemskit.blas.matmul import addmm_ as addmm_
 from gemskit.blas.matmul import linear as linear

@@ -186,7 +186,8 @@ def _interleaved(input: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 @operator(aten="kron")
 def kron(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
     """The Kronecker product: each element of ``input`` times all of ``other``. Source: ``torch.kron``."""
-    return torch.kron(input, other)
+    # torch 2.13 refuses matrices of some layouts.
+    return torch.kron(input.contiguous(), other.contiguous())
 
 
 @kron.kernel

@@ -29,6 +29,7 @@ from gemskit.blas import chain_matmul as chain_matmul
 from gemskit.blas import dot as dot
 from gemskit.blas import einsum as einsum
 from gemskit.blas import ger as ger
+from gemskit.blas import grouped_mm as grouped_mm
 from gemskit.blas import inner as inner
 from gemskit.blas import kron as kron
 from gemskit.blas import linalg_multi_dot as linalg_multi_dot
@@ -38,6 +39,7 @@ from gemskit.blas import matmul as matmul
 from gemskit.blas import mm as mm
 from gemskit.blas import mv as mv
 from gemskit.blas import outer as outer
+from gemskit.blas import scaled_grouped_mm as scaled_grouped_mm
 from gemskit.blas import tensordot as tensordot
 from gemskit.blas import vdot as vdot
 from gemskit.nn import LayerNorm as LayerNorm

@@ -10,6 +10,8 @@ from gemskit.blas.contractions import einsum as einsum
 from gemskit.blas.contractions import inner as inner
 from gemskit.blas.contractions import linalg_multi_dot as linalg_multi_dot
 from gemskit.blas.contractions import tensordot as tensordot
+from gemskit.blas.grouped import grouped_mm as grouped_mm
+from gemskit.blas.grouped import scaled_grouped_mm as scaled_grouped_mm
 from gemskit.blas.matmul import addmm as addmm
 from gemskit.blas.matmul import addmm_ as addmm_
 from gemskit.blas.matmul import linear as linear

@@ -71,8 +71,8 @@ def _tiles(
         if EVEN_K:
             x, y = tl.load(a + a_at), tl.load(b + b_at)
         else:
-            x = tl.load(a + a_at, k[None, :] < K - start, other=0)
-            y = tl.load(b + b_at, k[:, None] < K - start, other=0)
+            x = tl.load(a + a_at, k[None, :] < K - start, other=0.0)
+            y = tl.load(b + b_at, k[:, None] < K - start, other=0.0)
         acc = tl.dot(x, y, acc, input_precision=PRECISION, out_dtype=ACC)
         # Scalar pointers advance, tile offsets stay: one add a step, and only the offsets inside a tile can leave int32.
         a += BK * a_k

@@ -17,6 +17,13 @@ from gemskit.blas.matmul import addmm_ as addmm_
 from gemskit.blas.matmul import linear as linear
 from gemskit.blas.matmul import matmul as matmul
 from gemskit.blas.matmul import mm as mm
+from gemskit.blas.quantised import bmm_fp8 as bmm_fp8
+from gemskit.blas.quantised import cutlass_scaled_mm as cutlass_scaled_mm
+from gemskit.blas.quantised import fp8_matmul as fp8_matmul
+from gemskit.blas.quantised import int_mm as int_mm
+from gemskit.blas.quantised import scaled_mm as scaled_mm
+from gemskit.blas.quantised import w8a8_block_fp8_matmul as w8a8_block_fp8_matmul
+from gemskit.blas.quantised import weight_int8pack_mm as weight_int8pack_mm
 from gemskit.blas.vectors import addmv as addmv
 from gemskit.blas.vectors import addmv_ as addmv_
 from gemskit.blas.vectors import addr as addr

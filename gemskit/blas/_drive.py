@@ -221,7 +221,8 @@ class Gemm(Op[P, R]):
         out, a, b = outs[0], named[first], named[second]
         given = {n: named[n] for n in self.tensors if isinstance(named[n], Tensor)}
         allowed = {a.dtype, named.get("out_dtype") or a.dtype}
-        if a.dtype != b.dtype or any(t.dtype not in allowed for n, t in given.items() if n not in self.keep):
+        mixed = a.dtype != b.dtype and not {a.dtype, b.dtype} <= FLOAT8.keys()
+        if mixed or any(t.dtype not in allowed for n, t in given.items() if n not in {*self.keep, *self.factors}):
             raise DtypeError(f"{self.name}: all tensors must have one dtype, given {describe(given)}")
         if self._views:
             out, a, b = self._views(out, a, b)

@@ -183,6 +183,13 @@ def served(op: Op[..., Any], values: tuple[Any, ...]) -> None:
             )
 
 
+def float8(op: Op[..., Any], values: tuple[Any, ...]) -> None:
+    """Refuse what the architecture of the current device has no arithmetic for."""
+    for n, v in zip(op.params, values):
+        if isinstance(v, Tensor) and str(v.dtype).removeprefix("torch.") in backends.arch().unsupported_dtypes:
+            raise NoKernel(f"{op.name}: no kernel for {n}: {describe(v)}; {backends.arch().name} has no {v.dtype}")
+
+
 def results(op: Op[..., Any], specs: Sequence[tuple[Sequence[int], Sequence[int], torch.dtype]]) -> None:
     """Refuse a result dtype that no kernel writes, such as that of a complex number among the arguments."""
     for _, _, dtype in specs:

@@ -430,6 +430,8 @@ class Op(Generic[P, R]):
         _checks.targets(self, outs or (), [d for _, _, d in specs])
         # The device is current: its architecture sets the numbers.
         with _launch.guard(_device_of(values)):
+            if self.float8:
+                _checks.float8(self, values)
             return Plan(specs, self.plan(dict(zip(self.params, values)), outs or tuple([_meta(*s) for s in specs])))
 
     def _results(self, values: tuple[Any, ...]) -> tuple[_Spec, ...]:

@@ -26,7 +26,7 @@ def _(make: Make) -> Iterator[Sample]:
     yield Sample((make(512, 256), make(8, 256, 512), ends(make, *range(64, 513, 64))), note="big")
 
 
-F8 = torch.float8_e4m3fn
+F8, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 def scales(make: Make, *shape: int) -> Tensor:
@@ -54,7 +54,7 @@ def _(make: Make) -> Iterator[Sample]:
         to, note="steps",
     )  # fmt: skip
     yield Sample(
-        (make(3, 7, 32, dtype=F8), make(3, 32, 18, dtype=F8), scales(make, 3, 7), scales(make, 3, 18)),
+        (float8(make, 3, 7, 32, dtype=E5), float8(make, 3, 32, 18, dtype=E5), scales(make, 3, 7), scales(make, 3, 18)),
         to, note="batches",
     )  # fmt: skip
 
@@ -74,7 +74,7 @@ def _(make: Make) -> Iterator[Sample]:
     to = {"out_dtype": result(make)}
     for m, k, n in ((32, 64, 32), (17, 48, 70), (1, 40, 5), (0, 3, 4), (3, 0, 4)):
         yield Sample((float8(make, m, k), float8(make, n, k).mT, scales(make), scales(make)), to, note=f"{m}x{k}x{n}")
-    a, b = float8(make, 17, 256), float8(make, 130, 256, dtype=torch.float8_e5m2).mT
+    a, b = float8(make, 17, 256), float8(make, 130, 256, dtype=E5).mT
     bias = make(130, dtype=torch.float32)
     yield Sample((a, b, scales(make, 17, 1), scales(make, 1, 130), bias), to, note="rows, columns and a bias")
     yield Sample((a, b, scales(make), scales(make, 1, 130)), to, note="a tensor and columns")

@@ -38,13 +38,13 @@ def _blocks(
     tile_m, tile_n = language.swizzle(i, tl.cdiv(M, BM), tl.cdiv(N, BN), SWIZZLE)
     m, n = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
     m_live, n_live = m < M, n < N
-    a += m[:, None] * a_m + k[None, :] * a_k
-    b += k[:, None] * b_k + n[None, :] * b_n
+    a_at = m[:, None] * a_m + k[None, :] * a_k
+    b_at = k[:, None] * b_k + n[None, :] * b_n
     rows, columns = (m // block_m) * scale_m, (n // block_n) * scale_n
     acc = tl.zeros((BM, BN), UNITS if ONE else TOTAL)
     for at in range(0, K, BK):
-        x = tl.load(a, m_live[:, None] & (k[None, :] < K - at), other=0.0)
-        y = tl.load(b, (k[:, None] < K - at) & n_live[None, :], other=0.0)
+        x = tl.load(a + a_at, m_live[:, None] & (k[None, :] < K - at), other=0.0)
+        y = tl.load(b + b_at, (k[:, None] < K - at) & n_live[None, :], other=0.0)
         if x.dtype.is_floating() and not y.dtype.is_floating():
             y = y.to(x.dtype)
         if ONE:
@@ -71,13 +71,15 @@ def blocks(
     """``a`` (M, K) by ``b`` (K, N), where ``scale_a`` (rows, slices) and ``scale_b`` (slices, columns) count ``block``."""
     (M, K), N = a.shape, b.shape[1]
     config = backends.arch().config("gemm")
+    bm, bn = (min(side, max(16, _layout.next_power_of_2(n))) for side, n in ((config["m"], M), (config["n"], N)))
+    # Matrix units take 32 bytes of K at a time; few rows go through those that want operands in registers.
     one, least, step = block[2] >= K, max(16, 32 // a.dtype.itemsize), config["k"] * 2 // a.dtype.itemsize
+    step = step if bm >= 64 else step // 2
     if not one:
-        # The largest power of 2 that no block of K ends within; matrix units take 32 bytes at a time.
+        # The largest power of 2 that no block of K ends within.
         step = min(block[2] & -block[2], step)
         if step < least:
             raise NoKernel(f"{name}: no kernel for blocks of {block[2]} along K; served are multiples of {least}")
-    bm, bn = (min(side, max(16, _layout.next_power_of_2(n))) for side, n in ((config["m"], M), (config["n"], N)))
     units = ACCUMULATORS[a.dtype]
     fast = a.dtype == torch.float32 and backends.arch().target[0] == "cuda" and tf32()
     grid = _layout.cdiv(M, bm) * _layout.cdiv(N, bn)
@@ -85,7 +87,7 @@ def blocks(
         UNITS=TRITON[units], TOTAL=TRITON[units if units.is_floating_point else torch.float32],
         PRECISION="tf32" if fast else "ieee", ONE=one, BM=bm, BN=bn, BK=max(least, step),
         SWIZZLE=config["group"], WIDE=any(_layout.is_wide(t.shape, [t.stride()]) for t in (out, a, b)),
-        num_warps=config["warps"] if bm * bn > 64 * 64 else 4, num_stages=config["stages"],
+        num_warps=8 if max(bm * bn, bn * max(least, step)) > 64 * 64 else 4, num_stages=config["stages"],
     )  # fmt: skip
     scales = (*_strides(scale_a), *_strides(scale_b), bias.stride(-1) if bias is not None else 0)
     strides = (*out.stride(), *a.stride(), *b.stride(), *scales)

@@ -22,11 +22,11 @@ def _summed(
 ):  # fmt: skip
     """``acc`` plus the product of the steps from ``first`` to ``stop``."""
     k = tl.arange(0, BK)
-    a += m[:, None] * a_m + (first + k)[None, :] * a_k
-    b += (first + k)[:, None] * b_k + n[None, :] * b_n
+    a_at = m[:, None] * a_m + (first + k)[None, :] * a_k
+    b_at = (first + k)[:, None] * b_k + n[None, :] * b_n
     for at in range(first, stop, BK):
-        x = tl.load(a, m_live[:, None] & (k[None, :] < stop - at), other=0.0)
-        y = tl.load(b, (k[:, None] < stop - at) & n_live[None, :], other=0.0)
+        x = tl.load(a + a_at, m_live[:, None] & (k[None, :] < stop - at), other=0.0)
+        y = tl.load(b + b_at, (k[:, None] < stop - at) & n_live[None, :], other=0.0)
         acc = tl.dot(x, y, acc, input_precision=PRECISION, out_dtype=acc.dtype)
         a += BK * a_k
         b += BK * b_k
@@ -37,9 +37,9 @@ def _summed(
 def _stored(out, acc, m, n, m_live, n_live, out_m, out_n, row_scales, column_scales):
     """Store a tile, times the scales of its rows and columns where there are any."""
     if row_scales is not None:
-        acc *= tl.load(row_scales, m_live, other=0)[:, None]
+        acc *= tl.load(row_scales, m_live, other=0.0)[:, None]
     if column_scales is not None:
-        acc *= tl.load(column_scales, n_live, other=0)[None, :]
+        acc *= tl.load(column_scales, n_live, other=0.0)[None, :]
     at = m[:, None] * out_m + n[None, :] * out_n
     tl.store(out + at, acc.to(out.dtype.element_ty), m_live[:, None] & n_live[None, :])
 
@@ -80,10 +80,9 @@ def _rows(
         acc = tl.zeros((BM, BN), ACC)
         acc = _summed(acc, a, b + group * b_g, m, n, m_live, n_live, 0, stop, a_m, a_k, b_k, b_n, PRECISION, BK)
         row_scales = None if scale_a is None else scale_a + m * scale_m
-        column_scales = None if scale_b is None else scale_b + group * scale_g + n * scale_n
-        n_scaled = n_live & (group < groups)
-        if column_scales is not None:
-            acc *= tl.load(column_scales, n_scaled, other=0)[None, :]
+        if scale_b is not None:
+            at = scale_b + group * scale_g + n * scale_n
+            acc *= tl.load(at, n_live & (group < groups), other=0.0)[None, :]
         _stored(out, acc, m, n, m_live, n_live, out_m, out_n, row_scales, None)
 
 

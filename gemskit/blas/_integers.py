@@ -47,14 +47,13 @@ def _sums(
         acc += tl.load(a, m < M, other=0).to(ACC) * tl.load(b, n < N, other=0).to(ACC)
         a += a_k
         b += b_k
-    live = (m < M) & (n < N)
+    inside = (m < M) & (n < N)
     values = ()
     for j in tl.static_range(len(extras)):
-        at = offset(batch, batch_sizes, extra_strides[j]) + m * extra_m[j] + n * extra_n[j]
-        values = values + (tl.load(extras[j] + at, live).to(ACC),)
-    result = EPILOGUE(acc, values, s0, s1, s2, s3)
-    at = offset(batch, batch_sizes, out_strides) + m * out_m + n * out_n
-    tl.store(out + at, result.to(out.dtype.element_ty), live)
+        place = extras[j] + offset(batch, batch_sizes, extra_strides[j])
+        values = values + (tl.load(place + m * extra_m[j] + n * extra_n[j], inside).to(ACC),)
+    out += offset(batch, batch_sizes, out_strides) + m * out_m + n * out_n
+    tl.store(out, EPILOGUE(acc, values, s0, s1, s2, s3).to(out.dtype.element_ty), inside)
 
 
 class Integers:

@@ -83,6 +83,11 @@ def scaled(grad: Tensor, factor: Number, like: tuple[Sequence[int], torch.dtype]
     return out
 
 
+def shaped(t: Tensor, shape: Sequence[int]) -> Tensor:
+    """``t`` in ``shape``: itself where that is its own, which no view of it is."""
+    return t if t.shape == tuple(shape) else t.view(tuple(shape))
+
+
 def widened(out_dtype: torch.dtype | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     """What torch multiplies where the result has ``out_dtype``: its own for the dtypes of factors, or float32 for halves."""
     dtype = tensors[-1].dtype

@@ -15,7 +15,7 @@ from gemskit._jit import jit
 from gemskit._layout import contiguous
 from gemskit._op import Named
 from gemskit.blas._drive import Gemm, gemm
-from gemskit.blas._terms import multiply, one_dtype, plain, plus, scaled, widened
+from gemskit.blas._terms import multiply, one_dtype, plain, plus, scaled, shaped, widened
 from gemskit.pointwise._place import cast, copy
 from gemskit.reduce._fold import Fold
 
@@ -139,7 +139,7 @@ def _(grad: Tensor, input: Tensor, weight: Tensor, needs: set[str], like: Like) 
     if "input" in needs:
         found["input"] = linear(grad, weight.mT)
     if "weight" in needs:
-        found["weight"] = mm(rows(grad).mT, rows(input)).view(like["weight"][0])
+        found["weight"] = shaped(mm(rows(grad).mT, rows(input)), like["weight"][0])
     return found
 
 
@@ -189,9 +189,9 @@ def _(grad: Tensor, input: Tensor, other: Tensor, needs: set[str], like: Like) -
     if input.ndim == 1:
         grad = grad.unsqueeze(-2)
     if "input" in needs:
-        found["input"] = summed(matmul(grad, b.mT), (tuple(a.shape), a.dtype)).view(input.shape)
+        found["input"] = shaped(summed(matmul(grad, b.mT), (tuple(a.shape), a.dtype)), input.shape)
     if "other" in needs and b.ndim == 2:
-        found["other"] = mm(rows(a).mT, rows(grad)).view(other.shape)
+        found["other"] = shaped(mm(rows(a).mT, rows(grad)), other.shape)
     elif "other" in needs:
         found["other"] = summed(matmul(a.mT, grad), (tuple(b.shape), b.dtype))
     return found

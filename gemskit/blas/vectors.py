@@ -11,7 +11,7 @@ from torch import Tensor
 from gemskit._dtypes import Number, accumulate_type, common_dtype, compute_type
 from gemskit._jit import jit
 from gemskit._op import operator
-from gemskit.blas._terms import multiply, one_dtype, plus, scaled, times
+from gemskit.blas._terms import multiply, one_dtype, plus, scaled, shaped, times
 from gemskit.blas.matmul import Like
 from gemskit.errors import ShapeError
 from gemskit.pointwise._drive import Elementwise
@@ -204,7 +204,7 @@ def _(grad: Tensor, input: Tensor, other: Tensor, needs: set[str], like: Like) -
     grad = grad.view(shape)
     found: dict[str, Tensor] = {}
     if "input" in needs:
-        found["input"] = multiply(grad, b, shape, (a.shape, input.dtype)).view(input.shape)
+        found["input"] = shaped(multiply(grad, b, shape, (a.shape, input.dtype)), input.shape)
     if "other" in needs:
-        found["other"] = multiply(grad, a, shape, (b.shape, other.dtype)).view(other.shape)
+        found["other"] = shaped(multiply(grad, a, shape, (b.shape, other.dtype)), other.shape)
     return found

@@ -88,7 +88,9 @@ def _(make: Make) -> Iterator[Sample]:
 @samples("bmm_fp8")
 def _(make: Make) -> Iterator[Sample]:
     to = result(make)
-    yield Sample((float8(make, 3, 17, 40), float8(make, 3, 20, 40).mT, scales(make), scales(make, 1), to), note="column-major")
+    yield Sample(
+        (float8(make, 3, 17, 40), float8(make, 3, 20, 40).mT, scales(make), scales(make, 1), to), note="column-major"
+    )
     yield Sample((float8(make, 3, 17, 40), float8(make, 3, 40, 20), scales(make), scales(make), to), note="row-major")
     yield Sample((float8(make, 0, 17, 40), float8(make, 0, 40, 20), scales(make), scales(make), to), note="no batch")
 
@@ -99,7 +101,9 @@ def _(make: Make) -> Iterator[Sample]:
     for n, k in ((128, 128), (64, 32), (48, 96)):
         a, b = float8(make, 17, 200), float8(make, 130, 200)
         sizes = -(-200 // k), -(-130 // n)
-        yield Sample((a, b, scales(make, 17, sizes[0]), scales(make, *sizes[::-1]), [n, k], to), note=f"blocks of {n}x{k}")
+        yield Sample(
+            (a, b, scales(make, 17, sizes[0]), scales(make, *sizes[::-1]), [n, k], to), note=f"blocks of {n}x{k}"
+        )
     three = float8(make, 2, 3, 128), float8(make, 20, 128), scales(make, 2, 3, 1), scales(make, 1, 1)
     yield Sample((*three, [128, 128], to), note="3-d")
     none = float8(make, 0, 128), float8(make, 20, 128), scales(make, 0, 1), scales(make, 1, 1)

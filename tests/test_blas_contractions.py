@@ -142,9 +142,7 @@ def test_inner(a: tuple[int, ...], b: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("b", [0, 1, 3])
 def test_addbmm(b: int) -> None:
     x, y, z = rand(5, 6), rand(b, 5, 4), rand(b, 4, 6)
-    agree(
-        lambda *t: gemskit.addbmm(*t, beta=0.5, alpha=2), lambda *t: torch.addbmm(*t, beta=0.5, alpha=2), x, y, z
-    )
+    agree(lambda *t: gemskit.addbmm(*t, beta=0.5, alpha=2), lambda *t: torch.addbmm(*t, beta=0.5, alpha=2), x, y, z)
     with interpret():
         wanted = torch.addbmm(x, y, z, beta=2)
         assert gemskit.addbmm_(x, y, z, beta=2) is x

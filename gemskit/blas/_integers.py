@@ -99,5 +99,8 @@ class Integers:
             reads = {"acc": "acc", **{n: f"values[{k}]" for k, n in enumerate(operands)}}
             runtime, expressions = arguments(self.names, {n: named.get(n) for n in self.names}, reads, acc)
             call = adapter(f"{self.name}_epilogue", f"acc, values, {', '.join(SCALARS)}", self.epilogue, expressions)
-            self._known[key] = fill(_sums, f"{self.name}_int", scalar_types(runtime, acc, named), EPILOGUE=call), runtime
+            self._known[key] = (
+                fill(_sums, f"{self.name}_int", scalar_types(runtime, acc, named), EPILOGUE=call),
+                runtime,
+            )
         return self._known[key]

@@ -94,7 +94,9 @@ def widened(out_dtype: torch.dtype | None, *tensors: Tensor) -> tuple[Tensor, ..
     if out_dtype is None or out_dtype == dtype:
         return tensors
     if dtype not in HALVES or out_dtype != torch.float32:
-        raise TypeError(f"out_dtype must be {dtype}, the dtype of the factors, or float32 for halves; given {out_dtype}")
+        raise TypeError(
+            f"out_dtype must be {dtype}, the dtype of the factors, or float32 for halves; given {out_dtype}"
+        )
     return tuple(t.to(out_dtype) for t in tensors)
 
 

@@ -161,8 +161,8 @@ def _contract(
 def einsum(equation: str, *operands: Tensor) -> Tensor:
     """The sum of products that ``equation`` names: ``einsum("bij,bjk->bik", a, b)``. Source: ``torch.einsum``.
 
-    Letters name dimensions, ``...`` those that broadcast, a letter twice in one term its diagonal. Tensors are multiplied from the
-    left, each pair as one matrix product of views; a view of it is returned where nothing is multiplied.
+    Letters name dimensions, ``...`` those that broadcast, a letter twice in one term its diagonal. Tensors are multiplied from
+    the left, each pair as one matrix product of views; where nothing is multiplied or summed the result is a view.
     """
     tensors: Sequence[Tensor] = operands[0] if len(operands) == 1 and not isinstance(operands[0], Tensor) else operands
     left, arrow, result = equation.replace(" ", "").partition("->")
@@ -185,9 +185,7 @@ def einsum(equation: str, *operands: Tensor) -> Tensor:
     return _contract("einsum", tensors, terms, result)
 
 
-def tensordot(
-    a: Tensor, b: Tensor, dims: int | Sequence[Sequence[int]] = 2, out: Tensor | None = None
-) -> Tensor:
+def tensordot(a: Tensor, b: Tensor, dims: int | Sequence[Sequence[int]] = 2, out: Tensor | None = None) -> Tensor:
     """The sum of products over ``dims``: the last ``n`` of ``a`` with the first ``n`` of ``b``, or two lists of dimensions.
 
     Source: ``torch.tensordot``.
@@ -251,12 +249,14 @@ def linalg_multi_dot(tensors: Sequence[Tensor], *, out: Tensor | None = None) ->
     sizes.append(1 if tensors[-1].ndim == 1 else tensors[-1].shape[-1])
     sizes[-2] = tensors[-1].shape[0]
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def cheapest(i: int, j: int) -> tuple[int, int]:
         """The multiplications of tensors i to j, and after which of them the last product splits."""
         if i == j:
             return 0, i
-        return min((cheapest(i, k)[0] + cheapest(k + 1, j)[0] + sizes[i] * sizes[k + 1] * sizes[j + 1], k) for k in range(i, j))
+        return min(
+            (cheapest(i, k)[0] + cheapest(k + 1, j)[0] + sizes[i] * sizes[k + 1] * sizes[j + 1], k) for k in range(i, j)
+        )
 
     def product(i: int, j: int) -> Tensor:
         if i == j:

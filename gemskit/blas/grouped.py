@@ -36,7 +36,7 @@ def _checked(mat_a: Tensor, mat_b: Tensor, offs: Tensor | None, bias: Tensor | N
     if offs is None:
         return
     if offs.ndim != 1 or offs.dtype != torch.int32:
-        raise TypeError("offs must be an int32 vector, the dtype and shape of the ends of groups")
+        raise TypeError("offs must be an int32 vector, the ends of groups")
     if groups and groups[0] != offs.shape[0]:
         raise ValueError(f"{offs.shape[0]} offs do not fit the size of a factor of {groups[0]} groups")
     if mat_a.shape[-1] != mat_b.shape[-2]:

@@ -84,13 +84,13 @@ _ROW_SUM = Fold("row_sum", map=_same, combine=language.add, identity=(0,))
 
 def summed(grad: Tensor, like: tuple[tuple[int, ...], torch.dtype]) -> Tensor:
     """``grad`` summed to the shape of an operand that was broadcast."""
-    return grad if grad.shape == like[0] else _ROW_SUM.to_shape({"grad": grad}, grad.shape, like, compute_type(grad.dtype))
+    return (
+        grad if grad.shape == like[0] else _ROW_SUM.to_shape({"grad": grad}, grad.shape, like, compute_type(grad.dtype))
+    )
 
 
 @gemm(factors=("input", "weight"))
-def linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None
-) -> Tensor:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """``input @ weight.T + bias`` of ``input`` (..., K), ``weight`` (N, K) and ``bias`` (N,): (..., N).
 
     A ``weight`` (K,) gives (...). Source: ``torch.nn.functional.linear``.
@@ -175,8 +175,6 @@ def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor
 
 
 matmul.epilogue(plain)
-
-
 
 
 @matmul.gradient_by

@@ -16,6 +16,7 @@ from gemskit.blas._blocks import blocks
 from gemskit.blas._drive import Gemm, gemm
 from gemskit.blas._terms import plain
 from gemskit.blas.matmul import rows
+from gemskit.errors import NoKernel
 
 #: The side of the blocks that torch's scales count.
 BLOCK = 128
@@ -186,12 +187,12 @@ def _(
     )  # fmt: skip
 
 
-def fp8_matmul(
-    a: Tensor, a_s: Tensor, b: Tensor, b_s: Tensor, scale_dtype: torch.dtype = torch.float32
-) -> Tensor:
+def fp8_matmul(a: Tensor, a_s: Tensor, b: Tensor, b_s: Tensor, scale_dtype: torch.dtype = torch.float32) -> Tensor:
     """:func:`w8a8_block_fp8_matmul` in blocks of 128 x 128 and bfloat16. The operator of FlagGems."""
     if scale_dtype != torch.float32 or a_s.dtype != torch.float32 or b_s.dtype != torch.float32:
-        raise NotImplementedError("fp8_matmul: scales are float32")
+        raise NoKernel(
+            f"fp8_matmul: no kernel for scales of {scale_dtype}, {a_s.dtype}, {b_s.dtype}; served is float32"
+        )
     return w8a8_block_fp8_matmul(a, b, a_s, b_s, [BLOCK, BLOCK], torch.bfloat16)
 
 

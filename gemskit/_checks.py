@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gemskit import _launch, backends
-from gemskit._dtypes import PARTS, TRITON
+from gemskit._dtypes import FLOAT8, PARTS, TRITON
 from gemskit.errors import (
     ArgumentError,
     DeviceError,
@@ -183,6 +183,13 @@ def served(op: Op[..., Any], values: tuple[Any, ...]) -> None:
             )
 
 
+def float8(op: Op[..., Any], values: tuple[Any, ...]) -> None:
+    """Refuse what the architecture of the current device has no arithmetic for."""
+    for n, v in zip(op.params, values):
+        if isinstance(v, Tensor) and str(v.dtype).removeprefix("torch.") in backends.arch().unsupported_dtypes:
+            raise NoKernel(f"{op.name}: no kernel for {n}: {describe(v)}; {backends.arch().name} has no {v.dtype}")
+
+
 def results(op: Op[..., Any], specs: Sequence[tuple[Sequence[int], Sequence[int], torch.dtype]]) -> None:
     """Refuse a result dtype that no kernel writes, such as that of a complex number among the arguments."""
     for _, _, dtype in specs:
@@ -198,11 +205,12 @@ def targets(op: Op[..., Any], outs: Sequence[Tensor], dtypes: Sequence[torch.dty
 
 
 def _serves(op: Op[..., Any], dtype: torch.dtype) -> bool:
-    return dtype in SERVED or (op.complex and dtype in PARTS)
+    return dtype in SERVED or (op.complex and dtype in PARTS) or (op.float8 and dtype in FLOAT8)
 
 
 def _names(op: Op[..., Any]) -> str:
-    return f"{NAMES}, complex64, complex128" if op.complex else f"{NAMES}; not complex numbers"
+    names = f"{NAMES}, {', '.join(str(d).removeprefix('torch.') for d in FLOAT8)}" if op.float8 else NAMES
+    return f"{names}, complex64, complex128" if op.complex else f"{names}; not complex numbers"
 
 
 def plain_targets(what: str, outs: Sequence[Tensor]) -> None:

@@ -430,6 +430,8 @@ def _tensors(sample: Sample) -> list[Tensor]:
 
 
 def _bits(t: Tensor) -> Tensor:
+    if t.dtype.itemsize == 1:
+        return t.view(torch.uint8)
     return torch.nan_to_num(t, nan=12345.0) if t.dtype.is_floating_point else t
 
 
@@ -456,7 +458,6 @@ def _show(sample: Sample) -> str:
 
 #: Inputs that torch takes on a CPU and that our kernels refuse with NoKernel: (operator, dtypes, reason).
 REFUSED: tuple[tuple[tuple[str, ...], tuple[torch.dtype, ...], str], ...] = (
-    (("mm", "addmm", "bmm", "linear"), INTS, "no integer products; torch refuses them on CUDA too"),
 )
 
 #: Checks that say nothing, and why: (operator, kind) -> reason.

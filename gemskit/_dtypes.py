@@ -27,6 +27,9 @@ TRITON: dict[torch.dtype, Any] = {
     torch.bool: tl.int1,
 }
 
+#: What only matrix products read and write.
+FLOAT8: dict[torch.dtype, Any] = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
+
 #: What is computed in float32 and rounded once.
 HALVES = frozenset((torch.float16, torch.bfloat16))
 

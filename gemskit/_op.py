@@ -66,6 +66,8 @@ class Op(Generic[P, R]):
     passes_scalars = False
     #: Whether there is a kernel for complex numbers.
     complex = False
+    #: Whether there is a kernel for float8.
+    float8 = False
     #: Whether ``out`` may be the very tensor that is read (every element is read before it is written).
     elementwise = False
 
@@ -428,6 +430,8 @@ class Op(Generic[P, R]):
         _checks.targets(self, outs or (), [d for _, _, d in specs])
         # The device is current: its architecture sets the numbers.
         with _launch.guard(_device_of(values)):
+            if self.float8:
+                _checks.float8(self, values)
             return Plan(specs, self.plan(dict(zip(self.params, values)), outs or tuple([_meta(*s) for s in specs])))
 
     def _results(self, values: tuple[Any, ...]) -> tuple[_Spec, ...]:

@@ -26,6 +26,14 @@ def _(make: Make) -> Iterator[Sample]:
     yield Sample((make(9, 12), make(9, 20), make(20, 12)), {"beta": 0, "alpha": 0.25}, note="beta 0")
 
 
+@samples("baddbmm")
+def _(make: Make) -> Iterator[Sample]:
+    for m, k, n in SIZES[1:]:
+        yield Sample((make(3, m, n), make(3, m, k), make(3, k, n)), note=f"3x{m}x{k}x{n}")
+    yield Sample((make(12), make(3, 9, 20), make(3, 20, 12)), {"beta": 0.5, "alpha": -2}, note="row")
+    yield Sample((make(3, 9, 12), make(3, 9, 20), make(3, 20, 12)), {"beta": 0, "alpha": 0.25}, note="beta 0")
+
+
 @samples("bmm")
 def _(make: Make) -> Iterator[Sample]:
     for m, k, n in SIZES:
@@ -40,4 +48,6 @@ def _(make: Make) -> Iterator[Sample]:
         yield Sample((make(m, k), make(n, k), make(n)), note=f"{m}x{k}x{n}")
     yield Sample((make(33), make(17, 33)), note="a vector")
     yield Sample((make(2, 3, 16), make(17, 16)), note="3-d")
+    yield Sample((make(2, 3, 16), make(16)), note="3-d and a vector of weights")
+    yield Sample((make(16), make(16)), note="two vectors")
     yield Sample((make(3, 2, 16).transpose(0, 1), make(17, 16), make(17)), note="rows apart")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from gemskit import _launch, backends, language
 from gemskit._interpret import interpret
 from gemskit._op import REGISTRY
-from gemskit.blas import addmm, addmm_, bmm, linear, mm
+from gemskit.blas import addmm, addmm_, baddbmm, bmm, linear, matmul, mm
 from gemskit.blas._drive import Gemm, Product, gemm, tiles
 from gemskit.blas.matmul import plain
 from gemskit.errors import ArgumentError, DtypeError, NoKernel, ShapeError
@@ -263,15 +263,56 @@ def test_wrong_shapes_name_the_operator_and_the_shapes(kernels: bool) -> None:
 def test_dtypes_that_are_refused() -> None:
     x = rand(4, 4)
     with interpret():
-        with pytest.raises(NoKernel, match=r"mm: no kernel for torch.int64 products"):
-            mm(x.long(), x.long())
+        with pytest.raises(NoKernel, match="mm: no kernel for products of bools"):
+            mm(x.bool(), x.bool())
+        with pytest.raises(NoKernel, match=r"mm: no kernel for input: complex64.*; not complex numbers"):
+            mm(x.to(torch.complex64), x.to(torch.complex64))
+        with pytest.raises(DtypeError, match="mm: out_dtype must be torch, the dtype of the factors, or float32"):
+            mm(x, x, torch.bfloat16)
+        with pytest.raises(DtypeError, match="addmm: all tensors must have one dtype"):
+            addmm(x, x.bfloat16(), x.bfloat16())
         with pytest.raises(DtypeError, match="mm: all tensors must have one dtype"):
             mm(x, x.bfloat16())
         with pytest.raises(DtypeError, match="linear: all tensors must have one dtype"):
             linear(x, x, x[0].double())
-        with pytest.raises(NoKernel, match="linear: no kernel for a weight"):
-            linear(x, x[0])
-    assert torch.equal(mm(x.long(), x.long()), x.long() @ x.long())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_products_of_integers_wrap_around_as_torchs(dtype: torch.dtype) -> None:
+    big = torch.iinfo(dtype).max
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randint(0, big, s, generator=generator, dtype=torch.int64).to(dtype) for s in ((5, 70), (70, 9)))
+    c = torch.randint(0, 9, (5, 9), generator=generator).to(dtype)
+    with interpret():
+        assert torch.equal(mm(a, b), torch.mm(a, b))
+        assert torch.equal(mm(a[:, ::2], b[::2]), torch.mm(a[:, ::2], b[::2]))
+        assert torch.equal(bmm(a.expand(2, 5, 70), b.expand(2, 70, 9)), torch.mm(a, b).expand(2, 5, 9))
+        assert torch.equal(matmul(a, b[:, 0]), torch.mv(a, b[:, 0]))
+        # The integral part of a number counts.
+        assert torch.equal(addmm(c, a, b, beta=2.5, alpha=3), torch.addmm(c, a, b, beta=2.5, alpha=3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_results_of_halves_may_stay_float32(dtype: torch.dtype) -> None:
+    x, y, z = rand(20, 70, dtype=dtype), rand(70, 9, dtype=dtype), rand(20, 9)
+    calls: list[tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]] = [
+        (mm, torch.mm, [x, y]),
+        (bmm, torch.bmm, [x[None], y[None]]),
+        (addmm, torch.addmm, [z, x, y]),
+        (addmm, torch.addmm, [z.to(dtype), x, y]),
+        (baddbmm, torch.baddbmm, [z, x[None], y[None]]),
+    ]
+    for ours, theirs, tensors in calls:
+        mine, peers = [t.detach().requires_grad_() for t in tensors], [t.detach().double() for t in tensors]
+        with interpret():
+            found = ours(*mine, torch.float32)
+        assert found.dtype == torch.float32
+        close(found, theirs(*peers), scale=8)
+        with interpret():
+            found.sum().backward()
+        for t in mine:
+            assert t.grad is not None and t.grad.dtype == t.dtype
+        close(mine[-1].grad, peers[-2].mT @ torch.ones_like(found).double(), scale=8)
 
 
 def test_strides_beyond_int32_take_the_wide_kernel() -> None:

@@ -189,7 +189,8 @@ def test_sizes_of_the_data_break_the_graph(name: str) -> None:
         torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("name", walks.sample("opcheck", OPS))
+# It compares arguments with torch.allclose, which takes no float8.
+@pytest.mark.parametrize("name", [name for name in walks.sample("opcheck", OPS) if not REGISTRY[name].float8])
 def test_opcheck(name: str) -> None:
     op = REGISTRY[name]
     bound = _compile._bound(op)

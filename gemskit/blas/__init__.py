@@ -1,7 +1,37 @@
 """Matrix products, dense to grouped to quantised."""
 
+from gemskit.blas.batched import baddbmm as baddbmm
+from gemskit.blas.batched import baddbmm_ as baddbmm_
 from gemskit.blas.batched import bmm as bmm
+from gemskit.blas.contractions import addbmm as addbmm
+from gemskit.blas.contractions import addbmm_ as addbmm_
+from gemskit.blas.contractions import chain_matmul as chain_matmul
+from gemskit.blas.contractions import einsum as einsum
+from gemskit.blas.contractions import inner as inner
+from gemskit.blas.contractions import linalg_multi_dot as linalg_multi_dot
+from gemskit.blas.contractions import tensordot as tensordot
+from gemskit.blas.grouped import grouped_mm as grouped_mm
+from gemskit.blas.grouped import scaled_grouped_mm as scaled_grouped_mm
 from gemskit.blas.matmul import addmm as addmm
 from gemskit.blas.matmul import addmm_ as addmm_
 from gemskit.blas.matmul import linear as linear
+from gemskit.blas.matmul import matmul as matmul
 from gemskit.blas.matmul import mm as mm
+from gemskit.blas.quantised import bmm_fp8 as bmm_fp8
+from gemskit.blas.quantised import cutlass_scaled_mm as cutlass_scaled_mm
+from gemskit.blas.quantised import fp8_matmul as fp8_matmul
+from gemskit.blas.quantised import int_mm as int_mm
+from gemskit.blas.quantised import scaled_mm as scaled_mm
+from gemskit.blas.quantised import w8a8_block_fp8_matmul as w8a8_block_fp8_matmul
+from gemskit.blas.quantised import weight_int8pack_mm as weight_int8pack_mm
+from gemskit.blas.vectors import addmv as addmv
+from gemskit.blas.vectors import addmv_ as addmv_
+from gemskit.blas.vectors import addr as addr
+from gemskit.blas.vectors import addr_ as addr_
+from gemskit.blas.vectors import dot as dot
+from gemskit.blas.vectors import ger as ger
+from gemskit.blas.vectors import kron as kron
+from gemskit.blas.vectors import linalg_vecdot as linalg_vecdot
+from gemskit.blas.vectors import mv as mv
+from gemskit.blas.vectors import outer as outer
+from gemskit.blas.vectors import vdot as vdot

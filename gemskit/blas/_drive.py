@@ -18,18 +18,29 @@ from gemskit import _layout, backends, language
 from gemskit._bind import SCALARS, adapter, arguments, fill, given, parameters, scalar_types, slots
 from gemskit._checks import describe
 from gemskit._driver import tf32
-from gemskit._dtypes import TRITON, compute_type
+from gemskit._dtypes import FLOAT8, TRITON
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
 from gemskit._op import Named, Op, P, R
 from gemskit.blas import _few
+from gemskit.blas._integers import Integers
 from gemskit.blas._rule import choose
 from gemskit.blas._space import Space
 from gemskit.errors import DtypeError, NoKernel
 
 #: Filled in per operator.
 EPILOGUE: Any = None
+
+#: What matrix units multiply, and the type that they accumulate in.
+ACCUMULATORS = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.int8: torch.int32,
+    **dict.fromkeys(FLOAT8, torch.float32),
+}
 
 
 @jit
@@ -62,8 +73,8 @@ def _tiles(
         if EVEN_K:
             x, y = tl.load(a + a_at), tl.load(b + b_at)
         else:
-            x = tl.load(a + a_at, k[None, :] < K - start, other=0)
-            y = tl.load(b + b_at, k[:, None] < K - start, other=0)
+            x = tl.load(a + a_at, k[None, :] < K - start, other=0.0)
+            y = tl.load(b + b_at, k[:, None] < K - start, other=0.0)
         acc = tl.dot(x, y, acc, input_precision=PRECISION, out_dtype=ACC)
         # Scalar pointers advance, tile offsets stay: one add a step, and only the offsets inside a tile can leave int32.
         a += BK * a_k
@@ -116,15 +127,13 @@ class Product:
 
     def plan(self, a: Tensor, b: Tensor, named: Named, out: Tensor) -> Callable[..., None]:
         """The launch for ``a`` (.., M, K), ``b`` (.., K, N) and ``out`` (.., M, N), batches broadcast."""
-        if not a.dtype.is_floating_point:
-            raise NoKernel(
-                f"{self.name}: no kernel for {a.dtype} products; served are float16, bfloat16, float32, float64"
-            )
+        if a.dtype not in ACCUMULATORS:
+            raise NoKernel(f"{self.name}: no kernel for {a.dtype} products")
         operands = [n for n in self.names if isinstance(named.get(n), Tensor)]
         space = Space.of(out, a, b, [named[n] for n in operands])
         if not (space.M and space.N):
             return lambda out, a, b, named: None
-        bound = self._bind(named, operands, compute_type(a.dtype))
+        bound = self._bind(named, operands, ACCUMULATORS[a.dtype])
         few = _few.plan(space, a.dtype, bound.acc, bound.few)
         plain = few or self._plain(space, a, bound)
         fast = few or self._wgmma(space, a, bound) or plain
@@ -192,7 +201,9 @@ def tiles(
     sides = {torch.float32: (64, 64, 32), torch.float64: (32, 32, 16)}.get(
         dtype, (config["m"], config["n"], config["k"])
     )
-    bm, bn, bk = (min(side, max(16, _layout.next_power_of_2(n))) for side, n in zip(sides, (M, N, K)))
+    # Matrix units take 32 bytes of K at a time.
+    least = (16, 16, 32 // dtype.itemsize if dtype.itemsize == 1 else 16)
+    bm, bn, bk = (min(side, max(low, _layout.next_power_of_2(n))) for side, low, n in zip(sides, least, (M, N, K)))
     warps = config["warps"] if bm * bn > 64 * 64 else 8 if dtype == torch.float32 and bm * bn > 32 * 64 else 4
     return dict(BM=bm, BN=bn, BK=bk, GROUP=config["group"], num_warps=warps, num_stages=config["stages"])
 
@@ -207,15 +218,20 @@ class Gemm(Op[P, R]):
     family = "gemm"
     passes_scalars = True
     _product: Product | None = None
+    _integers: Integers | None = None
     _views: Views | None = None
 
-    def __init__(self, meaning: Callable[P, R], *, factors: tuple[str, str], **options: Any) -> None:
+    def __init__(
+        self, meaning: Callable[P, R], *, factors: tuple[str, str], keep: Sequence[str] = (), **options: Any
+    ) -> None:
         super().__init__(meaning, **options)
         self.factors = factors
+        #: Operands of the epilogue that may have another dtype than the factors.
+        self.keep = frozenset(keep)
 
     def epilogue(self, fn: Any) -> Any:
         """Attach what becomes of the accumulator: a jit function of ``acc`` and any parameters by name."""
-        self._product = Product(self.name, fn)
+        self._product, self._integers = Product(self.name, fn), Integers(self.name, fn)
         return fn
 
     def views(self, fn: Views) -> Views:
@@ -228,7 +244,7 @@ class Gemm(Op[P, R]):
             return super().shapes(values)
         named = dict(zip(self.params, values))
         a, b = (tuple(named.pop(n).shape) for n in self.factors)
-        if len(a) < 2 or a[:-2] != b[:-2] or a[-1] != b[-2] or 0 in a or 0 in b:
+        if len(a) < 2 or len(b) < 2 or a[:-2] != b[:-2] or a[-1] != b[-2] or 0 in a or 0 in b:
             return None
         out = (*a[:-1], b[-1])
         others = [tuple(v.shape) for v in named.values() if isinstance(v, Tensor)]
@@ -237,19 +253,26 @@ class Gemm(Op[P, R]):
     def plan(self, named: Named, outs: tuple[Tensor, ...]) -> Callable[..., None]:
         if self._product is None:
             return super().plan(named, outs)
-        given = {n: named[n] for n in self.tensors if isinstance(named[n], Tensor)}
-        if len({t.dtype for t in given.values()}) > 1:
-            raise DtypeError(f"{self.name}: all tensors must have one dtype, given {describe(given)}")
         first, second = self.factors
         out, a, b = outs[0], named[first], named[second]
+        given = {n: named[n] for n in self.tensors if isinstance(named[n], Tensor)}
+        allowed = {a.dtype, named.get("out_dtype") or a.dtype}
+        mixed = a.dtype != b.dtype and not {a.dtype, b.dtype} <= FLOAT8.keys()
+        if mixed or any(t.dtype not in allowed for n, t in given.items() if n not in {*self.keep, *self.factors}):
+            raise DtypeError(f"{self.name}: all tensors must have one dtype, given {describe(given)}")
         if self._views:
             out, a, b = self._views(out, a, b)
-        run = self._product.plan(a, b, named, out)
+        exact = not a.dtype.is_floating_point and out.dtype == a.dtype
+        product = self._integers if exact and self._integers else self._product
+        run = product.plan(a, b, named, out)
         return lambda outs, keep, arguments: run(outs[0], arguments[first], arguments[second], arguments)
 
 
 def gemm(
-    *, factors: tuple[str, str], aten: str | None = None, floats: Sequence[str] = ()
+    *, factors: tuple[str, str], aten: str | None = None, floats: Sequence[str] = (), keep: Sequence[str] = ()
 ) -> Callable[[Callable[P, R]], Gemm[P, R]]:
-    """Declare a matrix product; attach its epilogue with ``@op.epilogue`` and its gradient with ``@op.gradient_by``."""
-    return functools.partial(Gemm, factors=factors, aten=aten, floats=floats)
+    """Declare a matrix product; attach its epilogue with ``@op.epilogue`` and its gradient with ``@op.gradient_by``.
+
+    ``keep`` names operands of the epilogue that may have another dtype than the factors.
+    """
+    return functools.partial(Gemm, factors=factors, aten=aten, floats=floats, keep=keep)

@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from gemskit import language
 from gemskit._dtypes import Number, compute_type
 from gemskit._jit import jit
 from gemskit._layout import contiguous
-from gemskit.blas._drive import gemm
-from gemskit.errors import NoKernel
-from gemskit.pointwise._drive import Elementwise
+from gemskit._op import Named
+from gemskit.blas._drive import Gemm, gemm
+from gemskit.blas._terms import multiply, one_dtype, plain, plus, scaled, shaped, widened
+from gemskit.pointwise._place import cast, copy
 from gemskit.reduce._fold import Fold
 
 Like = Mapping[str, Any]
 
 
-@jit
-def plain(acc):
-    """The epilogue of a bare product."""
-    return acc
-
-
 @gemm(aten="mm", factors=("input", "mat2"))
-def mm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Matrix product of ``input`` (M, K) and ``mat2`` (K, N).
+def mm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
+    """Matrix product of ``input`` (M, K) and ``mat2`` (K, N). Source: ``torch.mm``.
 
-    Halves accumulate in float32; float32 obeys ``torch.set_float32_matmul_precision``. Source: ``torch.mm``.
+    Halves accumulate in float32, which ``out_dtype`` may keep; float32 obeys ``torch.set_float32_matmul_precision``.
     """
-    return torch.mm(input, mat2)
+    return torch.mm(*widened(out_dtype, input, mat2))
 
 
 mm.epilogue(plain)
@@ -42,6 +36,7 @@ mm.epilogue(plain)
 
 @mm.gradient_by
 def _(grad: Tensor, input: Tensor, mat2: Tensor, needs: set[str]) -> dict[str, Tensor]:
+    grad = cast(grad, input.dtype)
     return {
         **({"input": mm(grad, mat2.mT)} if "input" in needs else {}),
         **({"mat2": mm(input.mT, grad)} if "mat2" in needs else {}),
@@ -50,60 +45,28 @@ def _(grad: Tensor, input: Tensor, mat2: Tensor, needs: set[str]) -> dict[str, T
 
 @gemm(aten="addmm", factors=("mat1", "mat2"))
 def addmm(
-    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Number = 1, alpha: Number = 1, out: Tensor | None = None
-) -> Tensor:
+    input: Tensor, mat1: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, beta: Number = 1,
+    alpha: Number = 1, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """``beta * input + alpha * (mat1 @ mat2)``; ``input`` broadcasts to (M, N) and is ignored where ``beta`` is 0.
 
-    Source: ``torch.addmm``.
+    With ``out_dtype`` float32 the input of half factors may be float32 too. Source: ``torch.addmm``.
     """
-    return torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha)
+    return torch.addmm(*widened(out_dtype, input, mat1, mat2), beta=beta, alpha=alpha)
 
 
-@addmm.epilogue
-@jit
-def _(acc, input, beta, alpha):
-    # NaN and inf in an input that does not count must not show.
-    return acc * alpha + tl.where(beta == 0, 0, input * beta)
-
+addmm.epilogue(plus)
 
 addmm_ = addmm.inplace
-
-
-@jit
-def _scaled(grad, factor):
-    return grad * factor
-
-
-@jit
-def _same(grad):
-    return grad
-
-
-_SCALE = Elementwise("scale", _scaled)
-_SCALED_SUM = Fold("scaled_sum", map=_scaled, combine=language.add, identity=(0,))
-_ROW_SUM = Fold("row_sum", map=_same, combine=language.add, identity=(0,))
-_COPY = Elementwise("rows", _same)
-
-
-def _times(grad: Tensor, factor: Number, shape: tuple[int, ...]) -> Tensor:
-    """``factor * grad``, summed to ``shape``."""
-    named, compute = {"grad": grad, "factor": factor}, compute_type(grad.dtype)
-    if shape != grad.shape:
-        return _SCALED_SUM.to_shape(named, grad.shape, (shape, grad.dtype), compute)
-    if factor == 1:
-        return grad
-    out = torch.empty_like(grad)
-    _SCALE(named, [out], compute)
-    return out
 
 
 @addmm.gradient_by
 def _(
     grad: Tensor, mat1: Tensor, mat2: Tensor, beta: Number, alpha: Number, needs: set[str], like: Like
 ) -> dict[str, Tensor]:
-    found = {"input": _times(grad, beta, tuple(like["input"][0]))} if "input" in needs else {}
+    found = {"input": scaled(grad, beta, like["input"])} if "input" in needs else {}
     if needs & {"mat1", "mat2"}:
-        grad = _times(grad, alpha, tuple(grad.shape))
+        grad = scaled(grad, alpha, (grad.shape, mat1.dtype))
     if "mat1" in needs:
         found["mat1"] = mm(grad, mat2.mT)
     if "mat2" in needs:
@@ -111,11 +74,26 @@ def _(
     return found
 
 
+@jit
+def _same(grad):
+    return grad
+
+
+_ROW_SUM = Fold("row_sum", map=_same, combine=language.add, identity=(0,))
+
+
+def summed(grad: Tensor, like: tuple[tuple[int, ...], torch.dtype]) -> Tensor:
+    """``grad`` summed to the shape of an operand that was broadcast."""
+    return (
+        grad if grad.shape == like[0] else _ROW_SUM.to_shape({"grad": grad}, grad.shape, like, compute_type(grad.dtype))
+    )
+
+
 @gemm(factors=("input", "weight"))
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """``input @ weight.T + bias`` of ``input`` (..., K), ``weight`` (N, K) and ``bias`` (N,): (..., N).
 
-    Source: ``torch.nn.functional.linear``.
+    A ``weight`` (K,) gives (...). Source: ``torch.nn.functional.linear``.
     """
     return torch.nn.functional.linear(input, weight, bias)
 
@@ -129,8 +107,8 @@ def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> list[tuple[int, ...
 
 @linear.views
 def _(out: Tensor, input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if weight.ndim != 2:
-        raise NoKernel(f"linear: no kernel for a weight of shape {list(weight.shape)}; served is (N, K)")
+    if weight.ndim == 1:
+        out, weight = out.unsqueeze(-1), weight[None]
     return (out, input, weight.mT) if input.ndim > 1 else (out[None], input[None], weight.mT)
 
 
@@ -142,25 +120,76 @@ def _(acc, bias):
     return acc
 
 
-def _rows(t: Tensor) -> Tensor:
+def rows(t: Tensor) -> Tensor:
     """``t`` as a matrix of its last dimension; copied only where its rows are no single stride apart."""
     shape = (math.prod(t.shape[:-1]), t.shape[-1])
     try:
         return t.view(shape)
     except RuntimeError:
-        out = torch.empty(t.shape, dtype=t.dtype, device=t.device)
-        _COPY({"grad": t}, [out], t.dtype)
-        return out.view(shape)
+        return copy(t, torch.empty(t.shape, dtype=t.dtype, device=t.device)).view(shape)
 
 
 @linear.gradient_by
 def _(grad: Tensor, input: Tensor, weight: Tensor, needs: set[str], like: Like) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
+    if "bias" in needs:
+        found["bias"] = summed(grad, like["bias"])
+    if weight.ndim == 1:
+        grad, weight = grad.unsqueeze(-1), weight[None]
     if "input" in needs:
         found["input"] = linear(grad, weight.mT)
     if "weight" in needs:
-        found["weight"] = mm(_rows(grad).mT, _rows(input))
-    if "bias" in needs:
-        compute = compute_type(grad.dtype)
-        found["bias"] = _ROW_SUM.to_shape({"grad": grad}, grad.shape, like["bias"], compute)
+        found["weight"] = shaped(mm(rows(grad).mT, rows(input)), like["weight"][0])
+    return found
+
+
+class _Matmul(Gemm[Any, Any]):
+    """A product in which a factor may be a vector, which takes a sum along it instead of tiles."""
+
+    def plan(self, named: Named, outs: tuple[Tensor, ...]) -> Callable[..., None]:
+        a, b = named["input"], named["other"]
+        if a.ndim > 1 < b.ndim:
+            return super().plan(named, outs)
+        one_dtype(self.name, input=a, other=b)
+
+        def run(outs: Sequence[Tensor], keep: Any, arguments: Named) -> None:
+            a, b = arguments["input"], arguments["other"]
+            vector, matrix = (b, a) if b.ndim == 1 else (a, b.mT)
+            out = outs[0].unsqueeze(-1)
+            multiply(matrix, vector, matrix.shape, (out.shape, out.dtype), out=out)
+
+        return run
+
+
+def _matmul(meaning: Callable[..., Tensor]) -> _Matmul:
+    return _Matmul(meaning, factors=("input", "other"), aten="matmul")
+
+
+@_matmul
+def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """The product over the last dimension of ``input`` and the last but one of ``other``, whose batches broadcast.
+
+    A vector is a row on the left, a column on the right, and its dimension is not in the result. Source: ``torch.matmul``.
+    """
+    return torch.matmul(input, other)
+
+
+matmul.epilogue(plain)
+
+
+@matmul.gradient_by
+def _(grad: Tensor, input: Tensor, other: Tensor, needs: set[str], like: Like) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    a = input if input.ndim > 1 else input[None]
+    b = other if other.ndim > 1 else other[:, None]
+    if other.ndim == 1:
+        grad = grad.unsqueeze(-1)
+    if input.ndim == 1:
+        grad = grad.unsqueeze(-2)
+    if "input" in needs:
+        found["input"] = shaped(summed(matmul(grad, b.mT), (tuple(a.shape), a.dtype)), input.shape)
+    if "other" in needs and b.ndim == 2:
+        found["other"] = shaped(mm(rows(a).mT, rows(grad)), other.shape)
+    elif "other" in needs:
+        found["other"] = summed(matmul(a.mT, grad), (tuple(b.shape), b.dtype))
     return found

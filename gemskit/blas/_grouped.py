@@ -1,0 +1,168 @@
+"""Products of groups of rows (or of steps) that ``offs`` on the device bounds: every program finds its own group.
+
+The grid is the most tiles that any groups of these totals can have, so the host never waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from gemskit import _layout, backends, language
+from gemskit._driver import tf32
+from gemskit._dtypes import FLOAT8, TRITON, compute_type
+from gemskit._jit import jit
+from gemskit._launch import launch
+
+
+@jit
+def _summed(
+    acc, a, b, m, n, m_live, n_live, first, stop, a_m, a_k, b_k, b_n, PRECISION: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """``acc`` plus the product of the steps from ``first`` to ``stop``."""
+    k = tl.arange(0, BK)
+    a_at = m[:, None] * a_m + (first + k)[None, :] * a_k
+    b_at = (first + k)[:, None] * b_k + n[None, :] * b_n
+    for at in range(first, stop, BK):
+        x = tl.load(a + a_at, m_live[:, None] & (k[None, :] < stop - at), other=0.0)
+        y = tl.load(b + b_at, (k[:, None] < stop - at) & n_live[None, :], other=0.0)
+        acc = tl.dot(x, y, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+        a += BK * a_k
+        b += BK * b_k
+    return acc
+
+
+@jit
+def _stored(out, acc, m, n, m_live, n_live, out_m, out_n, row_scales, column_scales):
+    """Store a tile, times the scales of its rows and columns where there are any."""
+    if row_scales is not None:
+        acc *= tl.load(row_scales, m_live, other=0.0)[:, None]
+    if column_scales is not None:
+        acc *= tl.load(column_scales, n_live, other=0.0)[None, :]
+    at = m[:, None] * out_m + n[None, :] * out_n
+    tl.store(out + at, acc.to(out.dtype.element_ty), m_live[:, None] & n_live[None, :])
+
+
+@jit
+def _bound(offs, g, total):
+    """Where group ``g`` ends, within what there is."""
+    return tl.minimum(tl.maximum(tl.load(offs + g).to(tl.int32), 0), total)
+
+
+@jit
+def _rows(
+    out, a, b, offs, scale_a, scale_b, groups, T, N, K, out_m, out_n, a_m, a_k, b_g, b_k, b_n, scale_m, scale_g, scale_n,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SWIZZLE: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0)
+    tiles_n = tl.cdiv(N, BN)
+    g = tl.arange(0, GROUPS)
+    # Rows behind the last group belong to one more, of no factor: they are zero.
+    ends = tl.load(offs + g, g < groups, other=T).to(tl.int32)
+    starts = tl.load(offs + g - 1, (g > 0) & (g <= groups), other=0).to(tl.int32)
+    ends, starts = tl.minimum(tl.maximum(ends, 0), T), tl.minimum(tl.maximum(starts, 0), T)
+    tiles = tl.where(g <= groups, tl.cdiv(tl.maximum(ends - starts, 0), BM), 0) * tiles_n
+    last = tl.cumsum(tiles, 0)
+    here = (last - tiles <= i) & (i < last)
+    if i < tl.sum(tiles, 0):
+        group = tl.sum(tl.where(here, g, 0), 0)
+        start, end = tl.sum(tl.where(here, starts, 0), 0), tl.sum(tl.where(here, ends, 0), 0)
+        i -= tl.sum(tl.where(here, last - tiles, 0), 0)
+        tile_m, tile_n = language.swizzle(i, tl.cdiv(end - start, BM), tiles_n, SWIZZLE)
+        m = start + tile_m * BM + tl.arange(0, BM)
+        n = tile_n * BN + tl.arange(0, BN)
+        m_live, n_live = m < end, n < N
+        if WIDE:
+            group, m, n = group.to(tl.int64), m.to(tl.int64), n.to(tl.int64)
+        stop = tl.where(group < groups, K, 0)
+        acc = tl.zeros((BM, BN), ACC)
+        acc = _summed(acc, a, b + group * b_g, m, n, m_live, n_live, 0, stop, a_m, a_k, b_k, b_n, PRECISION, BK)
+        row_scales = None if scale_a is None else scale_a + m * scale_m
+        if scale_b is not None:
+            at = scale_b + group * scale_g + n * scale_n
+            acc *= tl.load(at, n_live & (group < groups), other=0.0)[None, :]
+        _stored(out, acc, m, n, m_live, n_live, out_m, out_n, row_scales, None)
+
+
+@jit
+def _steps(
+    out, a, b, offs, scale_a, scale_b, M, N, T, out_g, out_m, out_n, a_m, a_k, b_k, b_n,
+    scale_a_g, scale_a_m, scale_b_g, scale_b_n,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SWIZZLE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0)
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    group = i // (tiles_m * tiles_n)
+    tile_m, tile_n = language.swizzle(i % (tiles_m * tiles_n), tiles_m, tiles_n, SWIZZLE)
+    first, stop = 0, _bound(offs, group, T)
+    if group > 0:
+        first = _bound(offs, group - 1, T)
+    m, n = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
+    m_live, n_live = m < M, n < N
+    if WIDE:
+        group, m, n, first = group.to(tl.int64), m.to(tl.int64), n.to(tl.int64), first.to(tl.int64)
+    acc = tl.zeros((BM, BN), ACC)
+    acc = _summed(acc, a, b, m, n, m_live, n_live, first, stop, a_m, a_k, b_k, b_n, PRECISION, BK)
+    row_scales = None if scale_a is None else scale_a + group * scale_a_g + m * scale_a_m
+    column_scales = None if scale_b is None else scale_b + group * scale_b_g + n * scale_b_n
+    _stored(out + group * out_g, acc, m, n, m_live, n_live, out_m, out_n, row_scales, column_scales)
+
+
+def _tile(rows: int, columns: int, steps: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, object]]:
+    """The sides of a tile for groups of ``rows``, and what else the kernels are compiled with."""
+    config = backends.arch().config("gemm")
+    sides = {4: (64, 64, 32), 8: (32, 32, 16)}.get(dtype.itemsize, (config["m"], config["n"], config["k"]))
+    # Matrix units take 32 bytes of K at a time.
+    least = (16, 16, max(16, 32 // dtype.itemsize))
+    bm, bn, bk = (
+        min(side, max(low, _layout.next_power_of_2(n))) for side, low, n in zip(sides, least, (rows, columns, steps))
+    )
+    acc = torch.float32 if dtype in FLOAT8 else compute_type(dtype)
+    fast = dtype == torch.float32 and backends.arch().target[0] == "cuda" and tf32()
+    warps = config["warps"] if bm * bn > 64 * 64 else 8 if dtype == torch.float32 and bm * bn > 32 * 64 else 4
+    return dict(BM=bm, BN=bn, BK=bk), dict(
+        ACC=TRITON[acc], PRECISION="tf32" if fast else "ieee", SWIZZLE=config["group"],
+        num_warps=warps, num_stages=config["stages"],
+    )  # fmt: skip
+
+
+def _wide(*tensors: Tensor) -> bool:
+    return any(_layout.is_wide(t.shape, [t.stride()]) for t in tensors)
+
+
+def rows(
+    out: Tensor, a: Tensor, b: Tensor, offs: Tensor, scale_a: Tensor | None = None, scale_b: Tensor | None = None
+) -> None:
+    """``out[i] = a[i] @ b[g]``, ``g`` the group of row ``i``; times ``scale_a[i]`` and ``scale_b[g]``."""
+    (T, K), (groups, _, N) = a.shape, b.shape
+    sides, meta = _tile(_layout.cdiv(T, max(groups, 1)), N, K, a.dtype)
+    most = T // sides["BM"] + min(groups + 1, T)
+    grid = most * _layout.cdiv(N, sides["BN"])
+    scales = (scale_a.stride(0) if scale_a is not None else 0, *(scale_b.stride() if scale_b is not None else (0, 0)))
+    strides = (*out.stride(), *a.stride(), *b.stride(), *scales)
+    count = _layout.next_power_of_2(groups + 1)
+    if grid:
+        launch(
+            _rows, (grid,), (out, a, b, offs, scale_a, scale_b, groups, T, N, K, *strides),
+            {**sides, **meta, "GROUPS": count, "WIDE": _wide(out, a, b)},
+        )  # fmt: skip
+
+
+def steps(
+    out: Tensor, a: Tensor, b: Tensor, offs: Tensor, scale_a: Tensor | None = None, scale_b: Tensor | None = None
+) -> None:
+    """``out[g] = a[:, g] @ b[g]``, the products of groups of steps; times ``scale_a[g]`` and ``scale_b[g]``."""
+    groups, M, N = out.shape
+    T = a.shape[1]
+    sides, meta = _tile(M, N, _layout.cdiv(T, max(groups, 1)), a.dtype)
+    grid = groups * _layout.cdiv(M, sides["BM"]) * _layout.cdiv(N, sides["BN"])
+    scales = [s for t in (scale_a, scale_b) for s in (t.stride() if t is not None else (0, 0))]
+    strides = (*out.stride(), *a.stride(), *b.stride(), *scales)
+    if grid:
+        launch(
+            _steps, (grid,), (out, a, b, offs, scale_a, scale_b, M, N, T, *strides),
+            {**sides, **meta, "WIDE": _wide(out, a, b)},
+        )  # fmt: skip

@@ -11,11 +11,19 @@ from gemskit._bench_cases import BIG, ELEMENTS, BenchCase, Build, call
 from gemskit.testing import Make, Sample
 
 UNARY = (
-    "neg", "abs", "exp", "exp2", "expm1", "log", "log1p", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "erf", "floor",
-    "isfinite", "nan_to_num", "sigmoid", "tanh", "relu", "gelu", "silu", "softplus", "elu", "hardswish", "log_sigmoid", "mish",
-    "leaky_relu",
+    "neg", "abs", "square", "sign", "sgn", "angle", "reciprocal", "sqrt", "rsqrt", "exp", "exp2", "expm1", "log", "log2",
+    "log10", "log1p", "logit", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh",
+    "erf", "erfc", "erfinv", "digamma", "lgamma", "i0", "special_i0e", "special_i1", "floor", "ceil", "trunc", "round", "frac",
+    "isnan", "isinf", "isposinf", "isneginf", "isfinite", "signbit", "logical_not", "nan_to_num", "sigmoid", "relu",
+    "relu_squared", "relu6", "leaky_relu", "hardtanh", "hardsigmoid", "hardswish", "elu", "selu", "gelu", "quick_gelu", "silu",
+    "mish", "softplus", "log_sigmoid",
 )  # fmt: skip
-BINARY = ("add", "sub", "mul", "div", "pow", "maximum", "lt", "atan2", "remainder", "floor_divide", "logical_and")
+BINARY = (
+    "add", "sub", "mul", "div", "floor_divide", "remainder", "fmod", "pow", "maximum", "minimum", "fmax", "fmin", "atan2",
+    "hypot", "copysign", "logaddexp", "xlogy", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_xor",
+)  # fmt: skip
+BITWISE = ("bitwise_and", "bitwise_or", "bitwise_xor")
+SHIFTS = ("bitwise_left_shift", "bitwise_right_shift")
 
 
 def _integers(*shape: int, high: int) -> Callable[[Make], Tensor]:
@@ -58,7 +66,11 @@ def cases() -> Iterator[BenchCase]:
     for op in BINARY:
         yield BenchCase(op, "64M", call((ELEMENTS,), (ELEMENTS,)))
     yield BenchCase("_isclose", "64M", lambda make: Sample((make(ELEMENTS), make(ELEMENTS), 1e-5, 1e-8, False)))
-    yield BenchCase("bitwise_and", "64M", call((ELEMENTS,), (ELEMENTS,)), i32)
+    for op in BITWISE:
+        yield BenchCase(op, "64M", call((ELEMENTS,), (ELEMENTS,)), i32)
+    yield BenchCase("bitwise_not", "64M", call((ELEMENTS,)), i32)
+    for op in SHIFTS:
+        yield BenchCase(op, "64M", lambda make: Sample((make(ELEMENTS), make(ELEMENTS, low=0, high=31))), i32)
     yield BenchCase("where", "64M", _where(ELEMENTS))
     yield BenchCase("clamp", "64M", call((ELEMENTS,), min=-1.0, max=1.0))
     yield BenchCase("addcmul", "64M", call((ELEMENTS,), (ELEMENTS,), (ELEMENTS,), value=0.5))
@@ -66,15 +78,27 @@ def cases() -> Iterator[BenchCase]:
     yield BenchCase("_masked_fill", "64M", lambda make: Sample((make(ELEMENTS), make(ELEMENTS, dtype=torch.bool), 0.0)))
     yield BenchCase("add", "64M f32", call((ELEMENTS,), (ELEMENTS,)), f32)
     yield BenchCase("exp", "64M f32", call((ELEMENTS,)), f32)
-    for op in ("exp", "gelu"):
+    yield BenchCase("add", "64M + number", call((ELEMENTS,), other=2.5))
+    for op in ("exp", "gelu", "silu", "tanh"):
         yield BenchCase(op, "1M", call((1 << 20,)))
-    for op in ("add", "mul"):
+    for op in ("add", "mul", "div", "lt"):
         yield BenchCase(op, "1M", call((1 << 20,), (1 << 20,)))
     yield BenchCase("where", "1M", _where(1 << 20))
-    yield BenchCase("add", "4096x8192 + 4096x1", call((4096, BIG), (4096, 1)))
-    yield BenchCase("add", "4096x8192 + 1x8192", call((4096, BIG), (1, BIG)))
-    yield BenchCase("add", "a + b.T 8192²", _and_transpose)
-    yield BenchCase("add", "a + b.T 8192² f32", _and_transpose, f32)
+    yield BenchCase("add", "1M f32", call((1 << 20,), (1 << 20,)), f32)
+    for op in ("add", "mul"):
+        yield BenchCase(op, "8192² and 8192x1", call((BIG, BIG), (BIG, 1)))
+        yield BenchCase(op, "8192² and 1x8192", call((BIG, BIG), (1, BIG)))
+        yield BenchCase(op, "64x256x4096 and 256x1", call((64, 256, 4096), (256, 1)))
+        yield BenchCase(op, "8192x1 and 1x8192", call((BIG, 1), (1, BIG)))
+        yield BenchCase(op, "a and b.T 8192²", _and_transpose)
+    yield BenchCase("add", "a and b.T 8192² f32", _and_transpose, f32)
+    yield BenchCase("add", "a.T and b.T 8192²", lambda make: Sample((make(BIG, BIG).t(), make(BIG, BIG).t())))
+    yield BenchCase("exp", "a.T 8192²", lambda make: Sample((make(BIG, BIG).t(),)))
+    yield BenchCase(
+        "where",
+        "mask.T 8192²",
+        lambda make: Sample((make(BIG, BIG, dtype=torch.bool).t(), make(BIG, BIG), make(BIG, BIG))),
+    )
     for op in ("silu", "gelu"):
         yield BenchCase(op, "64M backward", call((ELEMENTS,)), backward=True)
     yield from _copies()

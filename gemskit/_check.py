@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import contextlib
+import functools
 import json
-import multiprocessing
 import os
 import time
 import traceback
@@ -20,7 +19,8 @@ import torch
 from gemskit import _conformance, backends
 from gemskit._interpret import interpret
 from gemskit._op import REGISTRY
-from gemskit._report import environment
+from gemskit._report import environment, replace
+from gemskit._workers import share
 
 
 def check_op(name: str, device: str, interpreted: bool) -> list[dict[str, Any]]:
@@ -60,48 +60,37 @@ def main(argv: list[str]) -> int:
         parser.error(f"no operator {', '.join(unknown)}; python -m gemskit ops lists them")
     interpreted = options.interpret or backends.vendor.device_type == "cpu"
     device = "cpu" if interpreted else backends.device
+    machine = "interpreter" if interpreted else torch.get_device_module(device).get_device_name(0)
+    count = 1 if interpreted else torch.accelerator.device_count()
     start = time.perf_counter()
-    rows: list[dict[str, Any]] = []
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-        jobs = {pool.submit(check_op, n, device, interpreted): n for n in names}
-        for done in concurrent.futures.as_completed(jobs):
-            name = jobs[done]
-            try:
-                found = done.result()
-            except Exception as e:  # the process died
-                found = [
-                    dict(
-                        op=name,
-                        kind="all",
-                        dtype="",
-                        layout="",
-                        status="failed",
-                        detail=f"process died: {e}",
-                        seconds=0.0,
-                    )
-                ]
-            rows += found
-            print(_line(name, found), flush=True)
-    rows.sort(key=lambda r: names.index(r["op"]))
-    failed = [r for r in rows if r["status"] in ("failed", "unexpected pass")]
-    counts = Counter(r["status"] for r in rows)
+    found: dict[str, list[dict[str, Any]]] = {}
+    work = functools.partial(check_op, device=device, interpreted=interpreted)
+    # The largest operators last would leave one process alone with them.
+    tasks = sorted(names, key=lambda n: REGISTRY[n].family == "pointwise")
+    with contextlib.suppress(KeyboardInterrupt):
+        for name, rows, error in share(work, tasks, [n % count for n in range(options.jobs)]):
+            if rows is None or error:
+                died = dict(op=name, kind="all", dtype="", layout="", status="failed", detail=error, seconds=0.0)
+                rows = [*(rows or ()), died]
+            found[name] = rows
+            print(_line(name, rows), flush=True)
+            if options.report:
+                # After every operator, so that a run that is cut short leaves what it has found.
+                write(
+                    options.report, [r for n in names for r in found.get(n, ())], time.perf_counter() - start, machine
+                )
+    every = [r for n in names for r in found.get(n, ())]
+    failed = [r for r in every if r["status"] in ("failed", "unexpected pass")]
     for r in failed:
         print(f"{r['op']} {r['kind']} {r['dtype']} {r['layout']}: {r['status']}: {r['detail'][:400]}")
-    took = time.perf_counter() - start
-    print(
-        f"{len(names)} operators, {len(rows)} checks in {took:.0f} s: "
-        + ", ".join(f"{n} {s}" for s, n in counts.items())
-    )
-    if options.report:
-        write(
-            options.report,
-            rows,
-            counts,
-            took,
-            "interpreter" if interpreted else torch.get_device_module(device).get_device_name(0),
-        )
-    return 1 if failed else 0
+    if len(found) < len(names):
+        print(f"cut short: {len(names) - len(found)} operators were not checked")
+    print(f"{len(found)} operators, {len(every)} checks in {time.perf_counter() - start:.0f} s: {_counted(every)}")
+    return 1 if failed or len(found) < len(names) else 0
+
+
+def _counted(rows: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(f"{n} {s}" for s, n in Counter(r["status"] for r in rows).items())
 
 
 def _line(name: str, rows: Sequence[dict[str, Any]]) -> str:
@@ -109,11 +98,11 @@ def _line(name: str, rows: Sequence[dict[str, Any]]) -> str:
     return f"{name:32} " + "  ".join(f"{n} {s}" for s, n in counts.items())
 
 
-def write(path: Path, rows: Sequence[dict[str, Any]], counts: Counter[str], took: float, machine: str) -> None:
+def write(path: Path, rows: Sequence[dict[str, Any]], took: float, machine: str) -> None:
     """The JSON report, and the same as a Markdown page."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    counts = Counter(r["status"] for r in rows)
     facts = environment(machine)
-    path.write_text(json.dumps(dict(**facts, seconds=round(took), counts=counts, checks=rows), indent=0) + "\n")
+    replace(path, json.dumps(dict(**facts, seconds=round(took), counts=counts, checks=rows), indent=0) + "\n")
     ops: dict[str, dict[str, Counter[str]]] = {}
     for r in rows:
         column = r["kind"] if r["kind"] != "forward" or r["layout"] != "contiguous" else r["dtype"]
@@ -122,7 +111,7 @@ def write(path: Path, rows: Sequence[dict[str, Any]], counts: Counter[str], took
     columns = list(dict.fromkeys(c for o in ops.values() for c in o))
     lines = [
         f"# Conformance on {machine}", "",
-        f"{len(ops)} operators, {len(rows)} checks: " + ", ".join(f"{n} {s}" for s, n in counts.items()) + ".",
+        f"{len(ops)} operators, {len(rows)} checks: {_counted(rows)}.",
         "", *(f"- {k}: {v}" for k, v in facts.items()), "",
         "A cell says how many checks passed of how many; the [contract](../index.md#the-contract) says what each is. "
         "A dtype that torch refuses passes by being refused here too; the JSON report says where.", "",
@@ -131,4 +120,4 @@ def write(path: Path, rows: Sequence[dict[str, Any]], counts: Counter[str], took
     for name, found in ops.items():
         cells = [f"{c['passed'] + c['expected']}/{c.total()}" if (c := found.get(k)) else "" for k in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    replace(path.with_suffix(".md"), "\n".join(lines) + "\n")

@@ -96,7 +96,7 @@ def poisoned() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*deterministic.*")
+            warnings.filterwarnings("ignore", message=".*deterministic.*|.*degrees of freedom.*")
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])

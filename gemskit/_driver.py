@@ -13,7 +13,7 @@ import math
 import os
 import struct
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +21,8 @@ import torch
 import triton
 from torch import Tensor
 
-from gemskit import _layout, backends
+from gemskit import _layout, _tensor_map, backends
+from gemskit._tensor_map import Box, Descriptor
 from gemskit.errors import ArgumentError, CaptureError, NoKernel
 
 
@@ -55,7 +56,7 @@ class Loaded:
     threads: int
     shared: int
     #: The types of the parameters, in the order of the leaves of the arguments.
-    kinds: tuple[str, ...]
+    kinds: tuple[str | Box, ...]
     #: Holds the binary.
     compiled: Any
 
@@ -68,10 +69,12 @@ class Launch(NamedTuple):
     grid: tuple[int, int, int]
     threads: int
     shared: int
-    #: Eight bytes a parameter, as integers.
+    #: Words of eight bytes, as integers.
     parameters: tuple[int, ...]
-    #: (parameter, type, slot, byte offset) of what is written at the call; type is one of ``p f d i l``.
+    #: (word, type, slot, byte offset) of what is written at the call; type is one of ``p f d i l``.
     patches: tuple[tuple[int, str, int, int], ...]
+    #: The words at which parameters begin: each is one, but for descriptors.
+    starts: tuple[int, ...]
 
 
 #: Drivers differ in what they have.
@@ -100,8 +103,8 @@ def launch(
         return
     one = prepare(kernel, grid, args, meta, device)
     values = array("Q", one.parameters)
-    start, n = values.buffer_info()
-    where = array("Q", range(start, start + 8 * n, 8))
+    start, _ = values.buffer_info()
+    where = array("Q", [start + 8 * n for n in one.starts])
     enter(one, values, where.buffer_info()[0], stream(device.index))
 
 
@@ -113,10 +116,16 @@ def prepare(
     loaded = load(kernel, key, args, meta, device)
     parameters: list[int] = []
     patches: list[tuple[int, str, int, int]] = []
+    starts: list[int] = []
     for value, kind in zip(leaves, loaded.kinds):
         if kind == "constexpr":
             continue
-        if type(value) is int and kind in _INTEGERS and -(2**63) <= value < 2**63:
+        starts.append(len(parameters))
+        if isinstance(kind, Box):
+            parameters += _tensor_map.encode(value, kind, value.base.data_ptr(), _library())
+            if isinstance(value.base, Ref):
+                patches.append((starts[-1], "p", value.base.slot, value.base.offset))
+        elif type(value) is int and kind in _INTEGERS and -(2**63) <= value < 2**63:
             parameters.append(value & _MASK)
         elif isinstance(value, Ref):
             letter = "p" if value.dtype is not None else _LETTERS[kind]
@@ -127,11 +136,13 @@ def prepare(
         else:
             parameters.append(_bits(value, kind))
     # Scratch memory for profilers and for descriptors made on the device, which no kernel here asks for.
+    starts += [len(parameters), len(parameters) + 1]
     parameters += [0, 0]
     x, y, z = (*grid, 1, 1)[:3]
     return Launch(
-        loaded.name, loaded.function, (x, y, z), loaded.threads, loaded.shared, tuple(parameters), tuple(patches)
-    )
+        loaded.name, loaded.function, (x, y, z), loaded.threads, loaded.shared, tuple(parameters), tuple(patches),
+        tuple(starts),
+    )  # fmt: skip
 
 
 _MASK = 2**64 - 1
@@ -196,6 +207,9 @@ def _specialise(v: Any, key: list[Any], leaves: list[Any]) -> None:
         key.append(4 if v & 15 else 5)  # over 31 bits
     elif kind is Ref:
         key.append((v.dtype, v.aligned, v.near))
+    elif kind is Descriptor:
+        key.append((v.base.dtype, v.block, v.layout))
+        leaves += (*v.shape, *v.strides)
     elif isinstance(v, Tensor):
         key.append((v.dtype, v.data_ptr() % 16 == 0, near(v.shape, v.stride(), v.dtype)))
     else:
@@ -209,11 +223,13 @@ def near(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> boo
     return (_layout.reaches(shape, tuple(stride)) + 1) * dtype.itemsize < 2**31
 
 
-def _described(v: Any) -> Any:
+def described(v: Any) -> Any:
     """What the compiler is told of an argument."""
     if isinstance(v, Tensor):
         return Ref(0, 0, v.dtype, v.data_ptr() % 16 == 0, near(v.shape, v.stride(), v.dtype))
-    return tuple(map(_described, v)) if isinstance(v, tuple) else v
+    if isinstance(v, Descriptor):
+        return v.triton(described(v.base))
+    return tuple(map(described, v)) if isinstance(v, tuple) else v
 
 
 def load(
@@ -253,7 +269,7 @@ def _permitted(kernel: Any, device: torch.device) -> None:
 
 
 def _load(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any], device: torch.device) -> Loaded:
-    compiled = compile(kernel, tuple(map(_described, args)), meta)
+    compiled = compile(kernel, tuple(map(described, args)), meta)
     utils = _triton.runtime.driver.active.utils
     metadata = compiled.metadata
     most = utils.get_device_properties(device.index)["max_shared_mem"]
@@ -267,8 +283,22 @@ def _load(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any], device: torc
     signature = compiled.src.signature
     names = [p.name for p in kernel.params][: len(args)]
     threads = metadata.num_warps * metadata.target.warp_size
-    kinds = tuple(flat(tuple(signature[n] for n in names)))
+    kinds = tuple(_expanded(flat(tuple(signature[n] for n in names)), getattr(metadata, "tensordesc_meta", None) or ()))
     return Loaded(kernel_name(kernel), function, threads, metadata.shared, kinds, (compiled, kernel))
+
+
+def _expanded(kinds: Iterator[str], boxes: Sequence[Mapping[str, Any]]) -> Iterator[str | Box]:
+    """With the parameters that a descriptor becomes: itself, its sizes and its strides."""
+    found = iter(boxes)
+    for kind in kinds:
+        if kind.startswith("tensordesc"):
+            box = next(found)
+            sizes = tuple(box["block_size"])
+            yield Box(box["swizzle"], sizes)
+            yield from ("i32",) * len(sizes)
+            yield from ("i64",) * len(sizes)
+        else:
+            yield kind
 
 
 def flat(kinds: tuple[Any, ...]) -> Iterator[str]:
@@ -361,10 +391,17 @@ def _mapped(library: str) -> str | None:
         return None
 
 
-def addresses(values: Any) -> Any:
+def addresses(values: Any, starts: Sequence[int]) -> Any:
     """The addresses of the parameters, which the driver wants."""
     start = ctypes.addressof(values)
-    return (ctypes.c_void_p * len(values))(*range(start, start + 8 * len(values), 8))
+    return (ctypes.c_void_p * len(starts))(*[start + 8 * n for n in starts])
+
+
+def _library() -> ctypes.CDLL:
+    """The vendor's driver."""
+    enter = entry()
+    assert enter is not None, "rows whose kernels take descriptors have a launcher"
+    return enter.library
 
 
 def stream(index: int) -> int:

@@ -221,10 +221,10 @@ bool integers(PyObject* o, std::vector<int64_t>& into) {
 bool read_launch(PyObject* o, Launch& one, Py_ssize_t slots) {
   const char* name;
   unsigned long long function;
-  PyObject *parameters, *patches;
+  PyObject *parameters, *patches, *starts;
   if (!PyArg_ParseTuple(
-          o, "sK(III)IIO!O!", &name, &function, &one.grid[0], &one.grid[1], &one.grid[2], &one.threads, &one.shared,
-          &PyTuple_Type, &parameters, &PyTuple_Type, &patches))
+          o, "sK(III)IIO!O!O!", &name, &function, &one.grid[0], &one.grid[1], &one.grid[2], &one.threads, &one.shared,
+          &PyTuple_Type, &parameters, &PyTuple_Type, &patches, &PyTuple_Type, &starts))
     return false;
   one.name = name;
   one.function = reinterpret_cast<void*>(function);
@@ -243,7 +243,14 @@ bool read_launch(PyObject* o, Launch& one, Py_ssize_t slots) {
     }
     one.patches.push_back(p);
   }
-  if (one.parameters.size() > kParameters) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(starts); ++i) {
+    one.starts.push_back(PyLong_AsLong(PyTuple_GET_ITEM(starts, i)));
+    if (one.starts.back() < 0 || one.starts.back() >= static_cast<int>(one.parameters.size())) {
+      if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "a parameter begins out of range");
+      return false;
+    }
+  }
+  if (one.parameters.size() > kParameters || one.starts.size() > kParameters) {
     PyErr_SetString(PyExc_ValueError, "a kernel has too many parameters");
     return false;
   }

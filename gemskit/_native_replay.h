@@ -52,11 +52,11 @@ struct State {
 
 constexpr int kValues = 48;       // arguments of a call: a key has a bit for each
 constexpr int kWords = 512;       // words of a key
-constexpr int kParameters = 256;  // parameters of a kernel
+constexpr int kParameters = 256;  // words of the parameters of a kernel
 constexpr int kSlots = 96;        // arguments and allocations
 
 struct Patch {
-  int parameter;
+  int parameter;  // its word
   char type;  // p: pointer, f: float, d: double, i: int32, l: int64
   int slot;
   int64_t offset;
@@ -69,6 +69,7 @@ struct Launch {
   unsigned threads, shared;
   std::vector<uint64_t> parameters;
   std::vector<Patch> patches;
+  std::vector<int> starts;  // the words at which parameters begin
   int64_t* count;
 };
 
@@ -201,7 +202,7 @@ int launch(const Launch& one, PyObject* const* values, int n, void* const* memor
       return 0;
     }
   }
-  for (size_t i = 0; i < count; ++i) where[i] = &parameters[i];
+  for (size_t i = 0; i < one.starts.size(); ++i) where[i] = &parameters[one.starts[i]];
   ++*one.count;
   if (state.fake) {
     PyObject* r = report_fake(one, parameters);

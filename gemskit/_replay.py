@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from gemskit import _driver, _launch, _native, backends
 from gemskit._driver import Launch, Ref
+from gemskit._tensor_map import Descriptor
 from gemskit.errors import GradientError
 
 #: Calls that a table remembers; when full it forgets all, which costs traces, no compilation.
@@ -123,6 +124,8 @@ def trace(fn: Callable[..., Sequence[Tensor | None]], values: Sequence[Any], lin
             return Ref(slots[v.untyped_storage()._cdata], int(v.storage_offset()) * v.element_size(), v.dtype)
         if isinstance(v, (_Float, _Int)):
             return Ref(v.slot)
+        if isinstance(v, Descriptor):
+            return dataclasses.replace(v, base=reference(v.base))
         return tuple(map(reference, v)) if isinstance(v, tuple) else v
 
     def result(t: Tensor | None) -> Any:
@@ -222,6 +225,11 @@ def _placed(args: Any, values: Sequence[Any], program: Program) -> Any:
             (shape, stride, dtype), address = program.allocations[args.slot - len(values)], 0
         aligned = (address + args.offset) % 16 == 0
         return dataclasses.replace(args, aligned=aligned, near=_driver.near(shape, stride, dtype))
+    if isinstance(args, Descriptor):
+        base = _placed(args.base, values, program)
+        if not base.aligned:
+            raise NotReplayable("a descriptor of an address that is no multiple of 16")
+        return dataclasses.replace(args, base=base)
     return tuple(_placed(a, values, program) for a in args) if isinstance(args, tuple) else args
 
 
@@ -232,7 +240,7 @@ def _buffer(one: Launch) -> Any:
     parameters = (ctypes.c_uint64 * len(one.parameters))(*one.parameters)
     pointers = [(n, slot, offset) for n, c, slot, offset in one.patches if c == "p"]
     numbers = [(_TYPES[c].from_buffer(parameters, 8 * n), slot) for n, c, slot, _ in one.patches if c != "p"]
-    return parameters, _driver.addresses(parameters), pointers, numbers
+    return parameters, _driver.addresses(parameters, one.starts), pointers, numbers
 
 
 def _view(t: Tensor, view: tuple[tuple[int, ...], tuple[int, ...], int]) -> Tensor:

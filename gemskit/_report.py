@@ -30,6 +30,14 @@ def environment(machine: str) -> dict[str, str]:
     }
 
 
+def replace(path: Path, text: str) -> None:
+    """Write a file that is whole at any time: the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.replace(path)
+
+
 def _commit() -> str:
     root = Path(__file__).parent.parent
     if "GEMSKIT_COMMIT" in os.environ:  # where the sources were copied without their history

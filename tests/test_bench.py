@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +19,21 @@ import torch
 from torch import Tensor
 
 import gemskit
-from gemskit import _bench, _bench_cases, _bench_elementwise, _bench_reduce, backends
-from gemskit._bench import Roof
+from gemskit import (
+    _bench,
+    _bench_cases,
+    _bench_elementwise,
+    _bench_reasons,
+    _bench_reduce,
+    _bench_report,
+    _bench_run,
+    backends,
+)
 from gemskit._bench_cases import BenchCase, call
+from gemskit._bench_run import Roof
 from gemskit._op import REGISTRY
+from gemskit._workers import share
+from gemskit.errors import ArgumentError
 from gemskit.testing import Make, Sample
 
 CASES = list(_bench_cases.cases())
@@ -27,9 +43,40 @@ def label(case: BenchCase) -> str:
     return f"{case.op} {case.label} {case.dtype}"
 
 
+#: Rows that were promised: operators, labels.
+PROMISED: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (_bench_elementwise.UNARY + _bench_elementwise.BINARY + ("where", "clamp", "addcmul", "lerp"), ("64M",)),
+    (("add",), ("a and b.T 8192²", "8192² and 8192x1", "8192² and 1x8192", "64M f32", "1M")),
+    (
+        ("sum", "mean", "_var", "amax", "argmax", "_vector_norm", "any", "all"),
+        (
+            "8192² dim=0", "8192² dim=1", "65536x1024 dim=0", "65536x1024 dim=1", "1024x65536 dim=0", "1024x65536 dim=1",
+            "64x256x4096 dim=1", "64M all",
+        ),
+    ),
+    (
+        ("softmax", "log_softmax"),
+        tuple(
+            f"{size}{backward}" for backward in ("", " backward")
+            for size in ("8192x1024", "8192x4096", "8192x16384", "8192x32768", "1024x65536", "256x131072")
+        ),
+    ),
+    (("cumsum",), ("4096x16384 dim=1 f32", "8192² dim=0 f32", "64M f32")),
+    (("sort",), ("64x128256", "64x128256 f32", "8192x4096", "8192x4096 f32", "1x16M", "1x16M f32")),
+    (("topk",), tuple(f"{k} of {n}{f}" for k in (1, 8, 50, 1024) for n in ("64x128256", "8192x4096") for f in ("", " f32"))),
+)  # fmt: skip
+
+
+def test_promised_rows_are_there() -> None:
+    rows = {(c.op, c.label): c for c in CASES}
+    assert not [(op, label) for ops, labels in PROMISED for op in ops for label in labels if (op, label) not in rows]
+    assert all((" backward" in c.label) == c.backward for c in CASES)
+    assert {c.peer for c in CASES if c.op == "topk"} == {torch.topk}
+
+
 def test_rows_have_names_of_their_own() -> None:
     assert max(Counter((c.op, c.label, c.dtype, c.backward) for c in CASES).values()) == 1
-    assert {"pointwise", "reduce", "nn", "blas"} == {_bench._package(REGISTRY[c.op]) for c in CASES}
+    assert {"pointwise", "reduce", "nn", "blas"} == {_bench_run.package(REGISTRY[c.op]) for c in CASES}
     for case in CASES:
         wide = case.dtype == torch.float32
         assert wide == ("f32" in case.label), f"{label(case)}: a row that is not in bfloat16 says so, but for ints"
@@ -43,13 +90,13 @@ def test_both_sides_take_the_arguments(case: BenchCase) -> None:
         pytest.skip("how many results there are depends on the values")
     sample = case.build(Make(case.dtype, device="meta", empty=True))
     bound = op.signature.bind(*sample.args, **sample.kwargs)
-    meant = _bench._flat(op.meaning(*bound.args, **bound.kwargs))
+    meant = _bench_run._flat(op.meaning(*bound.args, **bound.kwargs))
     if case.backward:
         assert op.differentiable and any(o.is_floating_point() for o in meant)
     if case.peer is not None:
-        peers = _bench._flat(case.peer(*sample.args, **sample.kwargs))
+        peers = _bench_run._flat(case.peer(*sample.args, **sample.kwargs))
         assert [(t.shape, t.dtype) for t in peers] == [(t.shape, t.dtype) for t in meant]
-    assert sum(map(_bench._bytes, meant)) > 0 or not meant
+    assert sum(map(_bench_run._bytes, meant)) > 0 or not meant
 
 
 # -- one row, without an accelerator --------------------------------------------------------------------------------------------
@@ -64,7 +111,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         def empty_cache() -> None: ...
 
     monkeypatch.setattr(backends, "device", "cpu")
-    monkeypatch.setattr(_bench, "_milliseconds", lambda fn: (fn(), 1.0)[1])
+    monkeypatch.setattr(_bench_run, "_milliseconds", lambda fn: (fn(), 1.0)[1])
     monkeypatch.setattr(torch, "get_device_module", lambda *_: Module)
 
 
@@ -101,10 +148,10 @@ SMALL = [
 @pytest.mark.parametrize("case", SMALL, ids=label)
 def test_a_row(case: BenchCase, on_cpu: None) -> None:
     with gemskit.interpret():
-        row = _bench.time_case(case, Roof(1e12, 1e12), compiled=False)
+        row = _bench_run.time_case(case, Roof(1e12, 1e12), compiled=False)
     assert row["ok"] and not {"gemskit_error"} & set(row), row
     assert set(row["times"]) == {"gemskit", "eager"} and row["floor"] > 0
-    assert row["op"] == case.op.lstrip("_") in _bench._row(row)
+    assert row["op"] == case.op.lstrip("_") in _bench_report.line(row)
 
 
 @pytest.mark.parametrize("compare", [_bench_elementwise._percent_nonzero, _bench_elementwise._percentiles])
@@ -112,33 +159,33 @@ def test_drawn_values_are_compared_by_their_distribution(compare: Callable[..., 
     n, sample = 1 << 22, Sample(())
     first, second = (torch.randn(n, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
     keep = torch.rand(n, generator=torch.Generator().manual_seed(3)) < 0.75
-    assert _bench._error(compare(sample, [first * keep]), compare(sample, [second * keep])) == 0
-    assert _bench._error(compare(sample, [first * keep]), compare(sample, [second * (second < 2.0) * keep])) > 0
+    assert _bench_run._error(compare(sample, [first * keep]), compare(sample, [second * keep])) == 0
+    assert _bench_run._error(compare(sample, [first * keep]), compare(sample, [second * (second < 2.0) * keep])) > 0
 
 
 def test_errors_tell_right_from_wrong() -> None:
     nan, inf = math.nan, math.inf
     e = torch.tensor([1.0, nan, inf, -2.0, 1e300], dtype=torch.float64)
     good = torch.tensor([1.0, nan, inf, -2.0, inf])
-    assert _bench._error([good], [e]) == 0
+    assert _bench_run._error([good], [e]) == 0
     for i, wrong in ((0, nan), (1, 1.0), (2, -inf), (3, inf)):
         bad = good.clone()
         bad[i] = wrong
-        assert _bench._error([bad], [e]) == inf
-    assert 0.3 < _bench._error([good * torch.tensor([1.0, 1, 1, 2.0, 1])], [e]) < inf
-    assert _bench._error([torch.tensor([1, 2])], [torch.tensor([1, 3])]) == 0.5
-    assert _bench._error([torch.ones(3)], [torch.ones(4)]) == inf
-    assert _bench._error([], []) == 0
+        assert _bench_run._error([bad], [e]) == inf
+    assert 0.3 < _bench_run._error([good * torch.tensor([1.0, 1, 1, 2.0, 1])], [e]) < inf
+    assert _bench_run._error([torch.tensor([1, 2])], [torch.tensor([1, 3])]) == 0.5
+    assert _bench_run._error([torch.ones(3)], [torch.ones(4)]) == inf
+    assert _bench_run._error([], []) == 0
 
 
 def test_a_wrong_operator_fails_its_row(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     case = BenchCase("sort", "wrong", call((6, 50), dim=1), compare=_bench_reduce._found)
     right = REGISTRY["sort"].meaning
     monkeypatch.setitem(REGISTRY, "sort", _Wrong(right, lambda v, i: (v, i.flip(1))))
-    assert not _bench.time_case(case, Roof(1e12, 1e12), compiled=False)["ok"]
+    assert not _bench_run.time_case(case, Roof(1e12, 1e12), compiled=False)["ok"]
     monkeypatch.setitem(REGISTRY, "sort", _Wrong(right, lambda v, i: 1 // 0))
-    row = _bench.time_case(case, Roof(1e12, 1e12), compiled=False)
-    assert not row["ok"] and "ZeroDivisionError" in row["gemskit_error"] and "WRONG" in _bench._row(row)
+    row = _bench_run.time_case(case, Roof(1e12, 1e12), compiled=False)
+    assert not row["ok"] and "ZeroDivisionError" in row["gemskit_error"] and "WRONG" in _bench_report.line(row)
 
 
 class _Wrong:
@@ -154,20 +201,145 @@ class _Wrong:
         return self.change(*self.meaning(*args, **kwargs))
 
 
-def test_summary_and_page(tmp_path: Path) -> None:
-    def row(op: str, package: str, ratio: float) -> dict[str, Any]:
-        times = {"gemskit": 1.0, "eager": ratio}
-        return dict(op=op, package=package, label="x", dtype="bfloat16", times=times, floor=0.5, ok=True)
+# -- the report ------------------------------------------------------------------------------------------------------------
 
-    rows = [row("add", "pointwise", 1.0), row("mul", "pointwise", 4.0), row("sum", "reduce", 0.5)]
-    line = _bench._summary(rows)
-    assert line == (
+
+def row_of(op: str, package: str, ratio: float, label: str = "x") -> dict[str, Any]:
+    times = {"gemskit": 1.0, "eager": ratio, "compile": 2.0}
+    return dict(op=op, package=package, label=label, dtype="bfloat16", backward=False, times=times, floor=0.85, ok=True)
+
+
+def facts() -> dict[str, Any]:
+    named = ("machine", "date", "gemskit", "commit", "torch", "triton", "python", "command")
+    return {**dict.fromkeys(named, "x"), "bandwidth": 1e12, "flops": 1e12}
+
+
+def test_summary() -> None:
+    rows = [row_of("add", "pointwise", 1.0), row_of("mul", "pointwise", 4.0), row_of("sum", "reduce", 0.5)]
+    assert _bench_report.summary(rows).splitlines()[0] == (
         "geometric mean against torch eager: 1.26x over 3 rows, 1 under 0.95x (pointwise 2.00x of 2, reduce 0.50x of 1)"
     )
-    assert "(" not in _bench._summary([{k: v for k, v in r.items() if k != "package"} for r in rows]), "older reports"
+    assert "(" not in _bench_report.summary([{k: v for k, v in r.items() if k != "package"} for r in rows]), "older"
+    assert "1 rows FAILED or are WRONG: sum x" in _bench_report.summary([*rows[:2], rows[2] | {"ok": False}])
+
+
+def test_page() -> None:
+    rows = [row_of("add", "pointwise", 1.0), row_of("floor_divide", "pointwise", 0.9), row_of("sum", "reduce", 0.5)]
+    page = _bench_report.page(
+        facts() | dict(rows=rows, planned=5, devices=4, roofs=[(4e12, 8e14), (4.2e12, 8e14)]), "r"
+    )
+    assert "- devices: 4" in page and "copy 4.00 to 4.20 TB/s, bf16 product 800 TFLOP/s" in page
+    assert "- rows: 3 of 5, the run was cut short" in page
+    under = page[page.index("## Rows under") : page.index("## pointwise")].splitlines()
+    assert [r.split(" | ")[0] for r in under if "`" in r] == ["| `sum`", "| `floor_divide`"]
+    assert "unexplained" in under[4] and "exact division" in under[5]
+    assert page.index("## pointwise") < page.index("`add`") < page.index("## reduce") < page.rindex("`sum`")
+    assert "0 of 1 rows are at least as fast as the fastest peer; of the roof reach 0 at 90%, 1 at 80%" in page
+
+
+def test_a_row_without_times_and_an_old_report_are_shown(tmp_path: Path) -> None:
+    died = row_of("topk", "reduce", 1.0) | dict(times={}, ok=False, gemskit_error="its process ended")
+    del died["floor"]
+    assert "its process ended" in _bench_report.line(died)
+    old = {k: v for k, v in row_of("add", "pointwise", 1.0).items() if k != "package"}
+    assert "failed" in _bench_report.page(facts() | {"rows": [died]}, "r")
     pytest.importorskip("matplotlib", reason='pip install "gemskit[bench]"')
-    facts = dict.fromkeys(("machine", "date", "gemskit", "commit", "torch", "triton", "python", "command"), "x")
     report = tmp_path / "bench.json"
-    report.write_text(json.dumps({**facts, "bandwidth": 1e12, "flops": 1e12, "rows": rows}))
-    _bench.render(report)
-    assert "pointwise 2.00x of 2" in report.with_suffix(".md").read_text() and report.with_suffix(".svg").exists()
+    report.write_text(json.dumps(facts() | {"rows": [old]}))
+    _bench_report.render(report)
+    assert "## rows" in report.with_suffix(".md").read_text() and report.with_suffix(".svg").exists()
+
+
+def test_reasons_name_rows() -> None:
+    for op, labels, why in _bench_reasons.REASONS:
+        some = [c for c in CASES if fnmatchcase(_bench_run.public(c.op), op) and fnmatchcase(c.label, labels)]
+        assert some and why, f"{op} {labels}: no such row"
+
+
+# -- a run -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cut_run_leaves_its_rows_and_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report, timed = tmp_path / "bench.json", []
+    every = [c for c in CASES if c.op in ("neg", "abs", "sqrt")]
+
+    def share(work: Any, tasks: Any, devices: Any) -> Iterator[tuple[Any, Any, str]]:
+        assert devices == [0, 1][: len(tasks)]
+        for task in tasks:
+            if len(timed) == 2:
+                timed.clear()
+                raise KeyboardInterrupt
+            timed.append(task)
+            case = CASES[task[0]]
+            times = {"gemskit": 1.0, "eager": 2.0}
+            row = dict(**_bench._known(case), times=times, floor=0.5, ok=True, device=len(timed) % 2, roof=(1e12, 1e14))
+            yield (task, None, "died") if case.op == "sqrt" else (task, row, "")
+
+    device = SimpleNamespace(get_device_name=lambda *_: "Fake")
+    monkeypatch.setattr(_bench, "backends", SimpleNamespace(vendor=SimpleNamespace(device_type="fake"), device="cpu"))
+    monkeypatch.setattr(torch, "get_device_module", lambda *_: device)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(_bench, "share", share)
+    monkeypatch.setattr(_bench_report, "plot", lambda *_: None)
+    command = [
+        "neg",
+        "abs",
+        "sqrt",
+        "--jobs",
+        "1",
+        "--devices",
+        "all",
+        "--no-compile",
+        "pointwise",
+        "--report",
+        str(report),
+    ]
+    assert _bench.main(command) == 1
+    found = json.loads(report.read_text())
+    assert len(found["rows"]) == 2 and found["planned"] == len(every) == 3 and found["devices"] == 2
+    assert "2 of 3, the run was cut short" in report.with_suffix(".md").read_text()
+    assert _bench.main(["--render", str(report)]) == 0
+    assert _bench.main([*command, "--resume"]) == 1, "a row whose process died"
+    found = json.loads(report.read_text())
+    assert len(timed) == 1 and [r["ok"] for r in found["rows"]] == [True, True, False] and found["bandwidth"] == 1e12
+    with pytest.raises(SystemExit):
+        _bench.main(["nothing"])
+    monkeypatch.setenv("GEMSKIT_COMMIT", "another")
+    with pytest.raises(ArgumentError, match="another"):
+        _bench.main([*command, "--resume"])
+
+
+def work(task: int) -> int:
+    """What a process does with a task, in another process."""
+    if task == 3:
+        os._exit(7)
+    return 10 // task
+
+
+def test_processes_that_die_cost_one_task() -> None:
+    found = {task: (result, error) for task, result, error in share(work, [0, 1, 2, 3, 4, 5], [0, 0])}
+    assert found[1] == (10, "") and found[2] == (5, "") and found[4] == (2, "") and found[5] == (2, "")
+    assert found[0][0] is None and "ZeroDivisionError" in found[0][1]
+    assert found[3] == (None, "its process ended with status 7")
+
+
+def slow(task: int) -> None:
+    """Ends the run, as ``timeout`` does, and is at work then."""
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(900)
+
+
+def test_what_ends_a_run_ends_its_processes() -> None:
+    start = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        list(share(slow, [1, 2], [0]))
+    assert time.perf_counter() - start < 600 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_warmed_calls_are_those_of_the_rows() -> None:
+    some = [c for c in CASES if c.op in ("silu", "sort")]
+    calls = list(_bench._calls(iter(some)))
+    assert [op for op, _, _ in calls] == [REGISTRY[c.op] for c in some]
+    assert [any(t.requires_grad for t in args if isinstance(t, Tensor)) for _, args, _ in calls] == [
+        c.backward for c in some
+    ]

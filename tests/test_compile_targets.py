@@ -30,8 +30,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import gemskit  # noqa: F401
-from gemskit import _bench_cases, _launch, backends
+from gemskit import _bench_cases, _driver, _launch, backends
 from gemskit._op import REGISTRY, Op
+from gemskit._tensor_map import Descriptor
 from gemskit.backends import Arch
 from gemskit.errors import ArgumentError, GradientError, NoKernel
 from gemskit.testing import Make, Sample, lay_out, load
@@ -115,6 +116,8 @@ def _shape_of(v: Any) -> Any:
         return str(v.dtype), FULL and v.data_ptr() % 16
     if isinstance(v, tuple):
         return tuple(map(_shape_of, v))
+    if isinstance(v, Descriptor):
+        return v.block, v.layout
     if isinstance(v, int) and not isinstance(v, bool):
         return (v == 1, v % 16 == 0, abs(v) >= 2**31) if FULL else abs(v) >= 2**31
     return v if isinstance(v, (bool, str, type(None))) else type(v).__name__
@@ -142,7 +145,7 @@ class Launch:
         FAKE.row = row
         try:
             with time_limit(SECONDS), contextlib.redirect_stdout(log):
-                compiled = self.kernel.run(*self.args, grid=self.grid, warmup=True, **self.meta)
+                compiled = _driver.compile(self.kernel, tuple(map(_driver.described, self.args)), self.meta)
         except Exception as e:
             yield f"does not compile: {type(e).__name__}: {str(e)[-2000:]}"
             return

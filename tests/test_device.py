@@ -6,7 +6,6 @@ Every test stands alone, and calls an operator often enough that what is remembe
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import os
 import subprocess
@@ -14,111 +13,48 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import triton
+from device_calls import (
+    WARM,
+    change,
+    close,
+    each_way,
+    forward,
+    in_order,
+    needs_device,
+    repeat,
+    same,
+    sample_of,
+    step,
+    tensors,
+    warmed,
+)  # fmt: skip
 from torch import Tensor
 
 import gemskit
 from gemskit import errors
-from gemskit._op import REGISTRY, Op
+from gemskit._op import REGISTRY
 from gemskit.pointwise import pointwise
-from gemskit.testing import Make, Sample, load
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator of torch.cuda")
+__all__ = ["warmed"]  # a fixture
+
+pytestmark = [needs_device, pytest.mark.usefixtures("warmed")]
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two accelerators")
 
 ROOT = Path(__file__).parents[1]
-NAMES = tuple(REGISTRY)
-WAYS = [(n, False) for n in NAMES] + [(n, True) for n, op in REGISTRY.items() if op.differentiable]
-each_way = pytest.mark.parametrize(("name", "backward"), WAYS, ids=[n + "-backward" * b for n, b in WAYS])
-#: Calls after which nothing is new.
-WARM = 5
-#: Gradients that are documented to sum in no fixed order.
-UNORDERED = ("embedding",)
-
-
-# -- calls ---------------------------------------------------------------------------------------------------------------
-
-
-def tensors(sample: Sample) -> list[Tensor]:
-    return [v for v in (*sample.args, *sample.kwargs.values()) if isinstance(v, Tensor)]
-
-
-def sample_of(name: str, device: str = "cuda", seed: int = 0) -> Sample:
-    """The largest sample that is no long row; contiguous, so that other values can be copied into it."""
-    found = [s for s in load()[name](Make(torch.float32, device=device, seed=seed)) if s.note not in ("big", "long")]
-    plain = [s for s in found if all(t.is_contiguous() for t in tensors(s))]
-    chosen = max(plain, key=lambda s: max(t.numel() for t in tensors(s)))
-    for t in tensors(chosen) if name == "pow" else ():
-        t.abs_()  # a power of a negative number is NaN
-    return chosen
-
-
-def forward(op: Callable[..., Any], sample: Sample) -> list[Tensor]:
-    found = op(*sample.args, **sample.kwargs)
-    return list(found) if isinstance(found, tuple) else [found]
-
-
-def leaves_of(op: Op[..., Any], sample: Sample) -> list[Tensor]:
-    """The inputs with a gradient, which require it from now on."""
-    named = {**dict(zip(op.params, sample.args)), **sample.kwargs}
-    found = [v for n, v in named.items() if n in op.differentiable and isinstance(v, Tensor) and v.is_floating_point()]
-    return [t.requires_grad_() for t in found]
-
-
-def gradients(op: Op[..., Any], sample: Sample, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Of a weighting of the outputs that is the same at every call."""
-    outs = [o for o in forward(op, sample) if o.requires_grad]
-    weights = [torch.linspace(-1, 1, o.numel(), dtype=o.dtype, device=o.device).view(o.shape) for o in outs]
-    return [g for g in torch.autograd.grad(outs, leaves, weights, allow_unused=True) if g is not None]
-
-
-def step(name: str, backward: bool, sample: Sample) -> Callable[[], list[Tensor]]:
-    """The call: results without gradients, or forward and backward to the gradients."""
-    op = REGISTRY[name]
-    if not backward:
-        return lambda: forward(op, sample)
-    leaves = leaves_of(op, sample)
-    return lambda: gradients(op, sample, leaves)
-
-
-def same(got: Sequence[Tensor], want: Sequence[Tensor], off: float = 0.0) -> None:
-    assert len(got) == len(want)
-    for g, w in zip(got, want):
-        torch.testing.assert_close(g, w, rtol=off, atol=off, equal_nan=True)
-
-
-close = functools.partial(same, off=2e-3)
-
-
-def agree(name: str, backward: bool, got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
-    (close if backward and name in UNORDERED else same)(got, want)
-
-
-def change(sample: Sample, other: Sample) -> None:
-    """Give ``sample`` the values of ``other``, in place."""
-    with torch.no_grad():
-        for old, new in zip(tensors(sample), tensors(other), strict=True):
-            old.copy_(new)
-
-
-def repeat(call: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """The last result of several, all enqueued and done."""
-    found = [call() for _ in range(WARM)][-1]
-    torch.cuda.synchronize()
-    return found
 
 
 # -- devices and streams -----------------------------------------------------------------------------------------------
 
 
 @two_devices
-@each_way
+@each_way("tensors_on_another_device")
 def test_tensors_on_another_device(name: str, backward: bool) -> None:
     """Compiled and remembered for the current device first; then the tensors are elsewhere."""
     with torch.cuda.device(0):
@@ -131,7 +67,7 @@ def test_tensors_on_another_device(name: str, backward: bool) -> None:
         close([g.to("cuda:0") for g in got], want)
 
 
-@each_way
+@each_way("launches_are_on_the_current_stream")
 def test_launches_are_on_the_current_stream(name: str, backward: bool) -> None:
     """Where other values arrive late: on any other stream the call would see the old ones."""
     sample, other = sample_of(name), sample_of(name, seed=1)
@@ -145,7 +81,7 @@ def test_launches_are_on_the_current_stream(name: str, backward: bool) -> None:
         got = call()
     assert not stream.query(), "the call waited for the device, or the delay is too short"
     stream.synchronize()
-    agree(name, backward, got, want)
+    same(got, want)
 
 
 def test_two_streams_do_not_share_scratch() -> None:
@@ -170,7 +106,7 @@ def test_two_streams_do_not_share_scratch() -> None:
 # -- captured graphs -----------------------------------------------------------------------------------------------------
 
 
-@each_way
+@each_way("graph")
 def test_graph(name: str, backward: bool) -> None:
     sample, other = sample_of(name), sample_of(name, seed=1)
     call, side, graph = step(name, backward, sample), torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -181,9 +117,10 @@ def test_graph(name: str, backward: bool) -> None:
         got = call()
     change(sample, other)
     graph.replay()
-    agree(name, backward, got, step(name, backward, other)())
+    same(got, step(name, backward, other)())
     if not backward and not REGISTRY[name].random:
-        close(got, forward(REGISTRY[name].meaning, other))
+        with in_order(name):
+            close(got, forward(REGISTRY[name].meaning, other))
 
 
 @pointwise()
@@ -220,20 +157,7 @@ def test_a_cold_call_in_a_capture_is_refused_and_harmless() -> None:
     assert got.eq(16).all()
 
 
-def test_a_replay_draws_anew() -> None:
-    x = torch.ones(4096, device="cuda")
-    for _ in range(WARM):
-        gemskit.dropout(x, 0.5)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = gemskit.dropout(x, 0.5)
-    graph.replay()
-    first = got.clone()
-    graph.replay()
-    assert not torch.equal(got, first)
-
-
-@each_way
+@each_way("no_call_waits_for_the_device")
 def test_no_call_waits_for_the_device(name: str, backward: bool) -> None:
     call = step(name, backward, sample_of(name))
     repeat(call)
@@ -377,12 +301,12 @@ def test_a_fresh_thread() -> None:
 # -- repeats and memory ------------------------------------------------------------------------------------------------
 
 
-@each_way
+@each_way("repeats_are_bitwise_equal")
 def test_repeats_are_bitwise_equal(name: str, backward: bool) -> None:
     call = step(name, backward, sample_of(name))
     first = call()
     for _ in range(50):
-        agree(name, backward, call(), first)
+        same(call(), first)
 
 
 LARGE: dict[str, Callable[[Callable[..., Tensor]], Any]] = {
@@ -418,7 +342,7 @@ def test_ordered_gradients_where_torch_is_told_so() -> None:
     same(found, found[:1] * 20)
 
 
-@each_way
+@each_way("no_tensor_is_kept_alive")
 def test_no_tensor_is_kept_alive(name: str, backward: bool) -> None:
     def call() -> list[weakref.ref[Tensor]]:
         sample = sample_of(name)
@@ -568,33 +492,3 @@ def test_modes_without_gradients(mode: Callable[[], Any]) -> None:
         tracked = gemskit.softmax(x, 1)
         assert tracked.requires_grad and not tracked.is_inference()
         torch.autograd.grad(tracked, x, want)
-
-
-@pytest.fixture
-def room() -> Iterator[None]:
-    gc.collect()
-    torch.cuda.empty_cache()
-    if torch.cuda.mem_get_info()[0] < 16 << 30:
-        pytest.skip("needs 16 GiB of free memory on the device")
-    yield
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def test_rows_beyond_int32(room: None) -> None:
-    x = torch.empty((1 << 16) + 3, 1 << 15, device="cuda", dtype=torch.bfloat16).fill_(-1)
-    x[-2:] = torch.randn(2, 1 << 15, device="cuda")
-    y = gemskit.softmax(x, 1)
-    for rows in (slice(0, 2), slice(1 << 15, (1 << 15) + 2), slice(-2, None)):
-        torch.testing.assert_close(y[rows], torch.softmax(x[rows], 1), rtol=2e-2, atol=1e-6)
-    del y
-    same([gemskit.neg(x)[-2:]], [-x[-2:]])
-
-
-def test_products_beyond_int32(room: None) -> None:
-    a = torch.ones(((1 << 31) // 64) + 100, 64, device="cuda", dtype=torch.bfloat16)
-    a[-100:] = torch.randn(100, 64, device="cuda")
-    b = torch.randn(64, 16, device="cuda").bfloat16()
-    y = gemskit.mm(a, b)
-    for rows in (slice(0, 100), slice(-150, None)):
-        torch.testing.assert_close(y[rows], torch.mm(a[rows], b), rtol=2e-2, atol=2e-2)

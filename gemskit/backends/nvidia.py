@@ -12,7 +12,11 @@ NO_E4M3 = FNUZ | {"float8_e4m3fn"}
 
 # Attention, H200: 4 warps on 64 rows reach 396 TFLOP/s forward and 296 backward at head size 128; 8 warps on 128 rows half
 # of that backward. "wide" are the warps of the backward above head size 128.
-HOPPER = {"attention": {"m": 64, "n": 64, "warps": 4, "wide": 8, "stages": 3}}
+# Products of halves: gemskit/blas/_hopper.py.
+HOPPER = {
+    "attention": {"m": 64, "n": 64, "warps": 4, "wide": 8, "stages": 3},
+    "gemm": {"wgmma": 1, "processors": 132},
+}
 AMPERE = {"attention": {"m": 128, "n": 64, "warps": 8, "wide": 8, "stages": 2}}
 BLACKWELL = {"attention": {"m": 128, "n": 64, "warps": 8, "wide": 8, "stages": 3}}
 # 99 KiB of shared memory: the 128-row attention tile with 3 stages (128 KiB at head size 128) does not fit.

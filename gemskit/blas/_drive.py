@@ -7,7 +7,6 @@ and operands broadcast to the result (a bias row, a residual). Batch, layout and
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +23,10 @@ from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
 from gemskit._op import Named, Op, P, R
+from gemskit.blas import _few
 from gemskit.blas._integers import Integers
+from gemskit.blas._rule import choose
+from gemskit.blas._space import Space
 from gemskit.errors import DtypeError, NoKernel
 
 #: Filled in per operator.
@@ -88,55 +90,89 @@ def _tiles(
     tl.store(out + at, result.to(out.dtype.element_ty), live)
 
 
+#: Launches ``out, a, b, further operands, scalars``.
+Run = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...], tuple[Any, ...]], None]
+
+
+class Bound:
+    """An epilogue with its operands and scalars in place, and the kernels that run it."""
+
+    def __init__(self, name: str, epilogue: Any, acc: torch.dtype, runtime: tuple[str, ...]) -> None:
+        self.name, self.epilogue, self.acc, self.runtime = name, epilogue, acc, runtime
+        self.annotations = scalar_types(runtime, acc)
+
+    @functools.cached_property
+    def plain(self) -> Any:
+        return fill(_tiles, self.name, self.annotations, EPILOGUE=self.epilogue)
+
+    @functools.cached_property
+    def few(self) -> Any:
+        return fill(_few.few_rows, f"{self.name}_few", self.annotations, EPILOGUE=self.epilogue)
+
+    @functools.cached_property
+    def wgmma(self) -> Any:
+        # Gluon is there from Triton 3.5 on, and takes 0.1 s to import.
+        from gemskit.blas._hopper import Kernels
+
+        return Kernels(f"{self.name}_wgmma", self.epilogue, self.annotations)
+
+
 class Product:
     """``epilogue(a @ b, ...)`` as a kernel. The epilogue names ``acc``, operands and scalars."""
 
     def __init__(self, name: str, epilogue: Any) -> None:
         self.name, self.epilogue, self.names = name, epilogue, parameters(epilogue)
-        self._bound: dict[Any, Any] = {}
-        self._known: dict[Any, tuple[Any, tuple[str, ...]]] = {}
+        self._bound: dict[Any, Bound] = {}
+        self._known: dict[Any, Bound] = {}
 
     def plan(self, a: Tensor, b: Tensor, named: Named, out: Tensor) -> Callable[..., None]:
         """The launch for ``a`` (.., M, K), ``b`` (.., K, N) and ``out`` (.., M, N), batches broadcast."""
         if a.dtype not in ACCUMULATORS:
             raise NoKernel(f"{self.name}: no kernel for {a.dtype} products")
         operands = [n for n in self.names if isinstance(named.get(n), Tensor)]
-        shape, K = tuple(out.shape), a.shape[-1]
-        batch, M, N = shape[:-2], shape[-2], shape[-1]
-        factors = [_layout.broadcast_strides(t, (*batch, *t.shape[-2:])) for t in (a, b)]
-        others = [tuple(out.stride()), *(_layout.broadcast_strides(named[n], shape) for n in operands)]
-        wide = any(_layout.is_wide((*batch, *t.shape[-2:]), [s]) for t, s in zip((out, a, b), (others[0], *factors)))
-        wide = wide or _layout.is_wide(shape, others)
-        # Rows follow the batch in one space: b does not vary along them, so batches that share b become rows.
-        along = [others[0][:-1], factors[0][:-1], (*factors[1][:-2], 0), *(s[:-1] for s in others[1:])]
-        sizes, flat = _layout.collapse((*batch, M), along)
-        if flat[2][-1]:
-            sizes, flat = (*sizes, 1), [(*s, 0) for s in flat]
-        batch_sizes, M = sizes[:-1] or (1,), sizes[-1] if out.numel() else 0
-        strides, rows = [s[:-1] or (0,) for s in flat], [s[-1] for s in flat]
-        acc = ACCUMULATORS[a.dtype]
-        row = backends.arch()
-        meta = tiles(row.config("gemm"), row.config("gemm_few"), M, N, K, a.dtype, math.prod(batch_sizes))
-        grid = _layout.cdiv(M, meta["BM"]) * _layout.cdiv(N, meta["BN"]) * math.prod(batch_sizes)
-        kernel, runtime = self._bind(named, operands, acc)
-        meta |= dict(ACC=TRITON[acc], EVEN_K=K % meta["BK"] == 0, WIDE=wide)
-        inner = (rows[0], others[0][-1], rows[1], factors[0][-1], factors[1][-2], factors[1][-1])
-        extra_m, extra_n = tuple(rows[3:]), tuple(s[-1] for s in others[1:])
-        strided = (batch_sizes, strides[0], strides[1], strides[2], tuple(strides[3:]), *inner, extra_m, extra_n)
-        fast = a.dtype == torch.float32 and backends.arch().target[0] == "cuda"
+        space = Space.of(out, a, b, [named[n] for n in operands])
+        if not (space.M and space.N):
+            return lambda out, a, b, named: None
+        bound = self._bind(named, operands, ACCUMULATORS[a.dtype])
+        few = _few.plan(space, a.dtype, bound.acc, bound.few)
+        plain = few or self._plain(space, a, bound)
+        fast = few or self._wgmma(space, a, bound) or plain
 
         def run(out: Tensor, a: Tensor, b: Tensor, named: Named) -> None:
-            if grid:
-                extras = tuple([named[n] for n in operands])
-                scalars = slots([named[n] for n in runtime])
-                precision = "tf32" if fast and tf32() else "ieee"
-                launch(
-                    kernel, (grid,), (out, a, b, extras, *strided, *scalars, M, N, K), dict(meta, PRECISION=precision)
-                )
+            # Descriptors of addresses that are no multiple of 16 do not exist.
+            launches = plain if (a.data_ptr() | b.data_ptr()) % 16 else fast
+            launches(out, a, b, tuple([named[n] for n in operands]), slots([named[n] for n in bound.runtime]))
 
         return run
 
-    def _bind(self, named: Named, operands: Sequence[str], acc: torch.dtype) -> tuple[Any, tuple[str, ...]]:
+    def _wgmma(self, space: Space, a: Tensor, bound: Bound) -> Run | None:
+        """The kernel for Hopper's tensor cores, where the row of the table and the factors permit it."""
+        config = backends.arch().config("gemm")
+        if not config.get("wgmma") or a.dtype not in (torch.bfloat16, torch.float16) or not space.K:
+            return None
+        choice = choose(space.M, space.N, space.K, space.batches, config["processors"])
+        found: Run | None = bound.wgmma.plan(space, a.dtype, choice)
+        return found
+
+    def _plain(self, space: Space, a: Tensor, bound: Bound) -> Run:
+        """The kernel that runs everywhere."""
+        row, acc, kernel = backends.arch(), bound.acc, bound.plain
+        M, N, K = space.M, space.N, space.K
+        meta = tiles(row.config("gemm"), row.config("gemm_few"), M, N, K, a.dtype, space.batches)
+        grid = (_layout.cdiv(M, meta["BM"]) * _layout.cdiv(N, meta["BN"]) * space.batches,)
+        meta |= dict(ACC=TRITON[acc], EVEN_K=K % meta["BK"] == 0, WIDE=space.wide)
+        out_batch, a_batch, b_batch, *extra_batch = space.batch
+        inner = (space.rows[0], space.cols[0], space.rows[1], space.a_k, space.b_k, space.cols[1])
+        strided = (space.sizes, out_batch, a_batch, b_batch, tuple(extra_batch), *inner, space.rows[2:], space.cols[2:])
+        fast = a.dtype == torch.float32 and row.target[0] == "cuda"
+
+        def run(out: Tensor, a: Tensor, b: Tensor, extras: tuple[Tensor, ...], scalars: tuple[Any, ...]) -> None:
+            precision = "tf32" if fast and tf32() else "ieee"
+            launch(kernel, grid, (out, a, b, extras, *strided, *scalars, M, N, K), dict(meta, PRECISION=precision))
+
+        return run
+
+    def _bind(self, named: Named, operands: Sequence[str], acc: torch.dtype) -> Bound:
         asked = (acc, given(self.names, named))
         if asked in self._known:
             return self._known[asked]
@@ -145,9 +181,9 @@ class Product:
         key = (tuple(operands), tuple(expressions.items()), acc)
         if key not in self._bound:
             call = adapter(f"{self.name}_epilogue", f"acc, values, {', '.join(SCALARS)}", self.epilogue, expressions)
-            self._bound[key] = fill(_tiles, self.name, scalar_types(runtime, acc), EPILOGUE=call)
-        self._known[asked] = self._bound[key], runtime
-        return self._bound[key], runtime
+            self._bound[key] = Bound(self.name, call, acc, runtime)
+        self._known[asked] = self._bound[key]
+        return self._bound[key]
 
 
 def tiles(

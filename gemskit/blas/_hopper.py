@@ -1,0 +1,312 @@
+"""Products on Hopper's tensor cores (``wgmma``), in Gluon: one warp loads, two groups of four warps multiply.
+
+Plain Triton lets the warps that multiply load as well and wait for each other: 5 to 12 % slower on an H200, and with an
+epilogue that nothing overlaps. Programs stay and take one tile after the other. The tiles of the last, partly filled round
+are split along K, so that all programs work until the end; what the parts found is added up by a second, small kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from gemskit import _layout, language
+from gemskit._bind import fill
+from gemskit._dtypes import TRITON
+from gemskit._jit import jit
+from gemskit._launch import launch
+from gemskit._layout import offset
+from gemskit._tensor_map import Descriptor, loadable
+from gemskit.blas._rule import Choice
+from gemskit.blas._space import Space
+
+#: Its name until Triton 3.6.
+_block_to_shared = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+#: Filled in per operator.
+EPILOGUE: Any = None
+FINISH: Any = None
+MULTIPLY: Any = None
+
+
+@gluon.jit
+def _work(u, whole, split, part_steps, steps):
+    """Unit ``u`` of the work: its tile, its first and last step along K, and which part of the tile it is (-1: all)."""
+    tile, first, last, part = u, 0, steps, -1
+    if u >= whole:
+        tile = whole + (u - whole) % split
+        part = (u - whole) // split
+        first = part * part_steps
+        last = min(first + part_steps, steps)
+    return tile, first, last, part
+
+
+@gluon.jit
+def _where(tile, tiles_m, tiles_n, GROUP: gl.constexpr):
+    """Batch, row and column of a tile."""
+    per_batch = tiles_m * tiles_n
+    m, n = language.swizzle(tile % per_batch, tiles_m, tiles_n, GROUP)
+    return tile // per_batch, m, n
+
+
+@gluon.jit
+def _load(
+    a, b, a_tiles, b_tiles, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps, units, whole, split,
+    part_steps, A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """The warp that loads: waits until a stage is empty, fills it with two tiles of ``a`` and one of ``b``."""
+    HALF: gl.constexpr = BM // 2
+    i = 0
+    for u in range(gl.program_id(0), units, gl.num_programs(0)):
+        tile, first, last, _ = _work(u, whole, split, part_steps, steps)
+        batch, m, n = _where(tile, tiles_m, tiles_n, GROUP)
+        a_row, b_row = offset(batch, batch_sizes, a_batch), offset(batch, batch_sizes, b_batch)
+        for k in range(first, last):
+            stage = i % STAGES
+            ready = full.index(stage)
+            mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
+            mbarrier.expect(ready, (BM + BN) * BK * 2)
+            for half in gl.static_range(2):
+                if A_ROWS:
+                    at = [a_row + m * BM + half * HALF, k * BK]
+                else:
+                    at = [a_row + k * BK, m * BM + half * HALF]
+                _block_to_shared(a, at, ready, a_tiles.index(2 * stage + half))
+            if B_ROWS:
+                at = [b_row + k * BK, n * BN]
+            else:
+                at = [b_row + n * BN, k * BK]
+            _block_to_shared(b, at, ready, b_tiles.index(stage))
+            i += 1
+
+
+@gluon.jit
+def _multiply(
+    half: gl.constexpr, out, parts, extras, a_tiles, b_tiles, empty, full, batch_sizes, out_batch, extra_batch,
+    out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split, part_steps,
+    A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    """Four warps that multiply: one ``half`` of the rows of every tile."""
+    HALF: gl.constexpr = BM // 2
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    lines: gl.constexpr = _lines(HALF, BN) if BN >= 32 else layout
+    i = 0
+    for u in range(gl.program_id(0), units, gl.num_programs(0)):
+        tile, first, last, part = _work(u, whole, split, part_steps, steps)
+        acc = gl.zeros([HALF, BN], gl.float32, layout)
+        for k in range(first, last):
+            stage = i % STAGES
+            mbarrier.wait(full.index(stage), (i // STAGES) & 1)
+            x, y = a_tiles.index(2 * stage + half), b_tiles.index(stage)
+            if not A_ROWS:
+                x = x.permute((1, 0))
+            if not B_ROWS:
+                y = y.permute((1, 0))
+            acc = warpgroup_mma(x, y, acc, is_async=True)
+            # The product of the step before is done: its stage may be filled again.
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            if k > first:
+                mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
+            i += 1
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
+        row = half * HALF + gl.arange(0, HALF, gl.SliceLayout(1, layout))
+        col = gl.arange(0, BN, gl.SliceLayout(0, layout))
+        if parts is not None:
+            if part >= 0:
+                at = (part * split + tile - whole).to(gl.int64) * (BM * BN) + row[:, None] * BN + col[None, :]
+                gl.store(parts + at, acc)
+        if part < 0:
+            batch, m, n = _where(tile, tiles_m, tiles_n, GROUP)
+            if WIDE:
+                batch, m, n = batch.to(gl.int64), m.to(gl.int64), n.to(gl.int64)
+            value = FINISH(
+                acc, m * BM + row, n * BN + col, batch, extras, batch_sizes, extra_batch, extra_m, extra_n, s0, s1, s2, s3, M, N
+            ).to(out.dtype.element_ty)
+            if BN >= 32:
+                value = gl.convert_layout(value, lines)
+            r = m * BM + half * HALF + gl.arange(0, HALF, gl.SliceLayout(1, lines))
+            c = n * BN + gl.arange(0, BN, gl.SliceLayout(0, lines))
+            _store(value, r, c, batch, out, batch_sizes, out_batch, out_m, out_n, M, N)
+
+
+@gluon.constexpr_function
+def _lines(rows, cols):
+    """The accumulator with 8 neighbours a thread, which moves within warps only: stores of 64 bytes a row, not of 16."""
+    own = [[0, 1], [0, 2], [0, 4], *([0, c] for c in (32, 64, 128) if c < cols), [8, 0], *([r, 0] for r in (64,) if r < rows)]
+    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(own, lanes, [[16, 0], [32, 0]], [], [rows, cols])
+
+
+@jit
+def _finish(acc, m, n, batch, extras, batch_sizes, extra_batch, extra_m, extra_n, s0, s1, s2, s3, M, N):
+    """The epilogue of a tile of rows ``m`` and columns ``n``."""
+    m, n = m[:, None], n[None, :]
+    live = (m < M) & (n < N)
+    values = ()
+    for j in tl.static_range(len(extras)):
+        at = offset(batch, batch_sizes, extra_batch[j]) + m * extra_m[j] + n * extra_n[j]
+        values = values + (tl.load(extras[j] + at, live).to(tl.float32),)
+    return EPILOGUE(acc, values, s0, s1, s2, s3)
+
+
+@jit
+def _store(value, m, n, batch, out, batch_sizes, out_batch, out_m, out_n, M, N):
+    """Store what of a tile is inside."""
+    m, n = m[:, None], n[None, :]
+    at = offset(batch, batch_sizes, out_batch) + m * out_m + n * out_n
+    tl.store(out + at, value, (m < M) & (n < N))
+
+
+@gluon.jit
+def product(
+    out, a, b, parts, extras, batch_sizes, out_batch, a_batch, b_batch, extra_batch, out_m, out_n, extra_m, extra_n,
+    s0, s1, s2, s3, M, N, K, whole, split, pieces, part_steps,
+    A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """``a`` is [M, K] (A_ROWS) or [K, M], ``b`` [K, N] (B_ROWS) or [N, K], batches one below the other."""
+    a_tiles = gl.allocate_shared_memory(a.dtype, [2 * STAGES] + a.block_type.shape, a.layout)
+    b_tiles = gl.allocate_shared_memory(b.dtype, [STAGES] + b.block_type.shape, b.layout)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(full.index(i), count=1)
+    fence_async_shared()
+    tiles_m, tiles_n, steps = gl.cdiv(M, BM), gl.cdiv(N, BN), gl.cdiv(K, BK)
+    units = whole + split * pieces
+    upper: gl.constexpr = 0
+    lower: gl.constexpr = 1
+    gl.warp_specialize([
+        (MULTIPLY, (upper, out, parts, extras, a_tiles, b_tiles, empty, full, batch_sizes, out_batch, extra_batch,
+                    out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
+                    part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, GROUP, WIDE)),
+        (MULTIPLY, (lower, out, parts, extras, a_tiles, b_tiles, empty, full, batch_sizes, out_batch, extra_batch,
+                    out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
+                    part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, GROUP, WIDE)),
+        (_load, (a, b, a_tiles, b_tiles, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps, units, whole,
+                 split, part_steps, A_ROWS, B_ROWS, BM, BN, BK, STAGES, GROUP)),
+    ], [4, 1], [232, 32])  # fmt: skip
+
+
+@jit
+def join(
+    out, parts, extras, batch_sizes, out_batch, extra_batch, out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N,
+    whole, split, pieces,
+    BM: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Add up the parts of the tiles that were split, in their order, and store them: ROWS rows of a tile a program."""
+    i = tl.program_id(0)
+    tile, row = i // (BM // ROWS), i % (BM // ROWS) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BN)
+    at = parts + tile.to(tl.int64) * (BM * BN) + row[:, None] * BN + col[None, :]
+    acc = tl.load(at)
+    for _ in range(1, pieces):
+        at += split * (BM * BN)
+        acc += tl.load(at)
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    batch = (whole + tile) // (tiles_m * tiles_n)
+    m, n = language.swizzle((whole + tile) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP)
+    if WIDE:
+        batch, m, n = batch.to(tl.int64), m.to(tl.int64), n.to(tl.int64)
+    m, n = m * BM + row, n * BN + col
+    value = FINISH(acc, m, n, batch, extras, batch_sizes, extra_batch, extra_m, extra_n, s0, s1, s2, s3, M, N)
+    _store(value.to(out.dtype.element_ty), m, n, batch, out, batch_sizes, out_batch, out_m, out_n, M, N)
+
+
+# ---- the host's part -----------------------------------------------------------------------------------------------
+
+
+class Matrix:
+    """A factor as a matrix of which blocks are loaded, its batches one below the other."""
+
+    def __init__(self, space: Space, which: int) -> None:
+        """The first (1) or second (2) factor of ``space``."""
+        outer, by_outer, by_k = (
+            (space.M, space.rows[1], space.a_k) if which == 1 else (space.N, space.cols[1], space.b_k)
+        )
+        k, batch = space.K, space.batch[which]
+        #: Whether K runs along the lines of memory; None: no blocks of this matrix can be loaded.
+        self.k_last: bool | None = None
+        for k_last, lines, cols, line, col in ((True, outer, k, by_outer, by_k), (False, k, outer, by_k, by_outer)):
+            # A dimension of one element has any stride.
+            line = line if lines > 1 else 8 * _layout.cdiv(cols, 8)
+            used = [(n, s) for n, s in zip(space.sizes, batch) if n > 1]
+            if (col == 1 or cols == 1) and line and all(s % line == 0 for _, s in used):
+                lines += sum((n - 1) * s // line for n, s in used)
+                if loadable((lines, cols), (line, 1), 2):
+                    self.k_last, self.shape, self.strides = k_last, (lines, cols), (line, 1)
+                    self.batch = tuple(s // line if n > 1 else 0 for n, s in zip(space.sizes, batch))
+                    break
+
+    def descriptor(self, t: Tensor, outer: int, k: int) -> Descriptor:
+        """Blocks of ``outer`` by ``k``."""
+        block = (outer, k) if self.k_last else (k, outer)
+        layout = gl.NVMMASharedLayout.get_default_for(list(block), TRITON[t.dtype])
+        return Descriptor(t, self.shape, self.strides, block, layout)
+
+
+class Kernels:
+    """The two kernels of an epilogue."""
+
+    def __init__(self, name: str, epilogue: Any, annotations: dict[str, str]) -> None:
+        finish = fill(_finish, f"{name}_finish", EPILOGUE=epilogue)
+        self.product = fill(product, name, annotations, MULTIPLY=fill(_multiply, f"{name}_multiply", FINISH=finish))
+        self.join = fill(join, f"{name}_join", annotations, FINISH=finish)
+
+    def plan(self, space: Space, dtype: torch.dtype, choice: Choice) -> Callable[..., None] | None:
+        """The launches for ``choice``; None where a factor cannot be loaded by blocks."""
+        if choice.transposed:
+            space = space.transposed()
+        a, b = Matrix(space, 1), Matrix(space, 2)
+        # Blocks beyond the end of K are zero along lines; across lines the next batch begins there.
+        crosses = space.batches > 1 and space.K % choice.BK != 0 and not (a.k_last and b.k_last)
+        if a.k_last is None or b.k_last is None or crosses:
+            return None
+        out_batch, _, _, *extra_batch = space.batch
+        where = (space.rows[0], space.cols[0], space.rows[2:], space.cols[2:])
+        shape = (choice.BM, choice.BN)
+        tile = dict(BM=choice.BM, BN=choice.BN, GROUP=choice.GROUP, WIDE=space.wide)
+        meta = dict(tile, A_ROWS=bool(a.k_last), B_ROWS=not b.k_last, BK=choice.BK, STAGES=choice.STAGES, num_warps=4)
+        split, pieces = choice.split, choice.pieces
+        rows = min(choice.BM, 4096 // choice.BN)
+        grid = (min(choice.processors, choice.whole + split * pieces),)
+
+        def run(
+            out: Tensor, first: Tensor, second: Tensor, extras: tuple[Tensor, ...], scalars: tuple[Any, ...]
+        ) -> None:
+            if choice.transposed:
+                first, second = second, first
+            parts = torch.empty((split * pieces, *shape), dtype=torch.float32, device=out.device) if split else None
+            launch(
+                self.product, grid,
+                (out, a.descriptor(first, choice.BM // 2, choice.BK), b.descriptor(second, choice.BN, choice.BK), parts, extras,
+                 space.sizes, out_batch, a.batch, b.batch, tuple(extra_batch), *where, *scalars, space.M, space.N, space.K,
+                 choice.whole, split, pieces, choice.part_steps),
+                meta,
+            )  # fmt: skip
+            if parts is not None:
+                launch(
+                    self.join, (split * (choice.BM // rows),),
+                    (out, parts, extras, space.sizes, out_batch, tuple(extra_batch), *where, *scalars, space.M, space.N,
+                     choice.whole, split, pieces),
+                    dict(tile, ROWS=rows, num_warps=4),
+                )  # fmt: skip
+
+        return run

@@ -1,0 +1,67 @@
+"""Which tiles a product takes: a model of its time, no measurement at the call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gemskit._layout import cdiv
+
+#: Tiles (M, N), stages of K = 64 that fit into 227 KiB, and the time of one step of K in us when all programs work (H200).
+TILES = (
+    (128, 256, 4, 0.68), (256, 128, 4, 0.68), (128, 128, 6, 0.40), (128, 64, 8, 0.27), (128, 32, 10, 0.22), (128, 16, 11, 0.20),
+)  # fmt: skip
+STEP = 64
+#: us: of a launch, of the second one that adds up parts; bytes a us that memory gives.
+LAUNCH, JOIN, BANDWIDTH = 4.0, 3.5, 4.0e6
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Tiles of BM x BN; ``whole`` of them, then ``split`` ones in ``pieces`` of ``part_steps`` steps along K each."""
+
+    BM: int
+    BN: int
+    BK: int
+    STAGES: int
+    GROUP: int
+    processors: int
+    whole: int
+    split: int
+    pieces: int
+    part_steps: int
+    #: Whether ``out.mT = b.mT @ a.mT`` is computed, so that many columns become rows.
+    transposed: bool
+    #: Estimated us.
+    time: float
+
+
+def choices(M: int, N: int, K: int, batches: int, processors: int) -> Iterator[Choice]:
+    """All that are considered."""
+    steps = max(1, cdiv(K, STEP))
+    moved = 2 * batches * (M * K + K * N + M * N) / BANDWIDTH
+    for transposed in (False, True):
+        m, n = (N, M) if transposed else (M, N)
+        for BM, BN, stages, step in TILES:
+            tiles = cdiv(m, BM) * cdiv(n, BN) * batches
+            rounds, last = divmod(tiles, processors)
+            whole = LAUNCH + max(moved, (rounds + (last > 0)) * steps * step)
+            group = 8 if BM <= BN else 4
+            yield Choice(BM, BN, STEP, stages, group, processors, tiles, 0, 1, steps, transposed, whole)
+            # No part shorter than what it costs to begin one.
+            pieces = min(processors // last if last else 1, max(1, steps // 4))
+            if pieces > 1:
+                part = cdiv(steps, pieces)
+                pieces = cdiv(steps, part)
+                parts = 2 * 4 * last * pieces * BM * BN / BANDWIDTH
+                time = LAUNCH + JOIN + max(moved, (rounds * steps + part) * step) + parts
+                yield Choice(
+                    BM, BN, STEP, stages, group, processors, tiles - last, last, pieces, part, transposed, time
+                )
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(M: int, N: int, K: int, batches: int, processors: int) -> Choice:
+    """The fastest by the model."""
+    return min(choices(M, N, K, batches, processors), key=lambda c: c.time)

@@ -37,10 +37,12 @@ def fill(driver: Any, name: str, annotations: Mapping[str, str] | None = None, *
     copy.__annotations__ = {**f.__annotations__, **(annotations or {})}
     # Run-time scalars keep one compiled kernel for all their values; 1 would otherwise become a constant.
     fixed = [p for p in parameters(driver) if p in SCALARS]
-    make = jit
+    options: Any = dict(repr=lambda _: name, do_not_specialize=fixed)
     if driver.is_gluon():
-        from triton.experimental.gluon import jit as make
-    return make(copy, repr=lambda _: name, do_not_specialize=fixed)
+        from triton.experimental import gluon
+
+        return gluon.jit(copy, **options)
+    return jit(copy, **options)
 
 
 #: Stands for a zero of the type computed in that is part of the code: the imaginary part of what is real.

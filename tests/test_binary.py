@@ -145,3 +145,21 @@ def test_aliases() -> None:
     }.items():  # fmt: skip
         assert getattr(gemskit, name) is getattr(gemskit, other)
     assert gemskit.__ior__ is gemskit.bitwise_or_ and gemskit.greater_ is gemskit.gt_
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["floor_divide", "remainder", "fmod"])
+def test_whole_quotients_are_exact(name: str, dtype: torch.dtype) -> None:
+    """Blocks of small quotients take the short way: multiples of halves of the divisor, and their neighbours."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(1 << 14, generator=generator).to(dtype)
+    x = (y.double() * torch.randint(-300, 300, y.shape, generator=generator) / 2).to(dtype)
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    x = (x.view(bits) + torch.randint(-1, 2, y.shape, generator=generator).to(bits)).view(dtype)
+    x, y = x[x.isfinite()], y[x.isfinite()]
+    x[:8] = torch.tensor([0.0, -0.0, 0.0, -0.0, 1e-3, -1e-3, 1e-3, -1e-3])
+    y[:8] = torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0, 1.0, -1.0, -1.0])
+    op = getattr(gemskit, name)
+    got = op(x, y)
+    exact = op.meaning(x.float(), y.float()).to(dtype)
+    assert torch.equal(got, exact) and torch.equal(got.signbit(), exact.signbit())

@@ -49,11 +49,15 @@ def steps(a: Tensor, b: Tensor) -> Tensor:
         "erf",
         "mish",
         "softplus",
+        "sin",
+        "cos",
     ],
 )
 def test_fast_functions_round_as_well_as_float32(name: str, dtype: torch.dtype) -> None:
     """Of all halves, all but a few results are the nearest half, and these are its neighbour."""
     op, x = getattr(gemskit, name), every(dtype)
+    # In order of magnitude: a block of small ones takes the short way.
+    x = x[x.abs().argsort()]
     with interpret():
         got = op(x)
     exact = op.meaning(x.double()).to(dtype)

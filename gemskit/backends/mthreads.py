@@ -23,7 +23,13 @@ VENDOR = Vendor(
         Arch(
             "mp_22",
             ("musa", 22, 128),
-            launch={"rowwise": {"warps": 8}, "reduction_along": {"warps": 8}},
+            launch={
+                "rowwise": {"warps": 8},
+                "reduction_along": {"warps": 8, "most": 8},
+                "reduction_along_states": {"most": 8},
+                "reduction_across": {"most": 8},
+                "reduction_across_states": {"most": 8},
+            },
             unsupported_dtypes=NO_FLOAT64,
         ),
         Arch("mp_31", ("musa", 31, 32), unsupported_dtypes=NO_FLOAT64),

@@ -49,25 +49,31 @@ def _converted(v, kind: tl.constexpr):
 def _tiles(
     outs, ins, sizes, out_strides, in_strides, s0, s1, s2, s3,
     COMPUTE: tl.constexpr, VIA: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr, PICK: tl.constexpr,
-    B1: tl.constexpr, B0: tl.constexpr, WIDE: tl.constexpr,
+    B1: tl.constexpr, B0: tl.constexpr, ROW: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     # KEEP says per operand: 0 is cast to COMPUTE, 1 keeps its dtype, 2 is rounded to VIA on the way.
     # ALONG says per operand along which tiled dimensions it varies (1: last, 2: last but one): what is broadcast is read once.
+    # ROW: all is one row, whose tiles need no division to be counted.
     R: tl.constexpr = len(sizes)
     i = tl.program_id(0)
     if WIDE:
         i = i.to(tl.int64)
     n0, n1 = sizes[R - 1], sizes[R - 2]
-    t0 = tl.cdiv(n0, B0)
-    i0 = ((i % t0) * B0 + tl.arange(0, B0))[None, :]
-    i = i // t0
-    t1 = tl.cdiv(n1, B1)
-    # One row a tile: what is broadcast along it is a scalar, and needs no exchange between threads (3.5 us of 42 saved).
-    if B1 == 1:
-        i1 = i % t1
+    if ROW:
+        i0 = (i * B0 + tl.arange(0, B0))[None, :]
+        i = i * 0
+        i1 = i
     else:
-        i1 = ((i % t1) * B1 + tl.arange(0, B1))[:, None]
-    i = i // t1
+        t0 = tl.cdiv(n0, B0)
+        i0 = ((i % t0) * B0 + tl.arange(0, B0))[None, :]
+        i = i // t0
+        t1 = tl.cdiv(n1, B1)
+        # One row a tile: what is broadcast along it is a scalar, and needs no exchange between threads (3.5 us of 42 saved).
+        if B1 == 1:
+            i1 = i % t1
+        else:
+            i1 = ((i % t1) * B1 + tl.arange(0, B1))[:, None]
+        i = i // t1
     m0, m1 = i0 < n0, i1 < n1
     values = ()
     for k in tl.static_range(len(in_strides)):
@@ -175,6 +181,7 @@ class Elementwise(Planned):
             PICK=tuple(pick if pick is not None else range(self.results)),
             B1=b1,
             B0=b0,
+            ROW=sizes[:-1] == (1,),
             WIDE=_layout.is_wide(sizes, flat),
             num_warps=config["warps"],
         )

@@ -88,6 +88,15 @@ def rsqrt(x):
 
 
 @jit
+def quotient(x, y):
+    """``x / y``: 2**-22; 0 where ``y`` is beyond 2**126."""
+    if is_cuda():
+        return libdevice.fast_dividef(x, y)
+    else:
+        return x / y
+
+
+@jit
 def div(x, y, precise):
     """``x / y``: 2**-22."""
     if precise:
@@ -112,14 +121,22 @@ def _log1p(t):
 
 
 @jit
+def log2(x):
+    """Binary logarithm: 2**-18; 2**-21 within 1/8 of 1, where the result goes to zero."""
+    low = x < NORMAL
+    far = _log2(tl.where(low, x * 2.0**24, x)) - tl.where(low, 24.0, 0.0)
+    t = x - 1
+    p = ((0.2933022677898407 * t - 0.3654283583164215) * t + 0.48087164759635925) * t - 0.721328854560852
+    return tl.where(tl.abs(t) < 0.125, t * (p * t + 1.4426950216293335), far)
+
+
+@jit
 def log(x, precise):
-    """Natural logarithm: 2**-18; 2**-21 within 1/8 of 1, where the result goes to zero."""
+    """Natural logarithm: as :func:`log2`."""
     if precise:
         return language.log(x)
     else:
-        low = x < NORMAL
-        far = _log2(tl.where(low, x * 2.0**24, x)) * LN2 - tl.where(low, 24 * LN2, 0.0)
-        return tl.where(tl.abs(x - 1) < 0.125, _log1p(x - 1), far)
+        return log2(x) * LN2
 
 
 @jit
@@ -137,10 +154,21 @@ def log1p_exp(x, precise):
     if precise:
         return libdevice.log1p(language.exp(-tl.abs(x)))
     else:
-        u = tl.exp(-tl.abs(x))
+        # The square is right where it is subnormal.
+        u = tl.exp2(tl.abs(x) * (-0.5 * LOG2E))
+        u *= u
         p = (-0.008778955787420273 * u + 0.04498664289712906) * u - 0.10902290791273117
         p = ((p * u + 0.17847208678722382) * u - 0.24536865949630737) * u + 0.3328406512737274
         return u * ((p * u - 0.4999817907810211) * u + 1)
+
+
+@jit
+def mish(x):
+    """``x * tanh(log(1 + exp(x)))`` of halves: 2**-20 + 2**-24 ``|x|``."""
+    # With w = e (e + 2) of e = exp(x) the factor is w / (w + 2). Both are 2**32 times as large, so that none is subnormal.
+    e = tl.exp2(x * LOG2E + 32)
+    w = e * (e * 2.0**-32 + 2)
+    return tl.where(x > 20, x, x * (w * _inverse(w * 2.0**-32 + 2)) * 2.0**-32)
 
 
 @jit
@@ -225,11 +253,66 @@ def pow(x, y, precise):
         return language.pow(x, y)
     else:
         a = tl.abs(x)
-        r = tl.exp2(tl.where((a == 1) | (y == 0), 0.0, log(a, precise) * LOG2E * y))
-        whole = libdevice.floor(y) == y
-        odd = whole & (libdevice.floor(y * 0.5) != y * 0.5)
-        r = tl.where(odd, libdevice.copysign(r, x), r)
-        return tl.where((x < 0) & (a != float("inf")) & ~whole, float("nan"), r)
+        # Halves from 2**11 on are even. Adding 2**23 rounds to a whole number, whose parity is the last bit.
+        b = tl.minimum(tl.abs(y), 4096.0)
+        near = b + 2.0**23
+        whole = near - 2.0**23 == b
+        # The logarithm of a negative base is NaN, as is a power of it that is not whole; but not of -inf.
+        a = tl.where(whole | (a == float("inf")), a, x)
+        r = tl.exp2(tl.where((a == 1) | (y == 0), 0.0, log2(a) * y))
+        odd = tl.where(whole, near.to(tl.int32, bitcast=True) << 31, 0)
+        return (r.to(tl.int32, bitcast=True) ^ (odd & x.to(tl.int32, bitcast=True))).to(tl.float32, bitcast=True)
+
+
+@jit
+def largest(x):
+    """The largest of a block, NaN if one is: what a branch of the whole block asks."""
+    if len(x.shape) == 0:
+        return x
+    else:
+        return tl.reduce(x, None, language.maximum)
+
+
+@jit
+def _sine(x, half):
+    """The sine, or with ``half`` the cosine, of ``|x| < 2**18``: 2**-22."""
+    # The nearest whole number to x / pi + half, in the last bits of n; what is left of x is in [-pi/2, pi/2].
+    if half:
+        n = x * 0.31830987334251404 + 0.5 + 12582912.0
+        m = n - 12582912.0 - 0.5
+    else:
+        n = x * 0.31830987334251404 + 12582912.0
+        m = n - 12582912.0
+    r = tl.math.fma(m, -1.5099580252808664e-07, tl.math.fma(m, -3.141592502593994, x))
+    s = r * r
+    p = (2.60539741248067e-06 * s - 0.00019809439254458994) * s + 0.008333064615726471
+    r *= (p * s - 0.16666659712791443) * s + 1
+    return (r.to(tl.int32, bitcast=True) ^ (n.to(tl.int32, bitcast=True) << 31)).to(tl.float32, bitcast=True)
+
+
+@jit
+def sin(x, precise):
+    """Sine: 2**-22."""
+    if precise:
+        return libdevice.sin(x)
+    else:
+        # Large arguments take 80 instructions an element, which then run one by one. Few registers wait for the test.
+        y = _sine(x, False)
+        if not largest(tl.abs(x)) < 2.0**18:
+            y = libdevice.sin(x)
+        return y
+
+
+@jit
+def cos(x, precise):
+    """Cosine: as :func:`sin`."""
+    if precise:
+        return libdevice.cos(x)
+    else:
+        y = _sine(x, True)
+        if not largest(tl.abs(x)) < 2.0**18:
+            y = libdevice.cos(x)
+        return y
 
 
 @jit

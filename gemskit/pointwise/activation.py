@@ -234,9 +234,13 @@ def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0, *, out: 
 @jit
 def _(input, beta, threshold, precise):
     x = input * beta
-    value = tl.where(x > 0, x, 0) + _fast.log1p_exp(x, precise)
-    value = language.div(value, beta) if precise else value * (1 / beta)
-    return tl.where(x > threshold, input, value)
+    curve = _fast.log1p_exp(x, precise)
+    if precise:
+        return tl.where(x > threshold, input, language.div(tl.where(x > 0, x, 0) + curve, beta))
+    else:
+        # Choosing from two sums would round each by itself.
+        line = tl.where(x > tl.minimum(threshold, 0.0), input, 0)
+        return tl.where(x > threshold, 0, curve) * (1 / beta) + line
 
 
 @jit
@@ -270,7 +274,7 @@ def _(grad, input, precise):
 @jit
 def _tanh_softplus(x, precise):
     """``tanh(log(1 + e**x)) = w / (w + 2)`` with ``w = e**x (e**x + 2)``, 1 from 20 on; then ``e**x``, ``w``, ``1 / (w + 2)``."""
-    e = _fast.exp(tl.where(x > 20, 20.0, x), precise)
+    e = _fast.exp(x, precise)
     w = e * (e + 2)
     r = _fast.inverse(w + 2, precise)
     return tl.where(x > 20, 1.0, w * r), e, w, r
@@ -294,8 +298,11 @@ def mish(input: Tensor, *, out: Tensor | None = None) -> Tensor:
 @mish.formula
 @jit
 def _(input, precise):
-    t, _, _, _ = _tanh_softplus(input, precise)
-    return input * t
+    if precise:
+        t, _, _, _ = _tanh_softplus(input, precise)
+        return input * t
+    else:
+        return _fast.mish(input)
 
 
 @mish.gradient

@@ -14,6 +14,7 @@ from gemskit._dtypes import Number, Scalar
 from gemskit._jit import jit
 from gemskit.pointwise import _fast
 from gemskit.pointwise._drive import pointwise
+from gemskit.pointwise._whole import floor_div
 
 
 @pointwise(aten="add.Tensor")
@@ -86,23 +87,6 @@ mul_ = mul.inplace
 multiply, multiply_ = mul, mul_
 
 
-@jit
-def _floor_div(x, y):
-    if y.dtype.is_floating():
-        # The remainder decides, not the rounded quotient: floor(1 / 0.1) would be 10, and the answer is 9.
-        r = libdevice.fmod(x, y)
-        q = language.div(x - r, y)
-        q = tl.where((r != 0) & ((r < 0) != (y < 0)), q - 1, q)
-        whole = libdevice.floor(q)
-        whole = tl.where(q - whole > 0.5, whole + 1, whole)
-        zero = libdevice.copysign(q * 0, language.div(x, y))
-        return tl.where(y == 0, language.div(x, y), tl.where(q == 0, zero, whole))
-    else:
-        # Triton's // truncates.
-        q = x // y
-        return q - ((x - q * y != 0) & ((x < 0) != (y < 0))).to(q.dtype)
-
-
 @pointwise(aten="div.Tensor")
 def div(
     input: Tensor | Scalar, other: Tensor | Scalar, *, rounding_mode: Literal["trunc", "floor"] | None = None,
@@ -123,7 +107,7 @@ def _(input, other, rounding_mode):
     if rounding_mode is None:
         return language.div(input, other)
     elif rounding_mode == "floor":
-        return _floor_div(input, other)
+        return floor_div(input, other)
     elif other.dtype.is_floating():
         return libdevice.trunc(language.div(input, other))
     else:
@@ -255,6 +239,21 @@ def _(grad, condition):
     return tl.where(condition, grad, 0), tl.where(condition, 0, grad)
 
 
+@jit
+def at_least(x, bound):
+    """``x``, or ``bound`` where that is larger; NaN if either is. A zero keeps its sign where the bound is the other zero."""
+    larger = tl.where(x < bound, bound, x)
+    # A product is cheaper than a second condition.
+    return larger * tl.where(bound == bound, 1.0, bound) if bound.dtype.is_floating() else larger
+
+
+@jit
+def at_most(x, bound):
+    """``x``, or ``bound`` where that is smaller; otherwise as :func:`at_least`."""
+    smaller = tl.where(x > bound, bound, x)
+    return smaller * tl.where(bound == bound, 1.0, bound) if bound.dtype.is_floating() else smaller
+
+
 @pointwise(aten="clamp", rounds=True)
 def clamp(
     input: Tensor, min: Tensor | Number | None = None, max: Tensor | Number | None = None, *, out: Tensor | None = None
@@ -269,11 +268,10 @@ def clamp(
 @clamp.formula
 @jit
 def _(input, min, max):
-    # A zero keeps its sign where the bound is the other zero, as in torch.
     if min is not None:
-        input = tl.where((input < min) | ((min != min) & (input == input)), min, input)
+        input = at_least(input, min)
     if max is not None:
-        input = tl.where((input > max) | ((max != max) & (input == input)), max, input)
+        input = at_most(input, max)
     return input
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch
-import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
 from gemskit import language
 from gemskit._dtypes import Number
 from gemskit._jit import jit
+from gemskit.pointwise import _whole
 from gemskit.pointwise._drive import pointwise
-from gemskit.pointwise.arithmetic import _floor_div, div
+from gemskit.pointwise.arithmetic import div
 
 
 @pointwise(aten="floor_divide")
@@ -23,7 +23,7 @@ def floor_divide(input: Tensor | Number, other: Tensor | Number, *, out: Tensor 
 @floor_divide.formula
 @jit
 def _(input, other):
-    return _floor_div(input, other)
+    return _whole.floor_div(input, other)
 
 
 floor_divide_ = floor_divide.inplace
@@ -46,17 +46,13 @@ def remainder(input: Tensor | Number, other: Tensor | Number, *, out: Tensor | N
 @remainder.formula
 @jit
 def _(input, other):
-    if other.dtype.is_floating():
-        rest = libdevice.fmod(input, other)
-    else:
-        rest = input % other
-    return tl.where((rest != 0) & ((rest < 0) != (other < 0)), rest + other, rest)
+    return _whole.remainder(input, other)
 
 
 @remainder.gradient
 @jit
 def _(grad, input, other):
-    return grad, -grad * _floor_div(input, other)
+    return grad, -grad * _whole.floor_div(input, other)
 
 
 remainder_ = remainder.inplace
@@ -74,10 +70,7 @@ def fmod(input: Tensor, other: Tensor | Number, *, out: Tensor | None = None) ->
 @fmod.formula
 @jit
 def _(input, other):
-    if other.dtype.is_floating():
-        return libdevice.fmod(input, other)
-    else:
-        return input % other
+    return _whole.fmod(input, other)
 
 
 @fmod.gradient

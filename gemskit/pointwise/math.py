@@ -112,7 +112,7 @@ def _(input, precise):
     if precise:
         return libdevice.log2(input)
     else:
-        return _fast.log(input, precise) * 1.4426950408889634
+        return _fast.log2(input)
 
 
 @log2.gradient

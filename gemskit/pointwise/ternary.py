@@ -13,7 +13,7 @@ from gemskit._dtypes import Number
 from gemskit._jit import jit
 from gemskit.errors import ArgumentError, DtypeError
 from gemskit.pointwise._drive import pointwise
-from gemskit.pointwise.arithmetic import where
+from gemskit.pointwise.arithmetic import at_least, at_most, where
 from gemskit.pointwise.compare import ne
 
 
@@ -92,7 +92,7 @@ def clamp_min(input: Tensor, min: Tensor | Number, *, out: Tensor | None = None)
 @clamp_min.formula
 @jit
 def _(input, min):
-    return tl.where((input < min) | ((min != min) & (input == input)), min, input)
+    return at_least(input, min)
 
 
 @clamp_min.gradient
@@ -113,7 +113,7 @@ def clamp_max(input: Tensor, max: Tensor | Number, *, out: Tensor | None = None)
 @clamp_max.formula
 @jit
 def _(input, max):
-    return tl.where((input > max) | ((max != max) & (input == input)), max, input)
+    return at_most(input, max)
 
 
 @clamp_max.gradient

@@ -19,14 +19,14 @@ def sin(input: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 @sin.formula
 @jit
-def _(input):
-    return libdevice.sin(input)
+def _(input, precise):
+    return _fast.sin(input, precise)
 
 
 @sin.gradient
 @jit
-def _(grad, input):
-    return grad * libdevice.cos(input)
+def _(grad, input, precise):
+    return grad * _fast.cos(input, precise)
 
 
 sin_ = sin.inplace
@@ -40,14 +40,14 @@ def cos(input: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 @cos.formula
 @jit
-def _(input):
-    return libdevice.cos(input)
+def _(input, precise):
+    return _fast.cos(input, precise)
 
 
 @cos.gradient
 @jit
-def _(grad, input):
-    return grad * -libdevice.sin(input)
+def _(grad, input, precise):
+    return grad * -_fast.sin(input, precise)
 
 
 cos_ = cos.inplace

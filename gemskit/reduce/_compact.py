@@ -28,6 +28,8 @@ EMIT: Any = None
 
 #: Most pieces: every program adds up the counts of the pieces before its own.
 PIECES = 1024
+#: Elements that a thread counts by itself.
+_RUN = 16
 
 
 @jit
@@ -46,7 +48,8 @@ def _count(counts, ins, sizes, strides, n, part, B: tl.constexpr, WIDE: tl.const
 
 @jit
 def _write(
-    outs, counts, ins, sizes, strides, extra, n, part, P: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr
+    outs, counts, ins, sizes, strides, extra, n, part,
+    P: tl.constexpr, B: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     piece = tl.program_id(0)
     k = tl.arange(0, P)
@@ -55,14 +58,18 @@ def _write(
         piece, before = piece.to(tl.int64), before.to(tl.int64)
     first = piece * part
     stop = tl.minimum(first + part, n)
-    base = tl.sum(before, 0)
+    base = tl.sum(before, 0) - 1
     for start in range(first, stop, B):
-        i = start + tl.arange(0, B)
+        # In columns: Triton stores along the first dimension, so that threads next to each other write side by side.
+        i = start + (tl.arange(0, B // RUN) * RUN)[None, :] + tl.arange(0, RUN)[:, None]
         live = i < stop
         chosen = FLAG(ins, i, live, sizes, strides)
-        one = chosen.to(base.dtype)
-        EMIT(outs, ins, base + tl.cumsum(one, 0) - 1, i, live, chosen & live, n, sizes, strides, extra)
-        base += tl.sum(one, 0)
+        one = chosen.to(tl.int32)
+        run = tl.sum(one, 0)
+        upto = tl.cumsum(run, 0)
+        at = base + (upto - run)[None, :] + tl.cumsum(one, 0)
+        EMIT(outs, ins, at, i, live, chosen & live, n, sizes, strides, extra)
+        base += tl.sum(run, 0)
 
 
 class Compaction:
@@ -92,7 +99,7 @@ class Compaction:
         n, pieces, part, meta = _pieces(shape, ins)
         if n:
             arguments = (tuple(outs), counts, tuple(ins), *_space(shape, ins), extra, n, part)
-            launch(self._write, (pieces,), arguments, dict(meta, P=_layout.next_power_of_2(pieces)))
+            launch(self._write, (pieces,), arguments, dict(meta, P=_layout.next_power_of_2(pieces), RUN=_RUN))
 
 
 def _space(shape: Sequence[int], ins: Sequence[Tensor]) -> tuple[_layout.Strides, tuple[_layout.Strides, ...]]:
@@ -104,8 +111,6 @@ def _pieces(shape: Sequence[int], ins: Sequence[Tensor]) -> tuple[int, int, int,
     n = math.prod(shape)
     config = backends.arch().config("scan_along")
     tile = config["tile"]
-    if n >= PIECES * 4 * tile:
-        tile *= 2
     part = _layout.cdiv(_layout.cdiv(max(n, 1), PIECES), tile) * tile
     # Positions are written for each dimension, so that their memory is larger than what is read.
     wide = n * (len(shape) + 1) >= 2**31 or _layout.is_wide(shape, [_layout.broadcast_strides(t, shape) for t in ins])

@@ -75,7 +75,7 @@ class Reduction(Op[P, R]):
     def combine(
         self, *, identity: float | str | Sequence[float | str | None], map: Any = element, finish: Any = None,
         state: Sequence[str] | None = None, results: int | None = None, when: Callable[[Named], bool] = always,
-        step: Any = None, join: Any = None, anchored: bool = False,
+        step: Any = None, join: Any = None, anchored: bool = False, group: int = 1,
     ) -> Callable[[Any], Any]:  # fmt: skip
         """Attach the associative step, a jit function of two states (see :class:`gemskit.reduce._fold.Fold`).
 
@@ -86,7 +86,7 @@ class Reduction(Op[P, R]):
         def attach(fn: Any) -> Any:
             fold = Fold(
                 self.name, map=map, combine=fn, identity=identities, finish=finish, results=results, step=step, join=join,
-                anchored=anchored,
+                anchored=anchored, group=group,
                 state=state or ("accumulate",) * len(identities),
             )  # fmt: skip
             self._folds.append((when, fold))

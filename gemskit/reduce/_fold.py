@@ -36,67 +36,124 @@ def _fold(
     outs, ins, row_sizes, col_sizes, out_strides, in_row_strides, in_col_strides, s0, s1, s2, s3,
     rows, cols, part, count,
     CAST: tl.constexpr, COMPUTE: tl.constexpr, KEEP: tl.constexpr, STATE: tl.constexpr, IDENTITY: tl.constexpr,
-    ANCHORED: tl.constexpr, ONE: tl.constexpr, EVEN: tl.constexpr, UNROLL: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
+    ANCHORED: tl.constexpr, ONE: tl.constexpr, EVEN: tl.constexpr, RUN: tl.constexpr, UNROLL: tl.constexpr,
+    GROUP: tl.constexpr, WORDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     # EVEN: tiles cover rows and pieces exactly, so nothing is masked. That is a third of the instructions of a sum of halves.
-    # ONE: a piece is one tile.
+    # ONE: a piece is one tile. WORDS: four bytes are a word, of neighbouring rows (1) or columns (2).
+    TM: tl.constexpr = BM // 4 if WORDS == 1 else BM
+    TN: tl.constexpr = BN // 4 if WORDS == 2 else BN
     i = tl.program_id(0)
     if WIDE:
         i = i.to(tl.int64)
     blocks = tl.cdiv(rows, BM)
-    row = ((i % blocks) * BM + tl.arange(0, BM))[:, None]
+    top = (i % blocks) * BM
+    row = top + tl.arange(0, BM)[:, None]
     lane = tl.arange(0, BN)[None, :]
     piece = i // blocks
     first = piece * part
     stop = tl.minimum(first + part, cols)
-    none = ()
-    for k in tl.static_range(len(IDENTITY)):
-        none = none + (tl.full((BM, BN), first if IDENTITY[k] is None else IDENTITY[k], STATE[k]),)
+    none = _full(IDENTITY, first, STATE, TM, TN)
     state = none
+    where = (ins, top, row, row_sizes, col_sizes, in_row_strides, in_col_strides)
     if ANCHORED or ONE:
         live = (row < rows) & (first + lane < stop)
-        values = _read(
-            ins, row, first + lane, live, row_sizes, col_sizes, in_row_strides, in_col_strides, CAST, COMPUTE, KEEP, EVEN,
-        )  # fmt: skip
-        state = _where(live, _typed(MAP(values, s0, s1, s2, s3, first + lane, first), STATE, BM, BN), none, EVEN)
+        values = _read(where, first + lane, live, IDENTITY, CAST, COMPUTE, KEEP, EVEN, RUN, WORDS, BM, BN)
+        fresh = _typed(MAP(values, s0, s1, s2, s3, first + lane, first), STATE, TM, TN)
+        state = _where(live, fresh, none, EVEN or WORDS)
     if not ONE:
+        if GROUP > 1:
+            state = _full(IDENTITY, first, STATE, TM, TN // GROUP)
         for start in tl.range(first, stop, BN, loop_unroll_factor=UNROLL):
             live = (row < rows) & (start + lane < stop)
-            values = _read(
-                ins, row, start + lane, live, row_sizes, col_sizes, in_row_strides, in_col_strides, CAST, COMPUTE, KEEP, EVEN,
-            )  # fmt: skip
-            fresh = _typed(MAP(values, s0, s1, s2, s3, start + lane, start), STATE, BM, BN)
+            values = _read(where, start + lane, live, IDENTITY, CAST, COMPUTE, KEEP, EVEN, RUN, WORDS, BM, BN)
+            fresh = _typed(MAP(values, s0, s1, s2, s3, start + lane, start), STATE, TM, TN)
             if ANCHORED:
                 state = _where(live, MERGE(state, fresh), state, EVEN)
+            elif GROUP > 1:
+                state = MERGE(state, _grouped(_where(live, fresh, none, EVEN), TM, TN, GROUP))
             else:
-                state = MERGE(state, _where(live, fresh, none, EVEN))
+                state = MERGE(state, _where(live, fresh, none, EVEN or WORDS))
     # In the shape of the states: a thread that held all of a row vector would count in it alone (20,000 instructions of var).
     lane = tl.broadcast_to(lane, (BM, BN))
-    total = COMBINE(state, lane, tl.maximum(stop - first - lane + (BN - 1), 0) // BN, stop - first)
+    if ONE and EVEN:
+        seen = tl.full((BM, BN), 1, tl.int32)
+    else:
+        seen = tl.maximum(stop - first - lane + (BN - 1), 0) // BN
+    total = COMBINE(state, lane, seen, stop - first)
+    if WORDS == 1:
+        bits = (total[0][:, None, :] >> (8 * tl.arange(0, 4) + 7)[None, :, None]) & 1
+        total = (tl.reshape(bits, (BM, 1)),)
+    elif WORDS == 2:
+        total = COMBINE(((total[0] >> (8 * tl.arange(0, 4) + 7)[None, :]) & 1,), lane, seen, stop - first)
     results = FINISH(total, s0, s1, s2, s3, count)
     for k in tl.static_range(len(outs)):
-        at = offset(row, row_sizes, out_strides[k]) + piece * rows
+        at = _begin(top, row, row_sizes, out_strides[k], RUN) + piece * rows
         tl.store(outs[k] + at, results[k].to(outs[k].dtype.element_ty), row < rows)
 
 
 @jit
+def _full(IDENTITY: tl.constexpr, first, STATE: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    none = ()
+    for k in tl.static_range(len(IDENTITY)):
+        none = none + (tl.full((M, N), first if IDENTITY[k] is None else IDENTITY[k], STATE[k]),)
+    return none
+
+
+@jit
+def _begin(top, row, sizes, strides, RUN: tl.constexpr):
+    """Where rows begin. In a RUN of the last dimension one division serves the whole tile."""
+    if RUN:
+        last: tl.constexpr = len(sizes) - 1
+        o = (row - top) * strides[last]
+        i = top
+        for k in tl.static_range(last, 0, -1):
+            # Not `%`, of which the compiler knows no divisor where it is a scalar: loads would be of single elements.
+            o += (i - i // sizes[k] * sizes[k]) * strides[k]
+            i = i // sizes[k]
+        return o + i * strides[0]
+    else:
+        return offset(row, sizes, strides)
+
+
+@jit
 def _read(
-    ins, row, col, live, row_sizes, col_sizes, in_row_strides, in_col_strides,
-    CAST: tl.constexpr, COMPUTE: tl.constexpr, KEEP: tl.constexpr, EVEN: tl.constexpr,
+    where, col, live, IDENTITY: tl.constexpr, CAST: tl.constexpr, COMPUTE: tl.constexpr, KEEP: tl.constexpr,
+    EVEN: tl.constexpr, RUN: tl.constexpr, WORDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
+    ins, top, row, row_sizes, col_sizes, in_row_strides, in_col_strides = where
     values = ()
     for k in tl.static_range(len(ins)):
-        at = offset(row, row_sizes, in_row_strides[k]) + offset(col, col_sizes, in_col_strides[k])
+        at = _begin(top, row, row_sizes, in_row_strides[k], RUN) + offset(col, col_sizes, in_col_strides[k])
+        p = ins[k]
+        if WORDS:
+            p = p.to(tl.pointer_type(tl.uint8))
         # Read once: evicting other lines for it would write back what is dirty among them (41 us for 36, 128 MiB).
         if EVEN:
-            v = tl.load(ins[k] + at, eviction_policy="evict_first")
+            v = tl.load(p + at, eviction_policy="evict_first")
         else:
-            v = tl.load(ins[k] + at, live, eviction_policy="evict_first")
-        if not KEEP[k]:
+            v = tl.load(p + at, live, eviction_policy="evict_first")
+        if WORDS:
+            v = _packed(v if EVEN else tl.where(live, v, IDENTITY[0] & 1), WORDS, BM, BN)
+        elif not KEEP[k]:
             v = v.to(CAST).to(COMPUTE)
         values = values + (v,)
     return values
+
+
+@jit
+def _packed(v, WORDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Four bytes as one word, whatever the alignment: the compiler drops the shifts where they were loaded as one."""
+    at = 8 * tl.arange(0, 4)
+    if WORDS == 1:
+        return tl.reduce(tl.reshape(v.to(tl.int32), (BM // 4, 4, BN)) << at[None, :, None], 1, _either)
+    else:
+        return tl.reduce(tl.reshape(v.to(tl.int32), (BM, BN // 4, 4)) << at[None, None, :], 2, _either)
+
+
+@jit
+def _either(a, b):
+    return a | b
 
 
 @jit
@@ -108,9 +165,17 @@ def _typed(mapped, STATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @jit
-def _where(live, new, old, EVEN: tl.constexpr):
+def _grouped(fresh, M: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr):
+    states = ()
+    for k in tl.static_range(len(fresh)):
+        states = states + (tl.reshape(fresh[k], (M, N // GROUP, GROUP)),)
+    return states
+
+
+@jit
+def _where(live, new, old, ALL: tl.constexpr):
     chosen = new
-    if not EVEN:
+    if not ALL:
         chosen = ()
         for k in tl.static_range(len(new)):
             chosen = chosen + (tl.where(live, new[k], old[k]),)
@@ -131,6 +196,9 @@ class Fold(Planned):
             lane 0; returns the state.
         combine: jit function of two states, flattened: ``(a0, a1, .., b0, b1, ..)``. Associative and commutative.
         step: the same for a lane's state and an element after all others that the lane has seen, where that is cheaper.
+        group: so many neighbouring elements are stepped at once along rows, as a third dimension.
+        words: jit function of ``word``, four elements of one byte, whose state has the highest bit of each byte set
+            where that is true; ``combine`` is a bitwise operation.
         anchored: a lane starts with the state of its first element, which ``step`` gets once more.
         join: jit function of all lanes at once, where that is cheaper than ``combine`` by pairs, or where ``step`` leaves
             states of its own: it names ``state0 ..`` (rows by lanes), ``lane``, ``seen``, how many elements each has seen, and
@@ -145,7 +213,8 @@ class Fold(Planned):
     def __init__(
         self, name: str, *, map: Any, combine: Any, identity: Sequence[float | str | None], finish: Any = None,
         state: Sequence[str] = ("accumulate",), results: int | None = None, keep: Sequence[str] = (),
-        wrap: str | None = None, step: Any = None, join: Any = None, anchored: bool = False,
+        wrap: str | None = None, step: Any = None, join: Any = None, anchored: bool = False, group: int = 1,
+        words: Any = None,
     ) -> None:  # fmt: skip
         self.name, self.map, self.combine, self.finish = name, map, combine, finish
         self.identity, self.state, self.keep = tuple(identity), tuple(state), frozenset(keep)
@@ -154,6 +223,7 @@ class Fold(Planned):
         self.results = len(self.identity) if results is None else results
         self.names = (*parameters(map), *(parameters(finish) if finish else ()))
         self.step, self.join, self.anchored = step, join, anchored
+        self.group, self.words = group, words
         self.wrap = wrap or ("({},)" if len(self.identity) == 1 else "{}")
         self._bound: dict[Any, Any] = {}
         self._known: dict[Any, tuple[Any, tuple[str, ...]]] = {}
@@ -204,18 +274,31 @@ class Fold(Planned):
         # States take registers: lanes that keep several get fewer elements of a tile each.
         kind = ("across" if across else "along") + ("" if self.step is None else "_states")
         config = backends.arch().config(f"reduction_{kind}")
-        tile, warps = config["tile"], config["warps"]
+        size = named[operands[0]].element_size() if operands else 4
+        # Tiles are counted in bytes, so that threads have loads of 16 bytes in flight whatever the type.
+        warps, width = config["warps"], _layout.next_power_of_2(max(cols, 1))
         if across:
-            bm = min(config["rows"], _layout.next_power_of_2(rows))
-            bn = max(1, min(tile // bm, _layout.next_power_of_2(max(cols, 1))))
+            # Fewer columns a program where that makes enough programs, and as many warps as fill the machine together.
+            bm = min(max(config["rows"] // size, 1), _layout.next_power_of_2(rows))
+            if bm > 1 and _layout.cdiv(rows, bm) < config["narrow"] and _layout.cdiv(rows, bm // 2) >= config["fill"]:
+                bm //= 2
+            blocks = _layout.cdiv(rows, bm)
+            if blocks >= config["fill"]:
+                warps = min(_layout.next_power_of_2(config["warps"] * 1024 // blocks), config["most"])
+            bn = max(1, min(warps * config["tile"] // (size * bm), width))
+            warps = max(1, min(warps, bm * bn * size // config["tile"]))
+        elif width * size <= config["one_tile"]:
+            bn, short = width, config["short_tile"] // size
+            bm = max(1, min(short // bn, _layout.next_power_of_2(max(rows, 1))))
+            warps = max(1, min(bm * bn * size // (32 * config["thread"]), config["most"]))
         else:
-            if cols <= config["short"]:
-                tile, warps = config["short_tile"], config["short_warps"]
-            bn = min(tile, _layout.next_power_of_2(max(cols, 1)))
-            bm = max(1, min(tile // bn, _layout.next_power_of_2(max(rows, 1))))
+            bm, bn = 1, min(warps * config["tile"] // size, width)
+        packed = self.words is not None and len(operands) == 1 == size and 4 <= (bm if across else bn)
+        words = 0 if not packed else 1 if across else 2 if col[0][-1] == 1 else 0
+        grouped = self.group > 1 and not across and bn >= 32 * self.group
         blocks = _layout.cdiv(rows, bm)
         pieces = 1
-        if blocks < config["split_below"] and cols > 2 * bn:
+        if blocks < config["fill"] and cols > 2 * bn:
             pieces = min(_layout.cdiv(cols, 2 * bn), _layout.cdiv(config["split_into"], max(1, blocks)))
         part = _layout.cdiv(_layout.cdiv(cols, pieces), bn) * bn if cols else 0
         pieces = _layout.cdiv(cols, part) if cols else 1
@@ -224,6 +307,8 @@ class Fold(Planned):
         def identities(joined: bool = False) -> tuple[float | None, ...]:
             # Among the states of pieces no position is better than any.
             values = ["highest" if joined and v is None else v for v in self.identity]
+            if words and not joined:
+                values = [-int(v or 0) for v in self.identity]
             return tuple(identity_of(v, s) for v, s in zip(values, states))
 
         meta = dict(
@@ -235,6 +320,9 @@ class Fold(Planned):
             ANCHORED=self.anchored,
             ONE=part <= bn,
             EVEN=rows % bm == 0 and cols % bn == 0 < cols,
+            RUN=row_sizes[-1] % bm == 0,
+            GROUP=self.group if grouped else 1,
+            WORDS=words,
             UNROLL=config["unroll"] if len(operands) < 3 else 1,
             BM=bm,
             BN=bn,
@@ -242,7 +330,8 @@ class Fold(Planned):
             num_warps=warps,
         )
         split = pieces > 1
-        kernel, runtime = self._bind(named, operands, compute, "first" if split else "whole")
+        by = "words" if words else "groups" if grouped else ""
+        kernel, runtime = self._bind(named, operands, compute, "first" if split else "whole", by)
         last = self._bind(named, [], compute, "last") if split else None
 
         def run(outs: Sequence[Tensor], named: Named) -> None:
@@ -258,8 +347,9 @@ class Fold(Planned):
             dense = tuple(_layout.contiguous(row_sizes) for _ in partial)
             launch(kernel, (blocks * pieces,), (partial, ins, row_sizes, col_sizes, dense, *common), meta)
             again = dict(
-                meta, KEEP=(1,) * len(partial), ANCHORED=False, IDENTITY=identities(True), **_second(pieces, rows)
-            )
+                meta, KEEP=(1,) * len(partial), ANCHORED=False, GROUP=1, WORDS=0, IDENTITY=identities(True),
+                **_second(pieces, rows, row_sizes[-1]),
+            )  # fmt: skip
             arguments = (
                 tuple(outs), partial, row_sizes, (pieces,), out_rows, dense, tuple((rows,) for _ in partial),
                 *scalars, rows, pieces, pieces, cols,
@@ -269,10 +359,10 @@ class Fold(Planned):
         return run
 
     def _bind(
-        self, named: Named, operands: Sequence[str], compute: torch.dtype, step: str
+        self, named: Named, operands: Sequence[str], compute: torch.dtype, step: str, by: str = ""
     ) -> tuple[Any, tuple[str, ...]]:
-        """The filled driver for the whole fold, or for the first or the last step of a split one."""
-        asked = (compute, step, given(self.names, named))
+        """The filled driver for a whole fold, or for the first or the last step of a split one, ``by`` words or groups."""
+        asked = (compute, step, by, given(self.names, named))
         if asked in self._known:
             return self._known[asked]
         reads = {n: f"values[{k}]" for k, n in enumerate(operands)}
@@ -281,18 +371,20 @@ class Fold(Planned):
         runtime, expressions = arguments(
             self.names, values, {**reads, "col": "col", "start": "start", "count": "count"}, compute
         )
-        key = (tuple(operands), tuple(expressions.items()), compute, step)
+        key = (tuple(operands), tuple(expressions.items()), compute, step, by)
         if key not in self._bound:
             n = len(self.identity)
             scalars = ", ".join(SCALARS)
             pool = f"values, {scalars}, col, start"
             if step == "last":
                 mapped = generated("same", pool, "    return values")
+            elif by == "words":
+                mapped = adapter(f"{self.name}_words", pool, self.words, {"word": "values[0]"}, "({},)")
             else:
                 mapped = adapter(f"{self.name}_map", pool, self.map, expressions, self.wrap)
             one = "({},)" if n == 1 else "{}"
             both = ", ".join([f"a[{k}]" for k in range(n)] + [f"b[{k}]" for k in range(n)])
-            stepped = self.step if step != "last" else None
+            stepped = self.step if step != "last" and (self.group == 1 or by == "groups") else None
             merge = generated("merge", "a, b", f"    return {one.format(f'F({both})')}", F=stepped or self.combine)
             lanes = "a[0]" if n == 1 else "a"
             pool = "a, lane, seen, length"
@@ -342,8 +434,9 @@ def identity_of(v: float | str | None, dtype: torch.dtype) -> float | None:
     return info.min if v == "lowest" else info.max
 
 
-def _second(pieces: int, rows: int) -> dict[str, int]:
+def _second(pieces: int, rows: int, run: int) -> dict[str, int]:
     """The tile of the launch that folds the states of pieces: small, as it is mostly waited for."""
     bn = min(1024, _layout.next_power_of_2(pieces))
     bm = max(1, min(1024 // bn, _layout.next_power_of_2(rows), 32))
-    return dict(BN=bn, BM=bm, ONE=pieces <= bn, EVEN=rows % bm == 0 and pieces % bn == 0, num_warps=4)
+    even = rows % bm == 0 and pieces % bn == 0
+    return dict(BN=bn, BM=bm, ONE=pieces <= bn, EVEN=even, RUN=run % bm == 0, num_warps=4)

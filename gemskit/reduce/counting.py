@@ -50,8 +50,8 @@ def _count(
         else:
             live = live & (x >= lo) & (x <= hi)
             if COMPUTE.is_floating():
-                share = language.div((x - lo) * bins, hi - lo)
-                at = tl.where(live, share, 0).to(tl.int64)
+                share = tl.where(live, _divided((x - lo) * bins, hi - lo), 0)
+                at = share.to(tl.int32) if OWN else share.to(tl.int64)
             else:
                 at = (x - lo) * bins // tl.maximum(hi - lo, 1)
             at = tl.minimum(at, bins - 1)
@@ -62,6 +62,22 @@ def _count(
     if OWN:
         bin = tl.arange(0, OWN)
         tl.store(counts + piece * bins + bin, own, bin < bins)
+
+
+@jit
+def _divided(x, width):
+    """``x / width``, correctly rounded; by one division for all where ``width`` is far from the ends of its type's range."""
+    if x.dtype == tl.float32:
+        if (width > 2.0**-60) & (width < 2.0**60):
+            inverse = language.div(tl.full(width.shape, 1, width.dtype), width)
+            share = x * inverse
+            share = tl.math.fma(tl.math.fma(-share, width, x), inverse, share)
+            share = tl.math.fma(tl.math.fma(-share, width, x), inverse, share)
+        else:
+            share = language.div(x, width)
+        return share
+    else:
+        return language.div(x, width)
 
 
 @jit
@@ -129,10 +145,10 @@ def _histogram(
 ) -> None:
     """Into ``out`` how many elements lie in each of its equal bins between edges; without any, how often each bin occurs."""
     n, bins = input.numel(), out.numel()
-    config = backends.arch().config("reduction_along")
-    tile = config["tile"] // 2
+    config = backends.arch().config("histogram")
+    tile = config["tile"]
     own = _layout.next_power_of_2(bins) if bins <= _OWN else 0
-    part = _layout.cdiv(_layout.cdiv(max(n, 1), config["split_below"]), tile) * tile
+    part = _layout.cdiv(_layout.cdiv(max(n, 1), config["pieces"]), tile) * tile
     pieces = _layout.cdiv(n, part)
     sizes, strides = _layout.collapse(input.shape, [tuple(input.stride())])
     rows = pieces if own else 1

@@ -39,12 +39,18 @@ def _either(a, b):
     return a | b
 
 
+@jit
+def _nonzeros(word):
+    """The highest bit of each byte of ``word``: whether that is not 0."""
+    return ((word & 0x7F7F7F7F) + 0x7F7F7F7F) | word
+
+
 class Truth(Reduction[P, R]):
     """A reduction of whether elements are true: they are counted as ints, whatever their dtype."""
 
-    def of(self, combine: Any, identity: int) -> None:
-        """Attach the associative step of two ints."""
-        fold = Fold(self.name, map=nonzero, combine=combine, identity=(identity,), state=("index",))
+    def of(self, combine: Any, identity: int, words: Any = None) -> None:
+        """Attach the associative step of two ints, and the map of four bytes at once where it is bitwise."""
+        fold = Fold(self.name, map=nonzero, combine=combine, identity=(identity,), state=("index",), words=words)
         self._folds.append((always, fold))
 
     def plan(self, named: Named, outs: tuple[Tensor, ...]) -> Callable[..., None]:
@@ -93,10 +99,10 @@ def is_all_true(input: Tensor) -> Tensor:
     return torch.all(input)
 
 
-all.of(_both, 1)
-any.of(_either, 0)
+all.of(_both, 1, _nonzeros)
+any.of(_either, 0, _nonzeros)
 count_nonzero.of(_add, 0)
-is_all_true.of(_both, 1)
+is_all_true.of(_both, 1, _nonzeros)
 
 
 # -- comparisons ----------------------------------------------------------------------------------------------------------

@@ -53,7 +53,9 @@ def _std_mean(
 @jit
 def observe(input):
     """A lane's state: its first element, and the sums of differences from that and of their squares."""
-    return input, tl.zeros_like(input), tl.zeros_like(input)
+    # -0, which the compiler drops from a sum: where a row is one tile, nothing is added to it.
+    zero = tl.zeros_like(input) * -1
+    return input, zero, zero
 
 
 @jit

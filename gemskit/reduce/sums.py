@@ -216,7 +216,31 @@ def logarithm(state0, state1):
     return state0 + language.log(state1)
 
 
-logsumexp.combine(identity=(-math.inf, 0), map=one, finish=logarithm, results=1)(language.online_softmax)
+@jit
+def _shift(peak):
+    # Differences of infinities are NaN: exp(inf) and exp(-inf) give the sums that such rows have.
+    return tl.where(tl.abs(peak) == float("inf"), 0, peak)
+
+
+@jit
+def _next_of(peak, total, x, _ones):
+    """Eight elements at once rescale a lane's state once: 5 instructions an element instead of 15."""
+    top = language.maximum(peak, tl.reduce(x, 2, language.maximum))
+    base = _shift(top)
+    return top, total * tl.exp(peak - base) + tl.sum(tl.exp(x - base[:, :, None]), 2)
+
+
+@jit
+def _sum_of(state0, state1):
+    """All lanes at once: their maximum, then the sum of what is rescaled to it."""
+    top = tl.reduce(state0, 1, language.maximum, keep_dims=True)
+    total = tl.sum(state1 * tl.exp(state0 - _shift(top)), 1, keep_dims=True)
+    return top, tl.where(tl.abs(top) == float("inf"), 1, total)
+
+
+logsumexp.combine(identity=(-math.inf, 0), map=one, step=_next_of, group=8, join=_sum_of, finish=logarithm, results=1)(
+    language.online_softmax
+)
 
 
 @jit

@@ -57,7 +57,11 @@ DEFAULT: Launch = {
         "split_below": 1024,
         "split_into": 1024,
     },
-    "rowwise": {"one_tile_max": 16384, "loop_tile": 4096, "short": 2048, "across": 32, "warps": 16},
+    "rowwise": {
+        "one_tile_max": 16384, "loop_tile": 4096, "short": 2048, "across": 32, "warps": 16, "hold": 0, "hold_loop": 0, "hold_thread": 128, "fold_warps": 16, "fold_unroll": 4,
+        "sums_max": 16384, "sums_tile": 2048, "sums_thread": 16, "programs": 256,
+        "unroll": 4,
+    },
     "gemm": {"m": 128, "n": 128, "k": 64, "warps": 8, "stages": 2, "group": 8, "fill": 128},
     "gemm_few": {"m": 64, "n": 64, "k": 64, "warps": 4, "stages": 2},
     "attention": {"m": 64, "n": 64, "warps": 4, "wide": 4, "stages": 2},

@@ -36,7 +36,7 @@ VENDOR = Vendor(
         "pointwise": {"side": 64},
         "gemm": {"stages": 3},
         "gemm_few": {"k": 128, "stages": 4},
-        "rowwise": {"loop_tile": 16384, "warps": 32},
+        "rowwise": {"loop_tile": 8192, "warps": 32, "hold": 131072, "hold_loop": 65536, "sums_max": 32768, "programs": 264},
     },
     archs=(
         Arch("sm_80", ("cuda", 80, 32), 166912, "compiles", COMPILE_TEST, AMPERE, NO_E4M3),

@@ -58,7 +58,8 @@ DEFAULT: Launch = {
         "split_into": 1024,
     },
     "rowwise": {
-        "one_tile_max": 16384, "loop_tile": 4096, "short": 2048, "across": 32, "warps": 16, "hold": 0, "hold_loop": 0, "hold_thread": 128, "fold_warps": 16, "fold_unroll": 4,
+        "one_tile_max": 16384, "loop_tile": 4096, "short": 2048, "across": 32, "warps": 16, "hold": 0, "hold_loop": 0, "hold_thread": 128, "fold_warps": 8, "fold_unroll": 4,
+        "turn_warps": 16, "turn_programs": 132,
         "sums_max": 16384, "sums_tile": 2048, "sums_thread": 16, "programs": 256,
         "unroll": 4,
     },

@@ -117,9 +117,7 @@ class RowGradient:
 
     def __init__(self, name: str, formula: Any, statistics: Sequence[Statistic], sums: Mapping[str, Any]) -> None:
         self.rows = Rows(name, formula, statistics)
-        self.folds = {
-            n: Fold(f"{name}_{n}", map=fn, combine=language.add, identity=(0,)) for n, fn in sums.items()
-        }
+        self.folds = {n: Fold(f"{name}_{n}", map=fn, combine=language.add, identity=(0,)) for n, fn in sums.items()}
         #: Elements and vectors in one pass, by the vectors that are wanted.
         self.together = {
             names: RowSums(f"{name}_{'_'.join(names)}", formula, statistics, {n: sums[n] for n in names})

@@ -18,7 +18,7 @@ from gemskit._bind import generated, parameters, slots
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._op import Named
-from gemskit.nn._rows import Rows, Space, Statistic, _masked, _read, _start, _values, named_by
+from gemskit.nn._rows import Rows, Space, Statistic, _converted, _masked, _nothing, _read, _start
 
 #: Filled in per operator.
 SUMS: Any = None
@@ -31,7 +31,7 @@ FINISH: Any = None
 def _row_sums(
     outs, sums, ins, row_sizes, col_sizes, out_row, out_col, in_row, in_col, s0, s1, s2, s3, rows, cols, part,
     COMPUTE: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr, OUT_ALONG: tl.constexpr,
-    PICK: tl.constexpr, OBSERVED: tl.constexpr, NAMED: tl.constexpr, SUMMED: tl.constexpr, IDENTITY: tl.constexpr,
+    PICK: tl.constexpr, VECTORS: tl.constexpr, OTHERS: tl.constexpr, NONE: tl.constexpr, IDENTITY: tl.constexpr,
     ZEROS: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
@@ -42,38 +42,38 @@ def _row_sums(
     first = i * part
     stop = tl.minimum(first + part, rows)
     total = _start(ZEROS, 0, COMPUTE, BM, BN)
-    tiles = _read(
-        ins, first + lane, col, rows, cols, row_sizes, col_sizes, in_row, in_col, ALONG, EVEN, "evict_first", 1, BN
+    none = _nothing(first + lane, ins)
+    vectors = _read(none, ins, first + lane, col, rows, cols, row_sizes, col_sizes, in_row, in_col, VECTORS, ALONG, EVEN, "")
+    raw = _read(
+        vectors, ins, first + lane, col, rows, cols, row_sizes, col_sizes, in_row, in_col, OTHERS, ALONG, EVEN, "evict_first"
     )  # fmt: skip
     for start in range(first, stop, BM):
         row = start + lane
-        # The next rows are on their way while these are summed; after the last ones any row does.
-        then = tl.minimum(start + BM, rows - BM) if EVEN else start + BM
+        # The next rows are on their way while these are summed.
         following = _read(
-            ins, then + lane, col, rows, cols, row_sizes, col_sizes, in_row, in_col, ALONG, EVEN, "evict_first", 1, BN
+            vectors, ins, row + BM, col, rows, cols, row_sizes, col_sizes, in_row, in_col, OTHERS, ALONG, 2 if EVEN else 0,
+            "evict_first",
         )  # fmt: skip
         stats = ()
         for K in tl.static_range(len(IDENTITY)):
             state = _start(IDENTITY, K, COMPUTE, BM, BN)
             state = JOIN(
-                state, tiles, ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, K,
-                COMPUTE, ROUND, KEEP, ALONG, OBSERVED, IDENTITY, EVEN, BM, BN,
+                state, (raw,), ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, K,
+                COMPUTE, ROUND, KEEP, ALONG, NONE, IDENTITY, EVEN, BM, BN,
             )  # fmt: skip
             stats = stats + COMBINE(K, state)
         FINISH(
-            outs, tiles, ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, out_row, out_col, in_row,
-            in_col, COMPUTE, ROUND, KEEP, ALONG, OUT_ALONG, PICK, NAMED, EVEN, True, BM, BN,
+            outs, (raw,), ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, out_row, out_col, in_row,
+            in_col, COMPUTE, ROUND, KEEP, ALONG, OUT_ALONG, PICK, NONE, EVEN, True, BM, BN,
         )  # fmt: skip
-        v = _values(
-            ins, tiles[0], row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, COMPUTE, ROUND, KEEP, ALONG, SUMMED, EVEN
-        )  # fmt: skip
+        v = _converted(raw, COMPUTE, ROUND, KEEP)
         terms = SUMS(v, s0, s1, s2, s3, col, cols)
         terms = _masked(terms, (row < stop) & (col < cols), ZEROS, 0, COMPUTE, EVEN, BM, BN)
         grown = ()
         for k in tl.static_range(len(total)):
             grown = grown + (total[k] + terms[k],)
         total = grown
-        tiles = following
+        raw = following
     for k in tl.static_range(len(sums)):
         tl.store(sums[k] + i * cols + col, tl.sum(total[k], 0, keep_dims=True), col < cols)
 
@@ -92,8 +92,6 @@ def _join(outs, sums, count, cols, BM: tl.constexpr, BN: tl.constexpr):
 
 class RowSums(Rows):
     """A formula of rows and sums over the rows, by name of the vectors that they are the gradients of."""
-
-    driver = _row_sums
 
     def __init__(
         self, name: str, formula: Any, statistics: Sequence[Statistic], sums: Mapping[str, Any], keep: Sequence[str] = ()
@@ -120,12 +118,14 @@ class RowSums(Rows):
         bm = max(1, min(config["sums_tile"] // bn, _layout.next_power_of_2(rows)))
         part = _layout.cdiv(_layout.cdiv(rows, bm), config["programs"]) * bm
         count = _layout.cdiv(rows, part)
-        kernel, runtime = self._bind(named, space.operands, compute, "tile", space.precise)
+        kernel, runtime = self._bind(_row_sums, named, space.operands, compute, "tile", space.precise)
         meta = dict(
-            **self._meta(space, compute, "tile", pick),
-            SUMMED=named_by(list(self.sums.values()), space.operands),
+            **{n: v for n, v in self._meta(space, compute, "tile", pick).items() if n not in ("ELEMENTS", "OBSERVED", "NAMED")},
+            VECTORS=tuple(int(a == 1) for a in space.along),
+            OTHERS=tuple(int(a != 1) for a in space.along),
+            NONE=(0,) * len(space.operands),
             ZEROS=((0,) * len(self.sums),),
-            EVEN=rows % bm == 0 and cols == bn,
+            EVEN=int(part % bm == 0 == rows % part and cols == bn),
             BM=bm,
             BN=bn,
             num_warps=min(config["warps"], max(1, bm * bn // (32 * config["sums_thread"]))),

@@ -39,47 +39,65 @@ FINISH: Any = None
 
 @jit
 def _read(
-    ins, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col,
-    ALONG: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr, COUNT: tl.constexpr, BN: tl.constexpr,
+    given, ins, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col,
+    TAKE: tl.constexpr, ALONG: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    """What is read by element in ``COUNT`` tiles, as it is stored: halves stay halves, two to a register."""
-    tiles = ()
-    for t in tl.static_range(COUNT):
-        c = col + t * BN
-        values = ()
-        for k in tl.static_range(len(ins)):
-            if ALONG[k] == 3:
-                at = offset(row, row_sizes, in_row[k]) + offset(c, col_sizes, in_col[k])
-                if EVEN:
-                    v = tl.load(ins[k] + at, eviction_policy=EVICT)
-                else:
-                    v = tl.load(ins[k] + at, (row < rows) & (c < cols), eviction_policy=EVICT)
-            else:
-                v = row
-            values = values + (v,)
-        tiles = tiles + (values,)
-    return tiles
+    """Operands as they are stored (halves stay halves, two to a register): those of ``TAKE`` are loaded, others are given.
 
-
-@jit
-def _values(
-    ins, raw, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col,
-    COMPUTE: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr, NAMED: tl.constexpr,
-    EVEN: tl.constexpr,
-):  # fmt: skip
-    """The operands as formulas get them: ``raw`` converted, values of rows and of columns loaded."""
+    ``EVEN`` is 1 where nothing lies outside, 2 where only rows do.
+    """
     values = ()
     for k in tl.static_range(len(ins)):
-        if not NAMED[k]:
-            v = row  # a place holder; a weight that was loaded with the statistics would stay in registers for the formula
+        if not TAKE[k]:
+            v = given[k]
         elif ALONG[k] == 3:
-            v = raw[k]
+            at = offset(row, row_sizes, in_row[k]) + offset(col, col_sizes, in_col[k])
+            if EVEN == 1:
+                v = tl.load(ins[k] + at, eviction_policy=EVICT)
+            elif EVEN == 2:
+                v = tl.load(ins[k] + at, row < rows, eviction_policy=EVICT)
+            else:
+                v = tl.load(ins[k] + at, (row < rows) & (col < cols), eviction_policy=EVICT)
         elif ALONG[k] == 2:
             v = tl.load(ins[k] + offset(row, row_sizes, in_row[k]), row < rows)
         elif EVEN:
             v = tl.load(ins[k] + offset(col, col_sizes, in_col[k]))
         else:
             v = tl.load(ins[k] + offset(col, col_sizes, in_col[k]), col < cols)
+        values = values + (v,)
+    return values
+
+
+@jit
+def _tiles(
+    given, ins, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col,
+    TAKE: tl.constexpr, ALONG: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr, COUNT: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """``COUNT`` tiles."""
+    tiles = ()
+    for t in tl.static_range(COUNT):
+        raw = _read(
+            given, ins, row, col + t * BN, rows, cols, row_sizes, col_sizes, in_row, in_col, TAKE, ALONG, EVEN, EVICT
+        )  # fmt: skip
+        tiles = tiles + (raw,)
+    return tiles
+
+
+@jit
+def _nothing(row, ins):
+    """A place holder for every operand."""
+    values = ()
+    for k in tl.static_range(len(ins)):
+        values = values + (row,)
+    return values
+
+
+@jit
+def _converted(raw, COMPUTE: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr):
+    """The operands as formulas get them."""
+    values = ()
+    for k in tl.static_range(len(raw)):
+        v = raw[k]
         if not KEEP[k]:
             v = v.to(ROUND).to(COMPUTE)
         values = values + (v,)
@@ -156,9 +174,10 @@ def _joined(
     fresh = ()
     for t in tl.static_range(len(tiles)):
         c = col + t * BN
-        v = _values(
-            ins, tiles[t], row, c, rows, cols, row_sizes, col_sizes, in_row, in_col, COMPUTE, ROUND, KEEP, ALONG, OBSERVED, EVEN
+        raw = _read(
+            tiles[t], ins, row, c, rows, cols, row_sizes, col_sizes, in_row, in_col, OBSERVED, ALONG, EVEN, ""
         )  # fmt: skip
+        v = _converted(raw, COMPUTE, ROUND, KEEP)
         seen = OBSERVE(K, v, stats, s0, s1, s2, s3, c, cols)
         seen = _masked(seen, (row < rows) & (c < cols), IDENTITY, K, COMPUTE, EVEN, BM, BN)
         fresh = fresh + (seen,)
@@ -172,11 +191,15 @@ def _finish(
     PICK: tl.constexpr, NAMED: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Store the results of ``tiles``; row values with the first one if ``ROWS``."""
+    ready = _read(tiles[0], ins, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, NAMED, ALONG, EVEN, "")
     for t in tl.static_range(len(tiles)):
         c = col + t * BN
-        v = _values(
-            ins, tiles[t], row, c, rows, cols, row_sizes, col_sizes, in_row, in_col, COMPUTE, ROUND, KEEP, ALONG, NAMED, EVEN
-        )  # fmt: skip
+        v = _converted(ready, COMPUTE, ROUND, KEEP)
+        if t + 1 < len(tiles):
+            # Weights of the next tile: a load that comes after a store waits for it.
+            ready = _read(
+                tiles[t + 1], ins, row, c + BN, rows, cols, row_sizes, col_sizes, in_row, in_col, NAMED, ALONG, EVEN, ""
+            )  # fmt: skip
         results = FORMULA(v, stats, s0, s1, s2, s3, c, cols)
         _store(
             outs, results, row, c, rows, cols, row_sizes, col_sizes, out_row, out_col, OUT_ALONG, PICK, EVEN, ROWS and t == 0,
@@ -188,9 +211,9 @@ def _finish(
 def _rows(
     outs, ins, row_sizes, col_sizes, out_row, out_col, in_row, in_col, s0, s1, s2, s3, rows, cols,
     COMPUTE: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr, OUT_ALONG: tl.constexpr,
-    PICK: tl.constexpr, OBSERVED: tl.constexpr, NAMED: tl.constexpr, IDENTITY: tl.constexpr, LOOP: tl.constexpr,
-    HELD: tl.constexpr, UNROLL: tl.constexpr, ONCE: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
-    ROWS_EVEN: tl.constexpr, GATHER_OF: tl.constexpr, GATHER_AT: tl.constexpr,
+    PICK: tl.constexpr, ELEMENTS: tl.constexpr, OBSERVED: tl.constexpr, NAMED: tl.constexpr, IDENTITY: tl.constexpr,
+    LOOP: tl.constexpr, HELD: tl.constexpr, UNROLL: tl.constexpr, ONCE: tl.constexpr, SPLIT: tl.constexpr,
+    EVEN: tl.constexpr, ROWS_EVEN: tl.constexpr, GATHER_OF: tl.constexpr, GATHER_AT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     # HELD tiles from the first on stay in registers; with LOOP there are others, read once per statistic and once more.
@@ -205,8 +228,10 @@ def _rows(
         col += (i % blocks) * BN
         i = i // blocks
     row = (i * BM + tl.arange(0, BM))[:, None]
-    held = _read(
-        ins, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, ALONG, EVEN, "evict_first" if LOOP else "", HELD, BN
+    none = _nothing(row, ins)
+    held = _tiles(
+        none, ins, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, ELEMENTS, ALONG, EVEN,
+        "evict_first" if LOOP else "", HELD, BN,
     )  # fmt: skip
     EVICT: tl.constexpr = "evict_first" if ONCE else "evict_last"
     # Tiles up to here need no masks.
@@ -221,8 +246,8 @@ def _rows(
         state = _start(IDENTITY, K, COMPUTE, BM, BN)
         if LOOP:
             for start in range(HELD * BN, whole, UNROLL * BN):
-                tiles = _read(
-                    ins, row, start + col, rows, cols, row_sizes, col_sizes, in_row, in_col, ALONG, True, EVICT,
+                tiles = _tiles(
+                    none, ins, row, start + col, rows, cols, row_sizes, col_sizes, in_row, in_col, ELEMENTS, ALONG, True, EVICT,
                     UNROLL, BN,
                 )  # fmt: skip
                 state = JOIN(
@@ -231,9 +256,9 @@ def _rows(
                 )  # fmt: skip
             if not EVEN:
                 for start in range(whole, cols, BN):
-                    tiles = _read(
-                        ins, row, start + col, rows, cols, row_sizes, col_sizes, in_row, in_col, ALONG, False, EVICT,
-                        1, BN,
+                    tiles = _tiles(
+                        none, ins, row, start + col, rows, cols, row_sizes, col_sizes, in_row, in_col, ELEMENTS, ALONG,
+                        False, EVICT, 1, BN,
                     )  # fmt: skip
                     state = JOIN(
                         state, tiles, ins, stats, s0, s1, s2, s3, row, start + col, rows, cols, row_sizes, col_sizes, in_row,
@@ -254,7 +279,7 @@ def _rows(
         stats = stats + (tl.load(ins[GATHER_OF[g]] + at, there, other=float("nan")).to(ROUND).to(COMPUTE),)
     if ONCE:
         FINISH(
-            outs, ((ins),), ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, out_row, out_col, in_row,
+            outs, (none,), ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, out_row, out_col, in_row,
             in_col, COMPUTE, ROUND, KEEP, ALONG, OUT_ALONG, PICK, NAMED, EVEN, True, BM, BN,
         )  # fmt: skip
     else:
@@ -262,9 +287,9 @@ def _rows(
             # From the end: what was read last is in the cache.
             if not EVEN:
                 for start in range(whole, cols, BN):
-                    tiles = _read(
-                        ins, row, start + col, rows, cols, row_sizes, col_sizes, in_row, in_col, ALONG, False, "evict_first", 1,
-                        BN,
+                    tiles = _tiles(
+                        none, ins, row, start + col, rows, cols, row_sizes, col_sizes, in_row, in_col, ELEMENTS, ALONG,
+                        False, "evict_first", 1, BN,
                     )  # fmt: skip
                     FINISH(
                         outs, tiles, ins, stats, s0, s1, s2, s3, row, start + col, rows, cols, row_sizes, col_sizes, out_row,
@@ -272,17 +297,70 @@ def _rows(
                     )  # fmt: skip
             for back in range(HELD * BN, whole, UNROLL * BN):
                 c = whole - UNROLL * BN - (back - HELD * BN) + col
-                tiles = _read(
-                    ins, row, c, rows, cols, row_sizes, col_sizes, in_row, in_col, ALONG, True, "evict_first", UNROLL, BN
+                tiles = _tiles(
+                    none, ins, row, c, rows, cols, row_sizes, col_sizes, in_row, in_col, ELEMENTS, ALONG, True, "evict_first",
+                    UNROLL, BN,
                 )  # fmt: skip
                 FINISH(
                     outs, tiles, ins, stats, s0, s1, s2, s3, row, c, rows, cols, row_sizes, col_sizes, out_row, out_col,
                     in_row, in_col, COMPUTE, ROUND, KEEP, ALONG, OUT_ALONG, PICK, NAMED, True, HELD == 0, BM, BN,
                 )  # fmt: skip
-        FINISH(
-            outs, kept, ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, out_row, out_col, in_row,
-            in_col, COMPUTE, ROUND, KEEP, ALONG, OUT_ALONG, PICK, NAMED, EVEN, True, BM, BN,
-        )  # fmt: skip
+        if HELD > 0:
+            FINISH(
+                outs, kept, ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, out_row, out_col, in_row,
+                in_col, COMPUTE, ROUND, KEEP, ALONG, OUT_ALONG, PICK, NAMED, EVEN, True, BM, BN,
+            )  # fmt: skip
+
+
+@jit
+def _rows_in_turn(
+    outs, ins, row_sizes, col_sizes, out_row, out_col, in_row, in_col, s0, s1, s2, s3, rows, cols,
+    COMPUTE: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr, OUT_ALONG: tl.constexpr,
+    PICK: tl.constexpr, ELEMENTS: tl.constexpr, OBSERVED: tl.constexpr, NAMED: tl.constexpr, IDENTITY: tl.constexpr,
+    HELD: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Long rows, one after the other: where a tile was stored, that of the next row is loaded."""
+    i = tl.program_id(0)
+    if WIDE:
+        i = i.to(tl.int64)
+    col = tl.arange(0, BN)[None, :]
+    none = _nothing(tl.zeros((1, 1), tl.int32), ins)
+    held = _tiles(
+        none, ins, tl.zeros((1, 1), tl.int32) + i, col, rows, cols, row_sizes, col_sizes, in_row, in_col, ELEMENTS, ALONG, EVEN,
+        "evict_first", HELD, BN,
+    )  # fmt: skip
+    for r in range(i, rows, tl.num_programs(0)):
+        row = tl.zeros((1, 1), tl.int32) + r
+        kept = held
+        stats = ()
+        for K in tl.static_range(len(IDENTITY)):
+            state = _start(IDENTITY, K, COMPUTE, 1, BN)
+            state = JOIN(
+                state, kept, ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, K,
+                COMPUTE, ROUND, KEEP, ALONG, OBSERVED, IDENTITY, EVEN, 1, BN,
+            )  # fmt: skip
+            stats = stats + COMBINE(K, state)
+            kept = _again(held, stats[len(stats) - 1], ALONG)
+        then = row + tl.num_programs(0)
+        fresh = ()
+        ready = _read(kept[0], ins, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, NAMED, ALONG, EVEN, "")
+        for t in tl.static_range(HELD):
+            c = col + t * BN
+            v = _converted(ready, COMPUTE, ROUND, KEEP)
+            if t + 1 < HELD:
+                ready = _read(
+                    kept[t + 1], ins, row, c + BN, rows, cols, row_sizes, col_sizes, in_row, in_col, NAMED, ALONG, EVEN, ""
+                )  # fmt: skip
+            results = FORMULA(v, stats, s0, s1, s2, s3, c, cols)
+            _store(
+                outs, results, row, c, rows, cols, row_sizes, col_sizes, out_row, out_col, OUT_ALONG, PICK, EVEN, t == 0, 1, BN
+            )  # fmt: skip
+            raw = _read(
+                none, ins, then, c, rows, cols, row_sizes, col_sizes, in_row, in_col, ELEMENTS, ALONG, 2 if EVEN else 0,
+                "evict_first",
+            )  # fmt: skip
+            fresh = fresh + (raw,)
+        held = fresh
 
 
 @dataclass(frozen=True)
@@ -311,6 +389,8 @@ class Tiles:
     loop: bool
     unroll: int
     split: bool
+    #: Programs that take rows in turn; 0 where every block of rows has its own.
+    programs: int = 0
 
 
 @dataclass(frozen=True)
@@ -332,6 +412,11 @@ class Space:
     precise: bool
     #: Bytes of a position of a row in what is read by element.
     itemsize: int
+
+    def others(self, functions: Sequence[Any]) -> tuple[int, ...]:
+        """Which operands that are not read by element a function names."""
+        known = {n for f in functions for n in parameters(f)}
+        return tuple(int(o in known and a != 3) for o, a in zip(self.operands, self.along))
 
     @classmethod
     def of(
@@ -372,9 +457,6 @@ class Rows(Planned):
     ``precise`` is False where all that is read and written by element are halves (see :mod:`gemskit.pointwise._fast`).
     """
 
-    #: The kernel that is filled.
-    driver: Any = _rows
-
     def __init__(
         self,
         name: str,
@@ -409,26 +491,33 @@ class Rows(Planned):
         once = 3 not in space.outs_along and by_element.isdisjoint(parameters(self.formula))
         tiles = self.tiles(space, compute, once)
         path = "loop" if tiles.loop else "tile"
-        kernel, runtime = self._bind(named, space.operands, compute, path, space.precise)
         gathers = [pair for pair in self.gathers.values() if {*pair} <= {*space.operands}]
         meta = dict(
             **self._meta(space, compute, path, pick, through),
-            LOOP=tiles.loop,
             HELD=tiles.held,
-            UNROLL=tiles.unroll,
-            ONCE=once,
-            SPLIT=tiles.split,
-            ROWS_EVEN=space.rows % tiles.bm == 0,
-            GATHER_OF=tuple(space.operands.index(of) for of, at in gathers),
-            GATHER_AT=tuple(space.operands.index(at) for of, at in gathers),
-            EVEN=space.rows % tiles.bm == 0
-            and (space.cols - tiles.held * tiles.bn) % (tiles.bn * tiles.unroll) == 0 < space.cols,
-            BM=tiles.bm,
+            EVEN=int(
+                space.rows % tiles.bm == 0
+                and (space.cols - tiles.held * tiles.bn) % (tiles.bn * tiles.unroll) == 0 < space.cols
+            ),
             BN=tiles.bn,
             num_warps=tiles.warps,
         )
-        grid = _layout.cdiv(space.rows, tiles.bm) * (_layout.cdiv(space.cols, tiles.bn) if tiles.split else 1)
-        grid *= any(o.numel() for o in outs)
+        programs = tiles.programs
+        if not programs:
+            meta.update(
+                LOOP=tiles.loop,
+                UNROLL=tiles.unroll,
+                ONCE=once,
+                SPLIT=tiles.split,
+                ROWS_EVEN=space.rows % tiles.bm == 0,
+                GATHER_OF=tuple(space.operands.index(of) for of, at in gathers),
+                GATHER_AT=tuple(space.operands.index(at) for of, at in gathers),
+                BM=tiles.bm,
+            )
+            programs = _layout.cdiv(space.rows, tiles.bm) * (_layout.cdiv(space.cols, tiles.bn) if tiles.split else 1)
+        driver = _rows_in_turn if tiles.programs else _rows
+        kernel, runtime = self._bind(driver, named, space.operands, compute, path, space.precise)
+        grid = programs if any(o.numel() for o in outs) else 0
 
         def run(outs: Sequence[Tensor], named: Named) -> None:
             if grid:
@@ -467,7 +556,10 @@ class Rows(Planned):
                 count = min(count, config["fold_warps"])
                 return Tiles(1, 256 * count, count, 0, True, config["fold_unroll"], False)
             if held <= limit:
-                return Tiles(1, bn, count, held, False, 1, False)
+                # Where a multiprocessor has room for one program, that loads ahead.
+                turns = held > 1 and not once and not self.gathers and count >= config["turn_warps"]
+                programs = min(rows, config["turn_programs"]) if turns else 0
+                return Tiles(1, bn, count, held, False, 1, False, programs)
             return Tiles(1, bn, count, config["hold_loop"] // (bn * size), True, config["unroll"], False)
         bm = min(max(config["across"], config["short"] // bn), _layout.next_power_of_2(rows)) if across else 1
         if bm * bn <= one_tile:
@@ -489,16 +581,18 @@ class Rows(Planned):
             ALONG=space.along,
             OUT_ALONG=space.outs_along,
             PICK=tuple(pick if pick is not None else range(len(space.outs_along))),
-            OBSERVED=named_by([s.observe for s in self.statistics[path]], space.operands),
-            NAMED=named_by([self.formula], space.operands),
+            ELEMENTS=tuple(int(a == 3) for a in space.along),
+            # What was not read with the elements.
+            OBSERVED=space.others([s.observe for s in self.statistics[path]]),
+            NAMED=space.others([self.formula]),
             IDENTITY=tuple(tuple(identity_of(v, compute) for v in s.identity) for s in self.statistics[path]),
             WIDE=space.wide,
         )
 
     def _bind(
-        self, named: Named, operands: Sequence[str], compute: torch.dtype, path: str, precise: bool
+        self, driver: Any, named: Named, operands: Sequence[str], compute: torch.dtype, path: str, precise: bool
     ) -> tuple[Any, tuple[str, ...]]:
-        asked = (compute, path, precise, given(self.names, named))
+        asked = (driver, compute, path, precise, given(self.names, named))
         if asked in self._known:
             return self._known[asked]
         statistics = self.statistics[path]
@@ -512,7 +606,7 @@ class Rows(Planned):
         types = scalar_types(runtime, compute) | {
             s: "i64" for s, n in zip(SCALARS, runtime) if isinstance(named[n], int)
         }
-        key = (tuple(operands), tuple(expressions.items()), tuple(types.items()), compute, path)
+        key = (driver, tuple(operands), tuple(expressions.items()), tuple(types.items()), compute, path)
         if key not in self._bound:
             pool = f"v, stats, {', '.join(SCALARS)}, col, cols"
             observe, step, combine = [], [], []
@@ -538,11 +632,12 @@ class Rows(Planned):
             stepped = _choice("step", "a, b", step, functions)
             formula = adapter(f"{self.name}_formula", pool, self.formula, expressions, wrap)
             self._bound[key] = fill(
-                self.driver,
+                driver,
                 self.name,
                 types,
                 **self._more(pool, expressions),
                 COMBINE=_choice("combine", "a", combine, functions),
+                FORMULA=formula,
                 JOIN=fill(_joined, f"{self.name}_joined", OBSERVE=looked, STEP=stepped),
                 FINISH=fill(_finish, f"{self.name}_finish", FORMULA=formula),
             )
@@ -555,12 +650,6 @@ class Rows(Planned):
 
 
 _MERGE = "    for t in tl.static_range(len(b)):\n        a = {}\n    return a"
-
-
-def named_by(functions: Sequence[Any], operands: Sequence[str]) -> tuple[int, ...]:
-    """Which of the operands a function names."""
-    known = {n for f in functions for n in parameters(f)}
-    return tuple(int(o in known) for o in operands)
 
 
 def _choice(name: str, pool: str, expressions: Sequence[str], functions: dict[str, Any]) -> Any:

@@ -15,10 +15,10 @@ from gemskit.nn.loss import cross_entropy
 from gemskit.nn.norm import fused_add_rms_norm, layer_norm, rms_norm
 from gemskit.nn.softmax import log_softmax, softmax
 
-#: Small, so that rows of hundreds take every path: tiles of 256 and 512, of which 8 or 4 are held.
-NUMBERS = dict(warps=2, short=64, hold=4096, hold_loop=1024, hold_thread=16, unroll=2, turn_warps=2, turn_programs=2)
-#: Held whole, whole with an end that is no tile, in turn, in turn with an end, read again, read again with an end.
-LENGTHS = (256, 300, 1024, 1100, 4096, 4500)
+#: Small, so that rows of hundreds take every path: tiles of 256 and 512, and of 4,096 bytes half is held.
+NUMBERS = dict(warps=2, short=64, hold=2048, hold_most=4096, unroll=2, fold_warps=1)
+#: Held whole, held with an end that is no tile, read again whole and with an end, held in part and read again.
+LENGTHS = (512, 700, 2048, 1100, 4096, 4500)
 
 
 @pytest.fixture(autouse=True)

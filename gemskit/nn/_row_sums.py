@@ -128,8 +128,10 @@ class RowSums(Rows):
             EVEN=int(part % bm == 0 == rows % part and cols == bn),
             BM=bm,
             BN=bn,
-            num_warps=min(config["warps"], max(1, bm * bn // (32 * config["sums_thread"]))),
+            num_warps=min(config["warps"], max(1, bm * bn // 256)),
         )
+        if self._registers(meta["num_warps"]):
+            meta["maxnreg"] = self._registers(meta["num_warps"])
         again = dict(BM=64, BN=32, num_warps=4)
 
         def run(outs: Sequence[Tensor], named: Named) -> None:

@@ -312,57 +312,6 @@ def _rows(
             )  # fmt: skip
 
 
-@jit
-def _rows_in_turn(
-    outs, ins, row_sizes, col_sizes, out_row, out_col, in_row, in_col, s0, s1, s2, s3, rows, cols,
-    COMPUTE: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr, OUT_ALONG: tl.constexpr,
-    PICK: tl.constexpr, ELEMENTS: tl.constexpr, OBSERVED: tl.constexpr, NAMED: tl.constexpr, IDENTITY: tl.constexpr,
-    HELD: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Long rows, one after the other: where a tile was stored, that of the next row is loaded."""
-    i = tl.program_id(0)
-    if WIDE:
-        i = i.to(tl.int64)
-    col = tl.arange(0, BN)[None, :]
-    none = _nothing(tl.zeros((1, 1), tl.int32), ins)
-    held = _tiles(
-        none, ins, tl.zeros((1, 1), tl.int32) + i, col, rows, cols, row_sizes, col_sizes, in_row, in_col, ELEMENTS, ALONG, EVEN,
-        "evict_first", HELD, BN,
-    )  # fmt: skip
-    for r in range(i, rows, tl.num_programs(0)):
-        row = tl.zeros((1, 1), tl.int32) + r
-        kept = held
-        stats = ()
-        for K in tl.static_range(len(IDENTITY)):
-            state = _start(IDENTITY, K, COMPUTE, 1, BN)
-            state = JOIN(
-                state, kept, ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, K,
-                COMPUTE, ROUND, KEEP, ALONG, OBSERVED, IDENTITY, EVEN, 1, BN,
-            )  # fmt: skip
-            stats = stats + COMBINE(K, state)
-            kept = _again(held, stats[len(stats) - 1], ALONG)
-        then = row + tl.num_programs(0)
-        fresh = ()
-        ready = _read(kept[0], ins, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, NAMED, ALONG, EVEN, "")
-        for t in tl.static_range(HELD):
-            c = col + t * BN
-            v = _converted(ready, COMPUTE, ROUND, KEEP)
-            if t + 1 < HELD:
-                ready = _read(
-                    kept[t + 1], ins, row, c + BN, rows, cols, row_sizes, col_sizes, in_row, in_col, NAMED, ALONG, EVEN, ""
-                )  # fmt: skip
-            results = FORMULA(v, stats, s0, s1, s2, s3, c, cols)
-            _store(
-                outs, results, row, c, rows, cols, row_sizes, col_sizes, out_row, out_col, OUT_ALONG, PICK, EVEN, t == 0, 1, BN
-            )  # fmt: skip
-            raw = _read(
-                none, ins, then, c, rows, cols, row_sizes, col_sizes, in_row, in_col, ELEMENTS, ALONG, 2 if EVEN else 0,
-                "evict_first",
-            )  # fmt: skip
-            fresh = fresh + (raw,)
-        held = fresh
-
-
 @dataclass(frozen=True)
 class Statistic:
     """Values that are folded over a row: ``observe`` each element (operands, earlier statistics, ``col``, ``cols``, scalars)."""
@@ -389,8 +338,8 @@ class Tiles:
     loop: bool
     unroll: int
     split: bool
-    #: Programs that take rows in turn; 0 where every block of rows has its own.
-    programs: int = 0
+    #: Most registers of a thread; 0 leaves it to the compiler.
+    registers: int = 0
 
 
 @dataclass(frozen=True)
@@ -499,24 +448,21 @@ class Rows(Planned):
                 space.rows % tiles.bm == 0
                 and (space.cols - tiles.held * tiles.bn) % (tiles.bn * tiles.unroll) == 0 < space.cols
             ),
+            LOOP=tiles.loop,
+            UNROLL=tiles.unroll,
+            ONCE=once,
+            SPLIT=tiles.split,
+            ROWS_EVEN=space.rows % tiles.bm == 0,
+            GATHER_OF=tuple(space.operands.index(of) for of, at in gathers),
+            GATHER_AT=tuple(space.operands.index(at) for of, at in gathers),
+            BM=tiles.bm,
             BN=tiles.bn,
             num_warps=tiles.warps,
         )
-        programs = tiles.programs
-        if not programs:
-            meta.update(
-                LOOP=tiles.loop,
-                UNROLL=tiles.unroll,
-                ONCE=once,
-                SPLIT=tiles.split,
-                ROWS_EVEN=space.rows % tiles.bm == 0,
-                GATHER_OF=tuple(space.operands.index(of) for of, at in gathers),
-                GATHER_AT=tuple(space.operands.index(at) for of, at in gathers),
-                BM=tiles.bm,
-            )
-            programs = _layout.cdiv(space.rows, tiles.bm) * (_layout.cdiv(space.cols, tiles.bn) if tiles.split else 1)
-        driver = _rows_in_turn if tiles.programs else _rows
-        kernel, runtime = self._bind(driver, named, space.operands, compute, path, space.precise)
+        if tiles.registers:
+            meta["maxnreg"] = tiles.registers
+        kernel, runtime = self._bind(_rows, named, space.operands, compute, path, space.precise)
+        programs = _layout.cdiv(space.rows, tiles.bm) * (_layout.cdiv(space.cols, tiles.bn) if tiles.split else 1)
         grid = programs if any(o.numel() for o in outs) else 0
 
         def run(outs: Sequence[Tensor], named: Named) -> None:
@@ -546,21 +492,25 @@ class Rows(Planned):
                 bm = max(1, min(config["short"] // bn, _layout.next_power_of_2(max(rows, 1))))
             return Tiles(bm, bn, warps(bm * bn), 1, False, 1, True)
         if not across and config["hold"] and compute.itemsize <= 4 and bn > config["short"]:
-            # Registers keep what is read as it is stored, hold_thread bytes in each thread.
-            size = space.itemsize
-            count = min(config["warps"], _layout.next_power_of_2(_layout.cdiv(cols * size, 32 * config["hold_thread"])))
-            bn = 256 * count
-            held, limit = _layout.cdiv(cols, bn), config["hold"] // (bn * size)
+            # Registers keep what is read as it is stored, 128 bytes in each thread. Two programs have to find room beside one
+            # another, or loads wait for what is computed: H200, 2048x32768 bf16 0.098 ms with one, 4096x16384 0.071 with three.
+            size, wide = space.itemsize, max(1, space.along.count(3))
+            bytes_, limit = cols * size, min(config["hold"] * wide, config["hold_most"])
+            count = min(config["warps"], _layout.next_power_of_2(_layout.cdiv(bytes_, 4096)))
             if once and len(self.statistics["loop"]) == 1:
-                # One pass, nothing is read again.
+                # One pass, nothing is read again: cross_entropy of 8192x128256 0.499 ms in 8 warps, 0.556 in 16, 0.765 in 32.
                 count = min(count, config["fold_warps"])
-                return Tiles(1, 256 * count, count, 0, True, config["fold_unroll"], False)
-            if held <= limit:
-                # Where a multiprocessor has room for one program, that loads ahead.
-                turns = held > 1 and not once and not self.gathers and count >= config["turn_warps"]
-                programs = min(rows, config["turn_programs"]) if turns else 0
-                return Tiles(1, bn, count, held, False, 1, False, programs)
-            return Tiles(1, bn, count, config["hold_loop"] // (bn * size), True, config["unroll"], False)
+                return Tiles(1, 256 * count, count, 0, True, config["unroll"], False)
+            if bytes_ <= limit:
+                count = 8 if count == 16 and wide == 1 else count
+                return Tiles(
+                    1, 256 * count, count, _layout.cdiv(cols, 256 * count), False, 1, False, self._registers(count)
+                )  # fmt: skip
+            if bytes_ > config["hold_most"]:
+                # What is not held is read again from the cache: of 132 rows, that is all it has room for.
+                steps = any(s.step is not None for s in self.statistics["loop"])
+                held = config["hold_most"] // (2 if steps else 1) // (256 * count * size)
+                return Tiles(1, 256 * count, count, held, True, config["unroll"] if steps else 2, False)
         bm = min(max(config["across"], config["short"] // bn), _layout.next_power_of_2(rows)) if across else 1
         if bm * bn <= one_tile:
             if not across:
@@ -569,7 +519,13 @@ class Rows(Planned):
         bn = min(bn, max(16, loop_tile // bm))
         if max((len(s.identity) for s in self.statistics["loop"]), default=1) > 2:
             bn = max(16, bn // 2)  # four states of 16 elements a thread would spill
-        return Tiles(bm, bn, warps(bm * bn), 0, True, config["unroll"], False)
+        return Tiles(bm, bn, warps(bm * bn), 0, True, config["unroll"], False, self._registers(warps(bm * bn)))
+
+    @staticmethod
+    def _registers(warps: int) -> int:
+        """Registers of a thread such that two programs fit a multiprocessor; 0 where that is not for us to say."""
+        registers: int = backends.arch().config("rowwise")["registers"]
+        return registers // (64 * warps) if warps in (8, 16) else 0
 
     def _meta(
         self, space: Space, compute: torch.dtype, path: str, pick: Sequence[int] | None, through: torch.dtype | None = None

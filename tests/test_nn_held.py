@@ -61,11 +61,14 @@ def test_norms(n: int, dtype: torch.dtype) -> None:
     x, w, b = (torch.randn(*s).to(dtype) for s in ((5, n), (n,), (n,)))
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     check(
-        lambda x, w, b: layer_norm(x, (n,), w, b), lambda x, w, b: F.layer_norm(x, (n,), w, b), x, w, b, tolerance=tolerance
+        lambda x, w, b: layer_norm(x, (n,), w, b),
+        lambda x, w, b: F.layer_norm(x, (n,), w, b),
+        x,
+        w,
+        b,
+        tolerance=tolerance,
     )
-    check(
-        lambda x, w: rms_norm(x, (n,), w, 1e-5), lambda x, w: F.rms_norm(x, (n,), w, 1e-5), x, w, tolerance=tolerance
-    )
+    check(lambda x, w: rms_norm(x, (n,), w, 1e-5), lambda x, w: F.rms_norm(x, (n,), w, 1e-5), x, w, tolerance=tolerance)
     y = torch.randn(5, n).to(dtype)
     check(
         lambda x, y, w: fused_add_rms_norm(x, y, (n,), w)[0],

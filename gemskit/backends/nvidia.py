@@ -37,7 +37,11 @@ VENDOR = Vendor(
         "gemm": {"stages": 3},
         "gemm_few": {"k": 128, "stages": 4},
         "rowwise": {
-            "loop_tile": 8192, "warps": 32, "hold": 65536, "hold_most": 131072, "registers": 65536, "sums_max": 32768,
+            "loop_tile": 8192,
+            "warps": 32,
+            "hold": 65536,
+            "hold_most": 131072,
+            "registers": 65536,
             "programs": 264,
         },
     },

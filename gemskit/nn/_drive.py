@@ -17,7 +17,7 @@ from gemskit._layout import contiguous
 from gemskit._op import Named, Op, P, R
 from gemskit.nn._row_sums import RowSums
 from gemskit.nn._rows import Rows, Statistic
-from gemskit.reduce._fold import Fold
+from gemskit.reduce._fold import Fold, add_pairs
 
 
 def columns(named: Mapping[str, Any], ndim: int) -> tuple[int, ...]:
@@ -115,7 +115,13 @@ class Rowwise(Op[P, R]):
 class RowGradient:
     """The gradient of a row-wise operator: a formula for the elements, and sums over the rows for the vectors, by name."""
 
-    def __init__(self, name: str, formula: Any, statistics: Sequence[Statistic], sums: Mapping[str, Any]) -> None:
+    def __init__(
+        self, name: str, formula: Any, statistics: Sequence[Statistic], sums: Mapping[str, Any], pair: Any = None
+    ) -> None:
+        """``pair`` returns what two ``sums`` add, for rows too long to be read once."""
+        self.pair = pair and Fold(
+            f"{name}_vectors", map=pair, combine=add_pairs, identity=(0, 0), state=("accumulate",) * 2
+        )
         self.rows = Rows(name, formula, statistics)
         self.folds = {n: Fold(f"{name}_{n}", map=fn, combine=language.add, identity=(0,)) for n, fn in sums.items()}
         #: Elements and vectors in one pass, by the vectors that are wanted.
@@ -147,6 +153,11 @@ class RowGradient:
             return found
         if outs:
             self.rows(named, tuple(outs.values()), shape, dims, compute, (0,) * len(outs))
+        if self.pair is not None and len(vectors) == 2 and grad.numel():
+            pair = [torch.empty(like[n][0], dtype=like[n][1], device=grad.device) for n in vectors]
+            kept = [v.reshape([1] * (len(shape) - v.ndim) + list(v.shape)) for v in pair]
+            self.pair(named, kept, shape, tuple(d for d in range(len(shape)) if d not in dims), compute)
+            return found | dict(zip(vectors, pair))
         for n in vectors:
             found[n] = self.folds[n].to_shape(named, shape, like[n], compute)
         return found

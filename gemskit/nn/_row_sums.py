@@ -18,7 +18,8 @@ from gemskit._bind import generated, parameters, slots
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._op import Named
-from gemskit.nn._rows import Rows, Space, Statistic, _converted, _masked, _nothing, _read, _start
+from gemskit.nn._row_space import Space
+from gemskit.nn._rows import Rows, Statistic, _converted, _masked, _nothing, _read, _start
 
 #: Filled in per operator.
 SUMS: Any = None
@@ -43,7 +44,9 @@ def _row_sums(
     stop = tl.minimum(first + part, rows)
     total = _start(ZEROS, 0, COMPUTE, BM, BN)
     none = _nothing(first + lane, ins)
-    vectors = _read(none, ins, first + lane, col, rows, cols, row_sizes, col_sizes, in_row, in_col, VECTORS, ALONG, EVEN, "")
+    vectors = _read(
+        none, ins, first + lane, col, rows, cols, row_sizes, col_sizes, in_row, in_col, VECTORS, ALONG, EVEN, ""
+    )
     raw = _read(
         vectors, ins, first + lane, col, rows, cols, row_sizes, col_sizes, in_row, in_col, OTHERS, ALONG, EVEN, "evict_first"
     )  # fmt: skip
@@ -59,7 +62,7 @@ def _row_sums(
             state = _start(IDENTITY, K, COMPUTE, BM, BN)
             state = JOIN(
                 state, (raw,), ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, K,
-                COMPUTE, ROUND, KEEP, ALONG, NONE, IDENTITY, EVEN, BM, BN,
+                COMPUTE, ROUND, KEEP, ALONG, NONE, IDENTITY, EVEN, True, BM, BN,
             )  # fmt: skip
             stats = stats + COMBINE(K, state)
         FINISH(
@@ -69,13 +72,18 @@ def _row_sums(
         v = _converted(raw, COMPUTE, ROUND, KEEP)
         terms = SUMS(v, s0, s1, s2, s3, col, cols)
         terms = _masked(terms, (row < stop) & (col < cols), ZEROS, 0, COMPUTE, EVEN, BM, BN)
-        grown = ()
-        for k in tl.static_range(len(total)):
-            grown = grown + (total[k] + terms[k],)
-        total = grown
+        total = _added(total, terms)
         raw = following
     for k in tl.static_range(len(sums)):
         tl.store(sums[k] + i * cols + col, tl.sum(total[k], 0, keep_dims=True), col < cols)
+
+
+@jit
+def _added(total, terms):
+    grown = ()
+    for k in tl.static_range(len(total)):
+        grown = grown + (total[k] + terms[k],)
+    return grown
 
 
 @jit(repr=lambda _: "row_sums_join")
@@ -94,7 +102,12 @@ class RowSums(Rows):
     """A formula of rows and sums over the rows, by name of the vectors that they are the gradients of."""
 
     def __init__(
-        self, name: str, formula: Any, statistics: Sequence[Statistic], sums: Mapping[str, Any], keep: Sequence[str] = ()
+        self,
+        name: str,
+        formula: Any,
+        statistics: Sequence[Statistic],
+        sums: Mapping[str, Any],
+        keep: Sequence[str] = (),
     ) -> None:
         super().__init__(name, formula, statistics, keep=keep)
         self.sums = dict(sums)
@@ -120,7 +133,11 @@ class RowSums(Rows):
         count = _layout.cdiv(rows, part)
         kernel, runtime = self._bind(_row_sums, named, space.operands, compute, "tile", space.precise)
         meta = dict(
-            **{n: v for n, v in self._meta(space, compute, "tile", pick).items() if n not in ("ELEMENTS", "OBSERVED", "NAMED")},
+            **{
+                n: v
+                for n, v in self._meta(space, compute, "tile", pick).items()
+                if n not in ("ELEMENTS", "OBSERVED", "NAMED")
+            },
             VECTORS=tuple(int(a == 1) for a in space.along),
             OTHERS=tuple(int(a != 1) for a in space.along),
             NONE=(0,) * len(space.operands),
@@ -148,9 +165,9 @@ class RowSums(Rows):
         return run
 
     def _more(self, pool: str, expressions: Mapping[str, str]) -> dict[str, Any]:
-        calls = [
-            f"S{k}({', '.join(expressions[p] for p in parameters(f))})" for k, f in enumerate(self.sums.values())
-        ]
+        calls = [f"S{k}({', '.join(expressions[p] for p in parameters(f))})" for k, f in enumerate(self.sums.values())]
         body = f"    return ({', '.join(calls)},)"
         pool = pool.replace("stats, ", "")
-        return {"SUMS": generated(f"{self.name}_sums", pool, body, **{f"S{k}": f for k, f in enumerate(self.sums.values())})}
+        return {
+            "SUMS": generated(f"{self.name}_sums", pool, body, **{f"S{k}": f for k, f in enumerate(self.sums.values())})
+        }

@@ -9,7 +9,6 @@ columns are spread over programs too.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from gemskit._launch import launch
 from gemskit._layout import offset
 from gemskit._op import Named
 from gemskit._plan import Planned
+from gemskit.nn._row_space import Space, Tiles
 from gemskit.reduce._fold import identity_of
 
 #: Filled in per operator.
@@ -87,7 +87,7 @@ def _tiles(
 def _nothing(row, ins):
     """A place holder for every operand."""
     values = ()
-    for k in tl.static_range(len(ins)):
+    for _k in tl.static_range(len(ins)):
         values = values + (row,)
     return values
 
@@ -168,9 +168,9 @@ def _masked(
 def _joined(
     state, tiles, ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, K: tl.constexpr,
     COMPUTE: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr, OBSERVED: tl.constexpr,
-    IDENTITY: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    IDENTITY: tl.constexpr, EVEN: tl.constexpr, ONE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The states of lanes after ``tiles``."""
+    """The states of lanes after ``tiles``; with ``ONE`` there is one tile and nothing before it."""
     fresh = ()
     for t in tl.static_range(len(tiles)):
         c = col + t * BN
@@ -181,7 +181,11 @@ def _joined(
         seen = OBSERVE(K, v, stats, s0, s1, s2, s3, c, cols)
         seen = _masked(seen, (row < rows) & (c < cols), IDENTITY, K, COMPUTE, EVEN, BM, BN)
         fresh = fresh + (seen,)
-    return STEP(K, state, fresh)
+    if not ONE:
+        state = STEP(K, state, fresh)
+    else:
+        state = fresh[0]
+    return state
 
 
 @jit
@@ -252,7 +256,7 @@ def _rows(
                 )  # fmt: skip
                 state = JOIN(
                     state, tiles, ins, stats, s0, s1, s2, s3, row, start + col, rows, cols, row_sizes, col_sizes, in_row,
-                    in_col, K, COMPUTE, ROUND, KEEP, ALONG, OBSERVED, IDENTITY, True, BM, BN,
+                    in_col, K, COMPUTE, ROUND, KEEP, ALONG, OBSERVED, IDENTITY, True, False, BM, BN,
                 )  # fmt: skip
             if not EVEN:
                 for start in range(whole, cols, BN):
@@ -262,12 +266,12 @@ def _rows(
                     )  # fmt: skip
                     state = JOIN(
                         state, tiles, ins, stats, s0, s1, s2, s3, row, start + col, rows, cols, row_sizes, col_sizes, in_row,
-                        in_col, K, COMPUTE, ROUND, KEEP, ALONG, OBSERVED, IDENTITY, False, BM, BN,
+                        in_col, K, COMPUTE, ROUND, KEEP, ALONG, OBSERVED, IDENTITY, False, False, BM, BN,
                     )  # fmt: skip
         if HELD > 0:
             state = JOIN(
                 state, kept, ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, K,
-                COMPUTE, ROUND, KEEP, ALONG, OBSERVED, IDENTITY, EVEN, BM, BN,
+                COMPUTE, ROUND, KEEP, ALONG, OBSERVED, IDENTITY, EVEN, HELD == 1 and not LOOP, BM, BN,
             )  # fmt: skip
         stats = stats + COMBINE(K, state)
         if HELD > 1:
@@ -325,79 +329,6 @@ class Statistic:
     #: For longer rows, where it is cheaper than ``combine`` for each element: the states of lanes, and a tuple of the states of
     #: their next elements (as many tuples as tiles are read at once); returns the states of lanes.
     step: Any = None
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How rows are cut into programs and tiles: the constants ``BM``, ``BN``, ``HELD``, ``LOOP``, ``UNROLL``, ``SPLIT``."""
-
-    bm: int
-    bn: int
-    warps: int
-    held: int
-    loop: bool
-    unroll: int
-    split: bool
-    #: Most registers of a thread; 0 leaves it to the compiler.
-    registers: int = 0
-
-
-@dataclass(frozen=True)
-class Space:
-    """The rows and columns of a call, collapsed, and what varies along which."""
-
-    operands: tuple[str, ...]
-    rows: int
-    cols: int
-    #: Row and column sizes, then the strides of results and operands in them.
-    strided: tuple[Any, ...]
-    #: Of every operand and result: 1 varies along the columns, 2 along the rows, 3 both.
-    along: tuple[int, ...]
-    outs_along: tuple[int, ...]
-    #: Whether neighbours in memory are in different rows.
-    across: bool
-    wide: bool
-    #: False where all that is read and written by element are halves.
-    precise: bool
-    #: Bytes of a position of a row in what is read by element.
-    itemsize: int
-
-    def others(self, functions: Sequence[Any]) -> tuple[int, ...]:
-        """Which operands that are not read by element a function names."""
-        known = {n for f in functions for n in parameters(f)}
-        return tuple(int(o in known and a != 3) for o, a in zip(self.operands, self.along))
-
-    @classmethod
-    def of(
-        cls, named: Named, outs: Sequence[Tensor], operands: Sequence[str], shape: Sequence[int], dims: Sequence[int]
-    ) -> Space:
-        """The space ``shape`` whose rows extend along ``dims``."""
-        full = [_layout.broadcast_strides(t, shape) for t in (*outs, *(named[n] for n in operands))]
-        kept = [d for d in range(len(shape)) if d not in dims]
-        row_sizes, row = _layout.collapse([shape[d] for d in kept], [tuple(s[d] for d in kept) for s in full])
-        col_sizes, col = _layout.collapse([shape[d] for d in dims], [tuple(s[d] for d in dims) for s in full])
-        rows, n = math.prod(shape[d] for d in kept), len(outs)
-        # An operand that does not vary at all counts as a row's: one value, loaded once per row. An empty one has no value.
-        vary = [bool(any(c)) + 2 * bool(any(r)) for r, c in zip(row[n:], col[n:])]
-        along = tuple(a or 2 if named[o].numel() else 3 for o, a in zip(operands, vary))
-        padded = [(1,) * (len(shape) - o.ndim) + tuple(o.shape) for o in outs]
-        outs_along = tuple(3 if all(o[d] == shape[d] for d in dims) else 2 for o in padded)
-        # The first operand that is read by element says which way memory runs.
-        lead = n + next((k for k, a in enumerate(along) if a == 3), 0)
-        read = [named[o].dtype.itemsize for o, a in zip(operands, along) if a == 3]
-        written = [o.dtype.itemsize for o, a in zip(outs, outs_along) if a == 3]
-        return cls(
-            operands=tuple(operands),
-            rows=rows,
-            cols=math.prod(shape[d] for d in dims),
-            strided=(row_sizes, col_sizes, tuple(row[:n]), tuple(col[:n]), tuple(row[n:]), tuple(col[n:])),
-            along=along,
-            outs_along=outs_along,
-            across=rows > 1 and row[lead][-1] == 1 and col[lead][-1] != 1,
-            wide=_layout.is_wide(shape, full),
-            precise=any(n > 2 for n in (*read, *written)),
-            itemsize=max(1, sum(read)),
-        )
 
 
 class Rows(Planned):
@@ -503,9 +434,8 @@ class Rows(Planned):
                 return Tiles(1, 256 * count, count, 0, True, config["unroll"], False)
             if bytes_ <= limit:
                 count = 8 if count == 16 and wide == 1 else count
-                return Tiles(
-                    1, 256 * count, count, _layout.cdiv(cols, 256 * count), False, 1, False, self._registers(count)
-                )  # fmt: skip
+                limited = self._registers(count) if bytes_ > 8 * 4096 else 0
+                return Tiles(1, 256 * count, count, _layout.cdiv(cols, 256 * count), False, 1, False, limited)
             if bytes_ > config["hold_most"]:
                 # What is not held is read again from the cache: of 132 rows, that is all it has room for.
                 steps = any(s.step is not None for s in self.statistics["loop"])
@@ -528,7 +458,12 @@ class Rows(Planned):
         return registers // (64 * warps) if warps in (8, 16) else 0
 
     def _meta(
-        self, space: Space, compute: torch.dtype, path: str, pick: Sequence[int] | None, through: torch.dtype | None = None
+        self,
+        space: Space,
+        compute: torch.dtype,
+        path: str,
+        pick: Sequence[int] | None,
+        through: torch.dtype | None = None,
     ) -> dict[str, Any]:
         return dict(
             COMPUTE=TRITON[compute],
@@ -577,7 +512,9 @@ class Rows(Planned):
                 if s.step is None:
                     both = ", ".join([f"a[{j}]" for j in range(n)] + [f"b[t][{j}]" for j in range(n)])
                     merged = one.format(f"F{k}({both})")
-                    functions[f"S{k}"] = generated(f"{self.name}_merge{k}", "a, b", _MERGE.format(merged), **{f"F{k}": s.combine})
+                    functions[f"S{k}"] = generated(
+                        f"{self.name}_merge{k}", "a, b", _MERGE.format(merged), **{f"F{k}": s.combine}
+                    )
                     step.append(f"S{k}(a, b)")
                 else:
                     functions[f"S{k}"] = s.step

@@ -161,7 +161,20 @@ def _scaled(grad, denominator):
 
 @jit
 def _input_grad(
-    input, grad, target, chances, weight, label_smoothing, ignore_index, peak, log_total, mass, denominator, col, cols, precise
+    input,
+    grad,
+    target,
+    chances,
+    weight,
+    label_smoothing,
+    ignore_index,
+    peak,
+    log_total,
+    mass,
+    denominator,
+    col,
+    cols,
+    precise,
 ):
     if precise:
         p = language.exp(input - peak - log_total)

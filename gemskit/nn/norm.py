@@ -126,9 +126,14 @@ def _layer_norm_weight(grad, input, mean, rstd):
     return grad * (input - mean) * rstd
 
 
+@jit
+def _layer_norm_vectors(grad, input, mean, rstd):
+    return grad * (input - mean) * rstd, grad
+
+
 _LAYER_NORM_GRAD = RowGradient(
     "layer_norm_grad", _layer_norm_grad, [Statistic(("total", "dot"), _layer_norm_dots, add_pairs, (0, 0))],
-    {"weight": _layer_norm_weight, "bias": _only_grad},
+    {"weight": _layer_norm_weight, "bias": _only_grad}, _layer_norm_vectors,
 )  # fmt: skip
 
 
@@ -195,9 +200,14 @@ def _skip_weight(grad, x, residual, mean, rstd):
     return grad * (x + residual - mean) * rstd
 
 
+@jit
+def _skip_vectors(grad, x, residual, mean, rstd):
+    return grad * (x + residual - mean) * rstd, grad
+
+
 _SKIP_GRAD = RowGradient(
     "skip_layer_norm_grad", _skip_grad, [Statistic(("total", "dot"), _skip_dots, add_pairs, (0, 0))],
-    {"weight": _skip_weight, "bias": _only_grad},
+    {"weight": _skip_weight, "bias": _only_grad}, _skip_vectors,
 )  # fmt: skip
 
 
@@ -259,7 +269,10 @@ def _rms_norm_weight(grad, input, rstd):
 
 
 _RMS_NORM_GRAD = RowGradient(
-    "rms_norm_grad", _rms_norm_grad, [Statistic(("dot",), _rms_norm_dot, language.add, (0,))], {"weight": _rms_norm_weight}
+    "rms_norm_grad",
+    _rms_norm_grad,
+    [Statistic(("dot",), _rms_norm_dot, language.add, (0,))],
+    {"weight": _rms_norm_weight},
 )
 
 

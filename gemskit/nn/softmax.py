@@ -15,7 +15,7 @@ from gemskit._dtypes import compute_type
 from gemskit._jit import jit
 from gemskit._op import operator
 from gemskit.errors import DtypeError
-from gemskit.nn._drive import Rowwise, columns, rowwise
+from gemskit.nn._drive import columns, rowwise
 from gemskit.nn._rows import Rows, Statistic
 from gemskit.pointwise import _fast
 

@@ -165,6 +165,11 @@ def _masked(
 
 
 @jit
+def _first(tiles):
+    return tiles[0]
+
+
+@jit
 def _joined(
     state, tiles, ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, K: tl.constexpr,
     COMPUTE: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr, OBSERVED: tl.constexpr,
@@ -184,7 +189,7 @@ def _joined(
     if not ONE:
         state = STEP(K, state, fresh)
     else:
-        state = fresh[0]
+        state = _first(fresh)
     return state
 
 

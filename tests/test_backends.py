@@ -233,7 +233,8 @@ def test_a_row_is_well_formed(vendor: backends.Vendor, row: backends.Arch) -> No
     for driver, numbers in _table.DEFAULT.items():
         config = row.config(driver)
         assert set(config) == set(numbers)
-        assert all(isinstance(number, int) and number > 0 for number in config.values())
+        # Zero: what the row does without.
+        assert all(isinstance(number, int) and number >= 0 for number in config.values())
         assert "warps" not in config or config["warps"] * max(warp, 1) <= 1024
 
 

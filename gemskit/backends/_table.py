@@ -87,7 +87,17 @@ DEFAULT: Launch = {
         "sums_tile": 2048,
         "programs": 256,
     },
-    "gemm": {"m": 128, "n": 128, "k": 64, "warps": 8, "stages": 2, "group": 8, "fill": 128},
+    "gemm": {
+        "m": 128,
+        "n": 128,
+        "k": 64,
+        "warps": 8,
+        "stages": 2,
+        "group": 8,
+        "fill": 128,
+        "wgmma": 0,
+        "processors": 132,
+    },
     "gemm_few": {"m": 64, "n": 64, "k": 64, "warps": 4, "stages": 2},
     "attention": {"m": 64, "n": 64, "warps": 4, "wide": 4, "stages": 2},
     # H200, 256 MiB of float32: rows of 16,384 0.142 ms (90 % of the copy rate), columns 0.149, one row 0.211 (it is read twice).

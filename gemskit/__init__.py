@@ -60,10 +60,15 @@ from gemskit.nn import cross_entropy as cross_entropy
 from gemskit.nn import embedding as embedding
 from gemskit.nn import fused_add_rms_norm as fused_add_rms_norm
 from gemskit.nn import fused_add_rms_norm_ as fused_add_rms_norm_
+from gemskit.nn import geglu as geglu
 from gemskit.nn import gelu_and_mul as gelu_and_mul
+from gemskit.nn import gelu_tanh_and_mul as gelu_tanh_and_mul
 from gemskit.nn import layer_norm as layer_norm
 from gemskit.nn import log_softmax as log_softmax
 from gemskit.nn import log_softmax_backward as log_softmax_backward
+from gemskit.nn import mul_and_silu as mul_and_silu
+from gemskit.nn import reglu as reglu
+from gemskit.nn import relu_and_mul as relu_and_mul
 from gemskit.nn import rms_norm as rms_norm
 from gemskit.nn import safe_softmax as safe_softmax
 from gemskit.nn import scaled_dot_product_attention as scaled_dot_product_attention
@@ -73,6 +78,7 @@ from gemskit.nn import silu_and_mul as silu_and_mul
 from gemskit.nn import skip_layer_norm as skip_layer_norm
 from gemskit.nn import softmax as softmax
 from gemskit.nn import softmax_backward as softmax_backward
+from gemskit.nn import swiglu as swiglu
 from gemskit.pointwise import __ior__ as __ior__
 from gemskit.pointwise import __or__ as __or__
 from gemskit.pointwise import abs as abs

@@ -457,8 +457,7 @@ def _show(sample: Sample) -> str:
 # -- tables ---------------------------------------------------------------------------------------------------------------
 
 #: Inputs that torch takes on a CPU and that our kernels refuse with NoKernel: (operator, dtypes, reason).
-REFUSED: tuple[tuple[tuple[str, ...], tuple[torch.dtype, ...], str], ...] = (
-)
+REFUSED: tuple[tuple[tuple[str, ...], tuple[torch.dtype, ...], str], ...] = ()
 
 #: Checks that say nothing, and why: (operator, kind) -> reason.
 EXEMPT: dict[tuple[str, str], str] = {

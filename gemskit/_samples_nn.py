@@ -9,7 +9,7 @@ import torch
 from gemskit.testing import Make, Sample, samples
 
 
-@samples("silu_and_mul")
+@samples("silu_and_mul", "relu_and_mul")
 def _(make: Make) -> Iterator[Sample]:
     for shape in ((4, 6), (3, 5, 34), (2,), (0, 8), (3, 0)):
         yield Sample((make(*shape),), note="packed")

@@ -10,7 +10,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -48,7 +48,8 @@ class Descriptor:
         return Gluon(*where, self.layout)
 
 
-class Box(NamedTuple):
+@dataclass(frozen=True)
+class Box:
     """What a compiled kernel says of a descriptor: how it swizzles a block, and what it loads by one instruction."""
 
     swizzle: int

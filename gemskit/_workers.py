@@ -36,7 +36,7 @@ def share(work: Callable[[Any], Any], tasks: Sequence[Any], devices: Sequence[in
             theirs.close()
             give(mine, device, process)
 
-    def give(end: Connection, device: int, process: Any) -> None:
+    def give(end: Any, device: int, process: Any) -> None:
         task = todo.pop()
         busy[end] = task, device, process
         end.send(task)

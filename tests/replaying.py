@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from gemskit import _driver, _launch, _native, _replay
 from gemskit._op import Op
+from gemskit._tensor_map import Box, Descriptor
 
 
 def kinds(v: Any, fixed: bool, kind: str | None) -> Any:
@@ -24,6 +26,9 @@ def kinds(v: Any, fixed: bool, kind: str | None) -> Any:
         return tuple(kinds(x, False, None) for x in v)
     if v is None:
         return "constexpr"
+    if isinstance(v, Descriptor):
+        rank = len(v.block)
+        return (Box(3, v.block), *("i32",) * rank, *("i64",) * rank)
     if isinstance(v, (Tensor, _driver.Ref)) and getattr(v, "dtype", None) is not None:
         return f"*{v.dtype}"
     if kind:
@@ -102,7 +107,10 @@ class Fake:
         ]
 
     def _words(self, launch: tuple[Any, ...]) -> list[tuple[str, int]]:
-        kinds = [k for k in self._by_function[launch[1]].kinds if k != "constexpr"]
+        kinds: list[str] = []
+        for k in self._by_function[launch[1]].kinds:
+            # An encoded matrix is an address and 15 words about it.
+            kinds += ["*", *["u64"] * 15] if isinstance(k, Box) else [k] if k != "constexpr" else []
         assert len(launch[3]) == len(kinds) + 2, "two words of scratch memory"
         # A kernel reads four bytes of these.
         return [
@@ -111,12 +119,37 @@ class Fake:
         ]
 
 
+class Library:
+    """A driver that encodes matrices: the address, then what it was told of them."""
+
+    def __init__(self) -> None:
+        number, pointer = ctypes.c_uint, ctypes.c_void_p
+        kind = ctypes.CFUNCTYPE(ctypes.c_int, pointer, number, number, *[pointer] * 5, *[number] * 4)
+        self.cuTensorMapEncodeTiled: Any = kind(self._encode)
+
+    def _encode(
+        self, into: int, dtype: int, rank: int, address: int, sizes: int, strides: int, box: int, steps: int, *how: int
+    ) -> int:
+        assert into % 64 == 0 and address % 16 == 0
+        words = (ctypes.c_uint64 * 16).from_address(into)
+        given = [
+            *(ctypes.c_uint64 * rank).from_address(sizes), *(ctypes.c_uint64 * (rank - 1)).from_address(strides),
+            *(ctypes.c_uint32 * rank).from_address(box), *(ctypes.c_uint32 * rank).from_address(steps), *how,
+        ]  # fmt: skip
+        assert all(s % 16 == 0 for s in given[rank : 2 * rank - 1])
+        for n, word in enumerate([address, dtype, *given]):
+            words[n] = word
+        return 0
+
+
 @contextlib.contextmanager
 def faking(patch: Any) -> Iterator[Fake]:
     """``patch`` is pytest's monkeypatch."""
     fake = Fake()
     patch.setattr(_driver, "load", fake.load)
     patch.setattr(_driver, "entry", lambda: fake)
+    library = Library()
+    patch.setattr(_driver, "_library", lambda: library)
     patch.setattr(_driver, "stream", lambda index: 0)
     patch.setattr(_launch, "current_device", lambda: None)
     patch.setattr(_driver, "allocate", lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype))

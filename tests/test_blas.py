@@ -267,7 +267,7 @@ def test_dtypes_that_are_refused() -> None:
             mm(x.bool(), x.bool())
         with pytest.raises(NoKernel, match=r"mm: no kernel for input: complex64.*; not complex numbers"):
             mm(x.to(torch.complex64), x.to(torch.complex64))
-        with pytest.raises(DtypeError, match="mm: out_dtype must be torch, the dtype of the factors, or float32"):
+        with pytest.raises(DtypeError, match=r"mm: out_dtype must be torch\.float32, the dtype of the factors"):
             mm(x, x, torch.bfloat16)
         with pytest.raises(DtypeError, match="addmm: all tensors must have one dtype"):
             addmm(x, x.bfloat16(), x.bfloat16())

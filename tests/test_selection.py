@@ -10,6 +10,7 @@ import torch
 import gemskit
 from gemskit._interpret import interpret
 from gemskit.errors import ArgumentError, DtypeError, NoKernel, ShapeError
+from gemskit.reduce import _radix, _sort, selection
 
 inf, nan = float("inf"), float("nan")
 
@@ -111,3 +112,16 @@ def test_medians() -> None:
         gemskit.kthvalue(x, 5, 1)
     with pytest.raises(ArgumentError):
         gemskit.quantile(x, 1.5)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 300), (-300, -1), (-5, 70000), (2**40, 2**40 + 7), (9, 10)])
+def test_unique_sorts_by_the_bits_that_differ(low: int, high: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "_MANY", 1)
+    monkeypatch.setattr(_sort, "SHORT", {16: 0, 32: 0, 64: 0})
+    monkeypatch.setattr(_radix, "TILE", 128)
+    x = torch.randint(low, high, (400,), generator=torch.Generator().manual_seed(4))
+    for more in ({}, {"return_inverse": True, "return_counts": True}):
+        found = gemskit.unique(x, **more)
+        expected = torch.unique(x, **more)
+        for a, b in zip(*((v,) if isinstance(v, torch.Tensor) else v for v in (found, expected))):
+            assert torch.equal(a, b)

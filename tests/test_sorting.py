@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import gemskit
-from gemskit.reduce import _select, _sort
+from gemskit.reduce import _radix, _select, _sort
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)
 
@@ -40,7 +40,7 @@ def test_sort_is_stable_and_keeps_bits(
 ) -> None:
     if radix:
         monkeypatch.setattr(_sort, "SHORT", {16: 0, 32: 0, 64: 0})
-        monkeypatch.setattr(_sort, "TILE", 128)
+        monkeypatch.setattr(_radix, "TILE", 128)
     x = _values((2, 300), dtype)
     values, indices = torch.sort(x, stable=True, descending=descending)
     with gemskit.interpret():

@@ -201,6 +201,9 @@ def tiles(
     sides = {torch.float32: (64, 64, 32), torch.float64: (32, 32, 16)}.get(
         dtype, (config["m"], config["n"], config["k"])
     )
+    # As many bytes of K of the small types, but not for few rows, whose operands go through registers.
+    if dtype.itemsize == 1 and min(M, N) >= 64:
+        sides = (*sides[:2], 2 * sides[2])
     # Matrix units take 32 bytes of K at a time.
     least = (16, 16, 32 // dtype.itemsize if dtype.itemsize == 1 else 16)
     bm, bn, bk = (min(side, max(low, _layout.next_power_of_2(n))) for side, low, n in zip(sides, least, (M, N, K)))

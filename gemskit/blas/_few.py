@@ -52,19 +52,19 @@ def few_rows(
         if EVEN_K:
             y = tl.load(b + b_at, eviction_policy="evict_first")
         else:
-            y = tl.load(b + b_at, k[None, :] < K - start, other=0, eviction_policy="evict_first")
+            y = tl.load(b + b_at, k[None, :] < K - start, other=0.0, eviction_policy="evict_first")
         if BM == 1:
             if EVEN_K:
                 x = tl.load(a + k[None, :] * a_k)
             else:
-                x = tl.load(a + k[None, :] * a_k, k[None, :] < K - start, other=0)
+                x = tl.load(a + k[None, :] * a_k, k[None, :] < K - start, other=0.0)
             acc += y.to(ACC) * x.to(ACC)
         else:
             at = a + (m % M) * a_m + k[:, None] * a_k
             if EVEN_K:
                 x = tl.load(at)
             else:
-                x = tl.load(at, k[:, None] < K - start, other=0)
+                x = tl.load(at, k[:, None] < K - start, other=0.0)
             acc = tl.dot(y, x, acc, out_dtype=ACC)
         a += BK * a_k
         b += BK * b_k

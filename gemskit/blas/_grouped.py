@@ -97,9 +97,7 @@ def _steps(
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     group = i // (tiles_m * tiles_n)
     tile_m, tile_n = language.swizzle(i % (tiles_m * tiles_n), tiles_m, tiles_n, SWIZZLE)
-    first, stop = 0, _bound(offs, group, T)
-    if group > 0:
-        first = _bound(offs, group - 1, T)
+    first, stop = _bound(offs, tl.maximum(group - 1, 0), T) * (group > 0), _bound(offs, group, T)
     m, n = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
     m_live, n_live = m < M, n < N
     if WIDE:

@@ -136,7 +136,21 @@ def _multiply(
             if WIDE:
                 batch, m, n = batch.to(gl.int64), m.to(gl.int64), n.to(gl.int64)
             value = FINISH(
-                acc, m * BM + row, n * BN + col, batch, extras, batch_sizes, extra_batch, extra_m, extra_n, s0, s1, s2, s3, M, N
+                acc,
+                m * BM + row,
+                n * BN + col,
+                batch,
+                extras,
+                batch_sizes,
+                extra_batch,
+                extra_m,
+                extra_n,
+                s0,
+                s1,
+                s2,
+                s3,
+                M,
+                N,
             ).to(out.dtype.element_ty)
             if BN >= 32:
                 value = gl.convert_layout(value, lines)
@@ -148,7 +162,14 @@ def _multiply(
 @gluon.constexpr_function
 def _lines(rows, cols):
     """The accumulator with 8 neighbours a thread, which moves within warps only: stores of 64 bytes a row, not of 16."""
-    own = [[0, 1], [0, 2], [0, 4], *([0, c] for c in (32, 64, 128) if c < cols), [8, 0], *([r, 0] for r in (64,) if r < rows)]
+    own = [
+        [0, 1],
+        [0, 2],
+        [0, 4],
+        *([0, c] for c in (32, 64, 128) if c < cols),
+        [8, 0],
+        *([r, 0] for r in (64,) if r < rows),
+    ]
     lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(own, lanes, [[16, 0], [32, 0]], [], [rows, cols])
 

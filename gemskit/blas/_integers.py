@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
 from gemskit._op import Named
+from gemskit.blas._space import Space
 from gemskit.errors import NoKernel
 
 #: Filled in per operator.
@@ -68,28 +68,24 @@ class Integers:
         if a.dtype == torch.bool:
             raise NoKernel(f"{self.name}: no kernel for products of bools, which torch has none for either")
         operands = [n for n in self.names if isinstance(named.get(n), Tensor)]
-        shape, K = tuple(out.shape), a.shape[-1]
-        batch, M, N = shape[:-2], shape[-2], shape[-1]
-        factors = [_layout.broadcast_strides(t, (*batch, *t.shape[-2:])) for t in (a, b)]
-        others = [tuple(out.stride()), *(_layout.broadcast_strides(named[n], shape) for n in operands)]
-        wide = any(_layout.is_wide((*batch, *t.shape[-2:]), [s]) for t, s in zip((a, b), factors))
-        sizes, flat = _layout.collapse(batch, [s[:-2] for s in (others[0], *factors, *others[1:])])
+        space = Space.of(out, a, b, [named[n] for n in operands])
         acc = torch.int64 if a.dtype == torch.int64 else torch.int32
         kernel, runtime = self._bind(named, operands, acc)
-        bm, bn = (min(SIDE, max(1, _layout.next_power_of_2(n))) for n in (M, N))
-        grid = _layout.cdiv(M, bm) * _layout.cdiv(N, bn) * math.prod(sizes) if out.numel() else 0
-        meta = dict(
-            ACC=TRITON[acc], BM=bm, BN=bn, GROUP=8, WIDE=wide or _layout.is_wide(shape, others), num_warps=4
+        bm, bn = (min(SIDE, _layout.next_power_of_2(n)) for n in (space.M, space.N))
+        grid = _layout.cdiv(space.M, bm) * _layout.cdiv(space.N, bn) * space.batches
+        meta = dict(ACC=TRITON[acc], BM=bm, BN=bn, GROUP=8, WIDE=space.wide, num_warps=8 if acc == torch.int64 else 4)
+        (out_m, a_m, *extra_m), (out_n, b_n, *extra_n) = space.rows, space.cols
+        strided = (
+            space.sizes, *space.batch[:3], space.batch[3:], out_m, out_n, a_m, space.a_k, space.b_k, b_n,
+            tuple(extra_m), tuple(extra_n),
         )  # fmt: skip
-        inner = (*others[0][-2:], *factors[0][-2:], *factors[1][-2:])
-        extra = tuple(s[-2] for s in others[1:]), tuple(s[-1] for s in others[1:])
-        strided = (sizes, flat[0], flat[1], flat[2], tuple(flat[3:]), *inner, *extra)
+        sizes = space.M, space.N, space.K
 
         def run(out: Tensor, a: Tensor, b: Tensor, named: Named) -> None:
             if grid:
                 extras = tuple([named[n] for n in operands])
                 scalars = slots([named[n] for n in runtime])
-                launch(kernel, (grid,), (out, a, b, extras, *strided, *scalars, M, N, K), meta)
+                launch(kernel, (grid,), (out, a, b, extras, *strided, *scalars, *sizes), meta)
 
         return run
 

@@ -10,11 +10,11 @@ from gemskit._layout import cdiv
 
 #: Tiles (M, N), stages of K = 64 that fit into 227 KiB, and the time of one step of K in us when all programs work (H200).
 TILES = (
-    (128, 256, 4, 0.68), (256, 128, 4, 0.68), (128, 128, 6, 0.40), (128, 64, 8, 0.27), (128, 32, 10, 0.22), (128, 16, 11, 0.20),
+    (128, 256, 4, 0.70), (256, 128, 4, 0.70), (128, 128, 6, 0.38), (128, 64, 8, 0.25), (128, 32, 10, 0.21), (128, 16, 11, 0.20),
 )  # fmt: skip
 STEP = 64
 #: us: of a launch, of the second one that adds up parts; bytes a us that memory gives.
-LAUNCH, JOIN, BANDWIDTH = 4.0, 3.5, 4.0e6
+LAUNCH, JOIN, BANDWIDTH = 5.0, 6.0, 3.5e6
 
 
 @dataclass(frozen=True)

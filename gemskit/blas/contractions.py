@@ -263,7 +263,7 @@ def linalg_multi_dot(tensors: Sequence[Tensor], *, out: Tensor | None = None) ->
             return tensors[i]
         k = cheapest(i, j)[1]
         whole = (i, j) == (0, len(tensors) - 1)
-        return matmul(product(i, k), product(k + 1, j), out=out if whole else None)
+        return matmul(product(i, k), product(k + 1, j), out=out if whole else None)  # type: ignore[no-any-return]
 
     return product(0, len(tensors) - 1)
 

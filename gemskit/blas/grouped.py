@@ -72,7 +72,8 @@ def grouped_mm(
     leaves unset. Source: ``torch.nn.functional.grouped_mm``.
     """
     _checked(mat_a, mat_b, offs, bias)
-    return _product(*widened(out_dtype, mat_a, mat_b), offs)
+    a, b = widened(out_dtype, mat_a, mat_b)
+    return _product(a, b, offs)
 
 
 _BATCHES = Product("grouped_mm", plain)

@@ -75,7 +75,7 @@ class _Scaled(Gemm[P, R]):
             BLOCK if s.ndim == 2 and s.shape[d] not in (1, n) else 1 for s, d, n in ((scale_a, 0, M), (scale_b, 1, N))
         ]
         slices = max(s.shape[d] if s.ndim == 2 else 1 for s, d in ((scale_a, 1), (scale_b, 0)))
-        block = (*sides, BLOCK if slices > 1 else max(K, 1))
+        block = (sides[0], sides[1], BLOCK if slices > 1 else max(K, 1))
 
         def run(outs: tuple[Tensor, ...], keep: Any, arguments: Named) -> None:
             a, b = (arguments[n] for n in self.factors)

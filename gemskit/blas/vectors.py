@@ -102,7 +102,7 @@ def vdot(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
 @operator(aten="linalg_vecdot", floats=("x", "y"))
 def linalg_vecdot(x: Tensor, y: Tensor, *, dim: int = -1, out: Tensor | None = None) -> Tensor:
     """The sum of ``x * y`` over ``dim``; the other dimensions broadcast. Source: ``torch.linalg.vecdot``."""
-    return torch.linalg.vecdot(x, y, dim=dim)
+    return torch.linalg.vecdot(x, y, dim=dim)  # type: ignore[no-any-return]
 
 
 @linalg_vecdot.kernel

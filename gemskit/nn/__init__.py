@@ -2,8 +2,14 @@
 
 from gemskit.nn.attention import scaled_dot_product_attention as scaled_dot_product_attention
 from gemskit.nn.embedding import embedding as embedding
+from gemskit.nn.gates import geglu as geglu
 from gemskit.nn.gates import gelu_and_mul as gelu_and_mul
+from gemskit.nn.gates import gelu_tanh_and_mul as gelu_tanh_and_mul
+from gemskit.nn.gates import mul_and_silu as mul_and_silu
+from gemskit.nn.gates import reglu as reglu
+from gemskit.nn.gates import relu_and_mul as relu_and_mul
 from gemskit.nn.gates import silu_and_mul as silu_and_mul
+from gemskit.nn.gates import swiglu as swiglu
 from gemskit.nn.loss import cross_entropy as cross_entropy
 from gemskit.nn.modules import LayerNorm as LayerNorm
 from gemskit.nn.modules import RMSNorm as RMSNorm

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from gemskit import language
 from gemskit._dtypes import compute_type
 from gemskit._layout import contiguous
 from gemskit._op import Named, Op, P, R
+from gemskit.nn._row_sums import RowSums
 from gemskit.nn._rows import Rows, Statistic
-from gemskit.reduce._fold import Fold
+from gemskit.reduce._fold import Fold, add_pairs
 
 
 def columns(named: Mapping[str, Any], ndim: int) -> tuple[int, ...]:
@@ -58,6 +62,10 @@ class Rowwise(Op[P, R]):
             return fn
 
         return attach
+
+    def take(self, statistics: Sequence[Statistic]) -> None:
+        """Attach statistics that others have too."""
+        self._statistics.extend(statistics)
 
     def formula(self, fn: Any) -> Any:
         """Attach the value of each element, a jit function of operands, statistics, ``col``, ``cols`` and scalars.
@@ -105,10 +113,22 @@ class Rowwise(Op[P, R]):
 
 
 class RowGradient:
-    """The gradient of a row-wise operator: ``rows`` for the elements, and ``folds`` over the rows for the vectors, by name."""
+    """The gradient of a row-wise operator: a formula for the elements, and sums over the rows for the vectors, by name."""
 
-    def __init__(self, rows: Rows, folds: Mapping[str, Fold]) -> None:
-        self.rows, self.folds = rows, dict(folds)
+    def __init__(
+        self, name: str, formula: Any, statistics: Sequence[Statistic], sums: Mapping[str, Any], pair: Any = None
+    ) -> None:
+        """``pair`` returns what two ``sums`` add, for rows too long to be read once."""
+        self.pair = pair and Fold(
+            f"{name}_vectors", map=pair, combine=add_pairs, identity=(0, 0), state=("accumulate",) * 2
+        )
+        self.rows = Rows(name, formula, statistics)
+        self.folds = {n: Fold(f"{name}_{n}", map=fn, combine=language.add, identity=(0,)) for n, fn in sums.items()}
+        #: Elements and vectors in one pass, by the vectors that are wanted.
+        self.together = {
+            names: RowSums(f"{name}_{'_'.join(names)}", formula, statistics, {n: sums[n] for n in names})
+            for k in range(1, len(sums) + 1) for names in itertools.combinations(sums, k)
+        }  # fmt: skip
 
     def __call__(
         self, named: Mapping[str, Any], elements: Sequence[str], needs: set[str], like: Mapping[str, Any]
@@ -122,13 +142,24 @@ class RowGradient:
         shape = tuple(grad.shape)
         dims, compute = columns(named, grad.ndim), compute_type(grad.dtype)
         outs = {like[n][1]: torch.empty(shape, dtype=like[n][1], device=grad.device) for n in elements if n in needs}
+        found.update({n: outs[like[n][1]] for n in elements if n in needs})
+        vectors = tuple(n for n in self.folds if n in needs)
+        both = self.together.get(vectors) if outs and grad.numel() else None
+        if both is not None and both.fits(math.prod(shape[d] for d in dims), compute):
+            found.update({n: torch.empty(like[n][0], dtype=like[n][1], device=grad.device) for n in vectors})
+            both(
+                named, (*outs.values(), *(found[n] for n in vectors)), shape, dims, compute, (0,) * len(outs)
+            )  # fmt: skip
+            return found
         if outs:
             self.rows(named, tuple(outs.values()), shape, dims, compute, (0,) * len(outs))
-            found.update({n: outs[like[n][1]] for n in elements if n in needs})
-        for n, fold in self.folds.items():
-            if n in needs:
-                want, dtype = like[n]
-                found[n] = fold.to_shape(named, shape, (want, dtype), compute)
+        if self.pair is not None and len(vectors) == 2 and grad.numel():
+            pair = [torch.empty(like[n][0], dtype=like[n][1], device=grad.device) for n in vectors]
+            kept = [v.reshape([1] * (len(shape) - v.ndim) + list(v.shape)) for v in pair]
+            self.pair(named, kept, shape, tuple(d for d in range(len(shape)) if d not in dims), compute)
+            return found | dict(zip(vectors, pair))
+        for n in vectors:
+            found[n] = self.folds[n].to_shape(named, shape, like[n], compute)
         return found
 
 

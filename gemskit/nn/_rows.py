@@ -8,8 +8,8 @@ columns are spread over programs too.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,33 +25,79 @@ from gemskit._launch import launch
 from gemskit._layout import offset
 from gemskit._op import Named
 from gemskit._plan import Planned
+from gemskit.nn._row_space import Space, Tiles
 from gemskit.reduce._fold import identity_of
 
 #: Filled in per operator.
 OBSERVE: Any = None
-MERGE: Any = None
 STEP: Any = None
 COMBINE: Any = None
 FORMULA: Any = None
+JOIN: Any = None
+FINISH: Any = None
 
 
 @jit
-def _load(
-    ins, row, col, rows, cols, row_sizes, col_sizes, row_strides, col_strides,
-    COMPUTE: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr, ONCE: tl.constexpr,
-    EVICT: tl.constexpr,
+def _read(
+    given, ins, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col,
+    TAKE: tl.constexpr, ALONG: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
+    """Operands as they are stored (halves stay halves, two to a register): those of ``TAKE`` are loaded, others are given.
+
+    ``EVEN`` is 1 where nothing lies outside, 2 where only rows do.
+    """
     values = ()
     for k in tl.static_range(len(ins)):
-        if ONCE and ALONG[k] != 2:
-            v = row  # a place holder: the formula names no such operand
+        if not TAKE[k]:
+            v = given[k]
         elif ALONG[k] == 3:
-            at = offset(row, row_sizes, row_strides[k]) + offset(col, col_sizes, col_strides[k])
-            v = tl.load(ins[k] + at, (row < rows) & (col < cols), eviction_policy=EVICT)
+            at = offset(row, row_sizes, in_row[k]) + offset(col, col_sizes, in_col[k])
+            if EVEN == 1:
+                v = tl.load(ins[k] + at, eviction_policy=EVICT)
+            elif EVEN == 2:
+                v = tl.load(ins[k] + at, row < rows, eviction_policy=EVICT)
+            else:
+                v = tl.load(ins[k] + at, (row < rows) & (col < cols), eviction_policy=EVICT)
         elif ALONG[k] == 2:
-            v = tl.load(ins[k] + offset(row, row_sizes, row_strides[k]), row < rows)
+            v = tl.load(ins[k] + offset(row, row_sizes, in_row[k]), row < rows)
+        elif EVEN:
+            v = tl.load(ins[k] + offset(col, col_sizes, in_col[k]))
         else:
-            v = tl.load(ins[k] + offset(col, col_sizes, col_strides[k]), col < cols)
+            v = tl.load(ins[k] + offset(col, col_sizes, in_col[k]), col < cols)
+        values = values + (v,)
+    return values
+
+
+@jit
+def _tiles(
+    given, ins, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col,
+    TAKE: tl.constexpr, ALONG: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr, COUNT: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """``COUNT`` tiles."""
+    tiles = ()
+    for t in tl.static_range(COUNT):
+        raw = _read(
+            given, ins, row, col + t * BN, rows, cols, row_sizes, col_sizes, in_row, in_col, TAKE, ALONG, EVEN, EVICT
+        )  # fmt: skip
+        tiles = tiles + (raw,)
+    return tiles
+
+
+@jit
+def _nothing(row, ins):
+    """A place holder for every operand."""
+    values = ()
+    for _k in tl.static_range(len(ins)):
+        values = values + (row,)
+    return values
+
+
+@jit
+def _converted(raw, COMPUTE: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr):
+    """The operands as formulas get them."""
+    values = ()
+    for k in tl.static_range(len(raw)):
+        v = raw[k]
         if not KEEP[k]:
             v = v.to(ROUND).to(COMPUTE)
         values = values + (v,)
@@ -59,17 +105,40 @@ def _load(
 
 
 @jit
+def _again(tiles, stat, ALONG: tl.constexpr):
+    """The same tiles, but not to the compiler: it would keep their elements as floats, in twice the registers.
+
+    There is one program along the last axis; with ``stat`` in it nothing of this can be computed before the statistic.
+    """
+    zero = (stat.to(tl.int32, bitcast=True) & tl.program_id(2)).to(tl.int16)
+    fresh = ()
+    for t in tl.static_range(len(tiles)):
+        values = ()
+        for k in tl.static_range(len(tiles[t])):
+            v = tiles[t][k]
+            if ALONG[k] == 3 and v.dtype.primitive_bitwidth == 16:
+                v = (v.to(tl.int16, bitcast=True) ^ zero).to(v.dtype, bitcast=True)
+            values = values + (v,)
+        fresh = fresh + (values,)
+    return fresh
+
+
+@jit
 def _store(
     outs, results, row, col, rows, cols, row_sizes, col_sizes, row_strides, col_strides,
-    ALONG: tl.constexpr, PICK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ALONG: tl.constexpr, PICK: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     for k in tl.static_range(len(outs)):
         v = results[PICK[k]].to(outs[k].dtype.element_ty)
         if ALONG[k] == 2:
-            tl.store(outs[k] + offset(row, row_sizes, row_strides[k]), tl.broadcast_to(v, (BM, 1)), row < rows)
+            if ROWS:
+                tl.store(outs[k] + offset(row, row_sizes, row_strides[k]), tl.broadcast_to(v, (BM, 1)), row < rows)
         else:
             at = offset(row, row_sizes, row_strides[k]) + offset(col, col_sizes, col_strides[k])
-            tl.store(outs[k] + at, tl.broadcast_to(v, (BM, BN)), (row < rows) & (col < cols))
+            if EVEN:
+                tl.store(outs[k] + at, tl.broadcast_to(v, (BM, BN)))
+            else:
+                tl.store(outs[k] + at, tl.broadcast_to(v, (BM, BN)), (row < rows) & (col < cols))
 
 
 @jit
@@ -82,29 +151,81 @@ def _start(IDENTITY: tl.constexpr, K: tl.constexpr, COMPUTE: tl.constexpr, BM: t
 
 @jit
 def _masked(
-    fresh, live, IDENTITY: tl.constexpr, K: tl.constexpr, COMPUTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
-):
+    fresh, live, IDENTITY: tl.constexpr, K: tl.constexpr, COMPUTE: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
     state = ()
     for k in tl.static_range(len(IDENTITY[K])):
-        state = state + (tl.where(live, fresh[k], tl.full((BM, BN), IDENTITY[K][k], COMPUTE)),)
+        if EVEN:
+            v = tl.broadcast_to(fresh[k], (BM, BN))
+        else:
+            v = tl.where(live, fresh[k], tl.full((BM, BN), IDENTITY[K][k], COMPUTE))
+        state = state + (v,)
     return state
 
 
 @jit
-def _grouped(fresh, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    state = ()
-    for k in tl.static_range(len(fresh)):
-        state = state + (tl.reshape(fresh[k], (BM, BN // GROUP, GROUP)),)
+def _first(tiles):
+    return tiles[0]
+
+
+@jit
+def _joined(
+    state, tiles, ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, K: tl.constexpr,
+    COMPUTE: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr, OBSERVED: tl.constexpr,
+    IDENTITY: tl.constexpr, EVEN: tl.constexpr, ONE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The states of lanes after ``tiles``; with ``ONE`` there is one tile and nothing before it."""
+    fresh = ()
+    for t in tl.static_range(len(tiles)):
+        c = col + t * BN
+        raw = _read(
+            tiles[t], ins, row, c, rows, cols, row_sizes, col_sizes, in_row, in_col, OBSERVED, ALONG, EVEN, ""
+        )  # fmt: skip
+        v = _converted(raw, COMPUTE, ROUND, KEEP)
+        seen = OBSERVE(K, v, stats, s0, s1, s2, s3, c, cols)
+        seen = _masked(seen, (row < rows) & (c < cols), IDENTITY, K, COMPUTE, EVEN, BM, BN)
+        fresh = fresh + (seen,)
+    if not ONE:
+        state = STEP(K, state, fresh)
+    else:
+        state = _first(fresh)
     return state
+
+
+@jit
+def _finish(
+    outs, tiles, ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, out_row, out_col, in_row, in_col,
+    COMPUTE: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr, OUT_ALONG: tl.constexpr,
+    PICK: tl.constexpr, NAMED: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Store the results of ``tiles``; row values with the first one if ``ROWS``."""
+    ready = _read(tiles[0], ins, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, NAMED, ALONG, EVEN, "")
+    for t in tl.static_range(len(tiles)):
+        c = col + t * BN
+        v = _converted(ready, COMPUTE, ROUND, KEEP)
+        if t + 1 < len(tiles):
+            # Weights of the next tile: a load that comes after a store waits for it.
+            ready = _read(
+                tiles[t + 1], ins, row, c + BN, rows, cols, row_sizes, col_sizes, in_row, in_col, NAMED, ALONG, EVEN, ""
+            )  # fmt: skip
+        results = FORMULA(v, stats, s0, s1, s2, s3, c, cols)
+        _store(
+            outs, results, row, c, rows, cols, row_sizes, col_sizes, out_row, out_col, OUT_ALONG, PICK, EVEN, ROWS and t == 0,
+            BM, BN,
+        )  # fmt: skip
 
 
 @jit
 def _rows(
     outs, ins, row_sizes, col_sizes, out_row, out_col, in_row, in_col, s0, s1, s2, s3, rows, cols,
     COMPUTE: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr, OUT_ALONG: tl.constexpr,
-    PICK: tl.constexpr, IDENTITY: tl.constexpr, LOOP: tl.constexpr, ONCE: tl.constexpr, SPLIT: tl.constexpr,
-    GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
+    PICK: tl.constexpr, ELEMENTS: tl.constexpr, OBSERVED: tl.constexpr, NAMED: tl.constexpr, IDENTITY: tl.constexpr,
+    LOOP: tl.constexpr, HELD: tl.constexpr, UNROLL: tl.constexpr, ONCE: tl.constexpr, SPLIT: tl.constexpr,
+    EVEN: tl.constexpr, ROWS_EVEN: tl.constexpr, GATHER_OF: tl.constexpr, GATHER_AT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    # HELD tiles from the first on stay in registers; with LOOP there are others, read once per statistic and once more.
     i = tl.program_id(0)
     if WIDE:
         i = i.to(tl.int64)
@@ -116,44 +237,88 @@ def _rows(
         col += (i % blocks) * BN
         i = i // blocks
     row = (i * BM + tl.arange(0, BM))[:, None]
+    none = _nothing(row, ins)
+    held = _tiles(
+        none, ins, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, ELEMENTS, ALONG, EVEN,
+        "evict_first" if LOOP else "", HELD, BN,
+    )  # fmt: skip
+    EVICT: tl.constexpr = "evict_first" if ONCE else "evict_last"
+    # Tiles up to here need no masks.
+    whole = cols
+    if not EVEN:
+        whole = HELD * BN
+        if ROWS_EVEN:
+            whole += (cols - whole) // (UNROLL * BN) * (UNROLL * BN)
+    kept = held
     stats = ()
-    if LOOP:
-        for K in tl.static_range(len(IDENTITY)):
-            state = _start(IDENTITY, K, COMPUTE, BM, BN // GROUP[K])
-            for start in range(0, cols, BN):
-                c = start + col
-                v = _load(
-                    ins, row, c, rows, cols, row_sizes, col_sizes, in_row, in_col, COMPUTE, ROUND, KEEP, ALONG, False,
-                    "evict_last",
+    for K in tl.static_range(len(IDENTITY)):
+        state = _start(IDENTITY, K, COMPUTE, BM, BN)
+        if LOOP:
+            for start in range(HELD * BN, whole, UNROLL * BN):
+                tiles = _tiles(
+                    none, ins, row, start + col, rows, cols, row_sizes, col_sizes, in_row, in_col, ELEMENTS, ALONG, True, EVICT,
+                    UNROLL, BN,
                 )  # fmt: skip
-                fresh = OBSERVE(K, v, stats, s0, s1, s2, s3, c, cols)
-                fresh = _masked(fresh, (row < rows) & (c < cols), IDENTITY, K, COMPUTE, BM, BN)
-                if GROUP[K] == 1:
-                    state = MERGE(K, state, fresh)
-                else:
-                    state = STEP(K, state, _grouped(fresh, BM, BN, GROUP[K]))
-            stats = stats + COMBINE(K, state)
-        # From the end: what was read last is in the cache.
-        for back in range(0, BN if ONCE else cols, BN):
-            c = (0 if ONCE else (tl.cdiv(cols, BN) - 1) * BN - back) + col
-            v = _load(
-                ins, row, c, rows, cols, row_sizes, col_sizes, in_row, in_col, COMPUTE, ROUND, KEEP, ALONG, ONCE, "evict_first"
+                state = JOIN(
+                    state, tiles, ins, stats, s0, s1, s2, s3, row, start + col, rows, cols, row_sizes, col_sizes, in_row,
+                    in_col, K, COMPUTE, ROUND, KEEP, ALONG, OBSERVED, IDENTITY, True, False, BM, BN,
+                )  # fmt: skip
+            if not EVEN:
+                for start in range(whole, cols, BN):
+                    tiles = _tiles(
+                        none, ins, row, start + col, rows, cols, row_sizes, col_sizes, in_row, in_col, ELEMENTS, ALONG,
+                        False, EVICT, 1, BN,
+                    )  # fmt: skip
+                    state = JOIN(
+                        state, tiles, ins, stats, s0, s1, s2, s3, row, start + col, rows, cols, row_sizes, col_sizes, in_row,
+                        in_col, K, COMPUTE, ROUND, KEEP, ALONG, OBSERVED, IDENTITY, False, False, BM, BN,
+                    )  # fmt: skip
+        if HELD > 0:
+            state = JOIN(
+                state, kept, ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, K,
+                COMPUTE, ROUND, KEEP, ALONG, OBSERVED, IDENTITY, EVEN, HELD == 1 and not LOOP, BM, BN,
             )  # fmt: skip
-            results = FORMULA(v, stats, s0, s1, s2, s3, c, cols)
-            _store(outs, results, row, c, rows, cols, row_sizes, col_sizes, out_row, out_col, OUT_ALONG, PICK, BM, BN)
-    else:
-        v = _load(
-            ins, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, COMPUTE, ROUND, KEEP, ALONG, False, ""
+        stats = stats + COMBINE(K, state)
+        if HELD > 1:
+            kept = _again(held, stats[len(stats) - 1], ALONG)
+    for g in tl.static_range(len(GATHER_AT)):
+        at = tl.load(ins[GATHER_AT[g]] + offset(row, row_sizes, in_row[GATHER_AT[g]]), row < rows).to(tl.int64)
+        there = (row < rows) & (at >= 0) & (at < cols)
+        at = offset(row, row_sizes, in_row[GATHER_OF[g]]) + offset(at, col_sizes, in_col[GATHER_OF[g]])
+        stats = stats + (tl.load(ins[GATHER_OF[g]] + at, there, other=float("nan")).to(ROUND).to(COMPUTE),)
+    if ONCE:
+        FINISH(
+            outs, (none,), ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, out_row, out_col, in_row,
+            in_col, COMPUTE, ROUND, KEEP, ALONG, OUT_ALONG, PICK, NAMED, EVEN, True, BM, BN,
         )  # fmt: skip
-        for K in tl.static_range(len(IDENTITY)):
-            fresh = OBSERVE(K, v, stats, s0, s1, s2, s3, col, cols)
-            stats = stats + COMBINE(K, _masked(fresh, (row < rows) & (col < cols), IDENTITY, K, COMPUTE, BM, BN))
-        results = FORMULA(v, stats, s0, s1, s2, s3, col, cols)
-        _store(outs, results, row, col, rows, cols, row_sizes, col_sizes, out_row, out_col, OUT_ALONG, PICK, BM, BN)
-
-
-#: Elements of a group: as many halves as a thread reads at once.
-VECTOR = 8
+    else:
+        if LOOP:
+            # From the end: what was read last is in the cache.
+            if not EVEN:
+                for start in range(whole, cols, BN):
+                    tiles = _tiles(
+                        none, ins, row, start + col, rows, cols, row_sizes, col_sizes, in_row, in_col, ELEMENTS, ALONG,
+                        False, "evict_first", 1, BN,
+                    )  # fmt: skip
+                    FINISH(
+                        outs, tiles, ins, stats, s0, s1, s2, s3, row, start + col, rows, cols, row_sizes, col_sizes, out_row,
+                        out_col, in_row, in_col, COMPUTE, ROUND, KEEP, ALONG, OUT_ALONG, PICK, NAMED, False, HELD == 0, BM, BN,
+                    )  # fmt: skip
+            for back in range(HELD * BN, whole, UNROLL * BN):
+                c = whole - UNROLL * BN - (back - HELD * BN) + col
+                tiles = _tiles(
+                    none, ins, row, c, rows, cols, row_sizes, col_sizes, in_row, in_col, ELEMENTS, ALONG, True, "evict_first",
+                    UNROLL, BN,
+                )  # fmt: skip
+                FINISH(
+                    outs, tiles, ins, stats, s0, s1, s2, s3, row, c, rows, cols, row_sizes, col_sizes, out_row, out_col,
+                    in_row, in_col, COMPUTE, ROUND, KEEP, ALONG, OUT_ALONG, PICK, NAMED, True, HELD == 0, BM, BN,
+                )  # fmt: skip
+        if HELD > 0:
+            FINISH(
+                outs, kept, ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, out_row, out_col, in_row,
+                in_col, COMPUTE, ROUND, KEEP, ALONG, OUT_ALONG, PICK, NAMED, EVEN, True, BM, BN,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -166,8 +331,8 @@ class Statistic:
     identity: tuple[float | str, ...]
     #: ``"tile"``: only for rows that fit one tile; ``"loop"``: only for longer ones, where every statistic is a pass over memory.
     only: Literal["", "tile", "loop"] = ""
-    #: For longer rows, where it is cheaper than ``combine`` for each element: the states of groups (rows by groups) and the
-    #: states of their next elements (rows by groups by ``VECTOR``); returns the states of groups.
+    #: For longer rows, where it is cheaper than ``combine`` for each element: the states of lanes, and a tuple of the states of
+    #: their next elements (as many tuples as tiles are read at once); returns the states of lanes.
     step: Any = None
 
 
@@ -185,11 +350,15 @@ class Rows(Planned):
         *,
         results: int = 1,
         keep: Sequence[str] = (),
+        gathers: Mapping[str, tuple[str, str]] | None = None,
     ) -> None:
         self.name, self.formula, self.results = name, formula, results
+        #: Statistics that are one element: of an operand, at the column that a row value gives; NaN where there is none.
+        self.gathers = dict(gathers or {})
         self.keep = frozenset(keep)
         self.statistics = {loop: tuple(s for s in statistics if s.only in ("", loop)) for loop in ("tile", "loop")}
         self.names = tuple(dict.fromkeys(p for f in (*(s.observe for s in statistics), formula) for p in parameters(f)))
+        self.names = tuple(dict.fromkeys((*self.names, *itertools.chain(*self.gathers.values()))))
         self._bound: dict[Any, Any] = {}
         self._known: dict[Any, tuple[Any, tuple[str, ...]]] = {}
         super().__init__()
@@ -202,80 +371,130 @@ class Rows(Planned):
 
         Operands are rounded to ``through`` before they are converted to ``compute``.
         """
-        operands = [n for n in self.names if isinstance(named.get(n), Tensor)]
-        full = [_layout.broadcast_strides(t, shape) for t in (*outs, *(named[n] for n in operands))]
-        kept = [d for d in range(len(shape)) if d not in dims]
-        row_sizes, row = _layout.collapse([shape[d] for d in kept], [tuple(s[d] for d in kept) for s in full])
-        col_sizes, col = _layout.collapse([shape[d] for d in dims], [tuple(s[d] for d in dims) for s in full])
-        rows, cols = math.prod(shape[d] for d in kept), math.prod(shape[d] for d in dims)
-        n = len(outs)
-        # An operand that does not vary at all counts as a row's: one value, loaded once per row. An empty one has no value.
-        vary = [bool(any(c)) + 2 * bool(any(r)) for r, c in zip(row[n:], col[n:])]
-        along = tuple(a or 2 if named[o].numel() else 3 for o, a in zip(operands, vary))
-        padded = [(1,) * (len(shape) - o.ndim) + tuple(o.shape) for o in outs]
-        outs_along = tuple(3 if all(o[d] == shape[d] for d in dims) else 2 for o in padded)
-
-        config = backends.arch().config("rowwise")
-        # The tile lives in registers: 16,384 floats in 16 warps just do not spill, so doubles, whose
-        # exponential takes registers too, get a quarter of that.
-        one_tile, loop_tile = (config[k] * 16 // max(4, compute.itemsize) ** 2 for k in ("one_tile_max", "loop_tile"))
-        bn = _layout.next_power_of_2(max(cols, 1))
-        # The first operand that is read by element says which way memory runs.
-        lead = n + next((k for k, a in enumerate(along) if a == 3), 0)
-        across = rows > 1 and row[lead][-1] == 1 and col[lead][-1] != 1
-        bm = min(max(config["across"], config["short"] // bn), _layout.next_power_of_2(rows)) if across else 1
-        split = not self.statistics["tile"] and 3 in outs_along
-        loop = not split and bm * bn > one_tile
-        if loop or split:
-            bn = min(bn, max(16, loop_tile // bm))
-        if not loop and not across:
-            bm = max(1, min(config["short"] // bn, _layout.next_power_of_2(max(rows, 1))))
-        path = "loop" if loop else "tile"
-        if loop and max((len(s.identity) for s in self.statistics[path]), default=1) > 2:
-            bn = max(16, bn // 2)  # four states of 16 elements a thread would spill
-        wide = [t for t, a in zip((*outs, *(named[o] for o in operands)), (*outs_along, *along)) if a == 3]
-        precise = any(t.dtype.itemsize > 2 for t in wide)
-        by_element = {"col", *(o for o, a in zip(operands, along) if a != 2)}
-        kernel, runtime = self._bind(named, operands, compute, path, precise)
+        space = Space.of(named, outs, [n for n in self.names if isinstance(named.get(n), Tensor)], shape, dims)
+        by_element = {"col", *(o for o, a in zip(space.operands, space.along) if a != 2)}
+        once = 3 not in space.outs_along and by_element.isdisjoint(parameters(self.formula))
+        tiles = self.tiles(space, compute, once)
+        path = "loop" if tiles.loop else "tile"
+        gathers = [pair for pair in self.gathers.values() if {*pair} <= {*space.operands}]
         meta = dict(
-            COMPUTE=TRITON[compute],
-            ROUND=TRITON[through or compute],
-            KEEP=tuple(int(o in self.keep) for o in operands),
-            ALONG=along,
-            OUT_ALONG=outs_along,
-            PICK=tuple(pick if pick is not None else range(n)),
-            IDENTITY=tuple(tuple(identity_of(v, compute) for v in s.identity) for s in self.statistics[path]),
-            LOOP=loop,
-            ONCE=3 not in outs_along and by_element.isdisjoint(parameters(self.formula)),
-            SPLIT=split,
-            GROUP=tuple(
-                VECTOR if s.step is not None and not across and bn >= 32 * VECTOR else 1 for s in self.statistics[path]
+            **self._meta(space, compute, path, pick, through),
+            HELD=tiles.held,
+            EVEN=int(
+                space.rows % tiles.bm == 0
+                and (space.cols - tiles.held * tiles.bn) % (tiles.bn * tiles.unroll) == 0 < space.cols
             ),
-            BM=bm,
-            BN=bn,
-            WIDE=_layout.is_wide(shape, full),
-            num_warps=min(config["warps"], max(1, bm * bn * max(4, compute.itemsize) // 2048)),
+            LOOP=tiles.loop,
+            UNROLL=tiles.unroll,
+            ONCE=once,
+            SPLIT=tiles.split,
+            ROWS_EVEN=space.rows % tiles.bm == 0,
+            GATHER_OF=tuple(space.operands.index(of) for of, at in gathers),
+            GATHER_AT=tuple(space.operands.index(at) for of, at in gathers),
+            BM=tiles.bm,
+            BN=tiles.bn,
+            num_warps=tiles.warps,
         )
-        grid = _layout.cdiv(rows, bm) * (_layout.cdiv(cols, bn) if split else 1) if any(o.numel() for o in outs) else 0
-        strides = (tuple(row[:n]), tuple(col[:n]), tuple(row[n:]), tuple(col[n:]))
+        if tiles.registers:
+            meta["maxnreg"] = tiles.registers
+        kernel, runtime = self._bind(_rows, named, space.operands, compute, path, space.precise)
+        programs = _layout.cdiv(space.rows, tiles.bm) * (_layout.cdiv(space.cols, tiles.bn) if tiles.split else 1)
+        grid = programs if any(o.numel() for o in outs) else 0
 
         def run(outs: Sequence[Tensor], named: Named) -> None:
             if grid:
-                ins = tuple([named[o] for o in operands])
+                ins = tuple([named[o] for o in space.operands])
                 scalars = slots([named[s] for s in runtime])
-                launch(kernel, (grid,), (tuple(outs), ins, row_sizes, col_sizes, *strides, *scalars, rows, cols), meta)
+                launch(kernel, (grid,), (tuple(outs), ins, *space.strided, *scalars, space.rows, space.cols), meta)
 
         return run
 
+    def tiles(self, space: Space, compute: torch.dtype, once: bool = False) -> Tiles:
+        """How a row is cut: one tile or several held ones, tiles that are read again, or, without statistics, any."""
+        config = backends.arch().config("rowwise")
+        rows, cols, across = space.rows, space.cols, space.across
+        # The tile lives in registers: 16,384 floats in 16 warps just do not spill, so doubles, whose
+        # exponential takes registers too, get a quarter of that.
+        one_tile, loop_tile = (config[k] * 16 // max(4, compute.itemsize) ** 2 for k in ("one_tile_max", "loop_tile"))
+
+        def warps(elements: int) -> int:
+            return min(config["warps"], max(1, elements * max(4, compute.itemsize) // 2048))
+
+        bn = _layout.next_power_of_2(max(cols, 1))
+        if not self.statistics["tile"] and 3 in space.outs_along:
+            bm = min(max(config["across"], config["short"] // bn), _layout.next_power_of_2(rows)) if across else 1
+            bn = min(bn, max(16, loop_tile // bm))
+            if not across:
+                bm = max(1, min(config["short"] // bn, _layout.next_power_of_2(max(rows, 1))))
+            return Tiles(bm, bn, warps(bm * bn), 1, False, 1, True)
+        if not across and config["hold"] and compute.itemsize <= 4 and bn > config["short"]:
+            # Registers keep what is read as it is stored, 128 bytes in each thread. Two programs have to find room beside one
+            # another, or loads wait for what is computed: H200, 2048x32768 bf16 0.098 ms with one, 4096x16384 0.071 with three.
+            size, wide = space.itemsize, max(1, space.along.count(3))
+            bytes_, limit = cols * size, min(config["hold"] * wide, config["hold_most"])
+            count = min(config["warps"], _layout.next_power_of_2(_layout.cdiv(bytes_, 4096)))
+            if once and len(self.statistics["loop"]) == 1:
+                # One pass, nothing is read again: cross_entropy of 8192x128256 0.499 ms in 8 warps, 0.556 in 16, 0.765 in 32.
+                count = min(count, config["fold_warps"])
+                return Tiles(1, 256 * count, count, 0, True, config["unroll"], False)
+            if bytes_ <= limit:
+                count = 8 if count == 16 and wide == 1 else count
+                limited = self._registers(count) if bytes_ > 8 * 4096 else 0
+                return Tiles(1, 256 * count, count, _layout.cdiv(cols, 256 * count), False, 1, False, limited)
+            if bytes_ > config["hold_most"]:
+                # What is not held is read again from the cache: of 132 rows, that is all it has room for.
+                steps = any(s.step is not None for s in self.statistics["loop"])
+                held = config["hold_most"] // (2 if steps else 1) // (256 * count * size)
+                return Tiles(1, 256 * count, count, held, True, config["unroll"] if steps else 2, False)
+        bm = min(max(config["across"], config["short"] // bn), _layout.next_power_of_2(rows)) if across else 1
+        if bm * bn <= one_tile:
+            if not across:
+                bm = max(1, min(config["short"] // bn, _layout.next_power_of_2(max(rows, 1))))
+            return Tiles(bm, bn, warps(bm * bn), 1, False, 1, False)
+        bn = min(bn, max(16, loop_tile // bm))
+        if max((len(s.identity) for s in self.statistics["loop"]), default=1) > 2:
+            bn = max(16, bn // 2)  # four states of 16 elements a thread would spill
+        return Tiles(bm, bn, warps(bm * bn), 0, True, config["unroll"], False, self._registers(warps(bm * bn)))
+
+    @staticmethod
+    def _registers(warps: int) -> int:
+        """Registers of a thread such that two programs fit a multiprocessor; 0 where that is not for us to say."""
+        registers: int = backends.arch().config("rowwise")["registers"]
+        return registers // (64 * warps) if warps in (8, 16) else 0
+
+    def _meta(
+        self,
+        space: Space,
+        compute: torch.dtype,
+        path: str,
+        pick: Sequence[int] | None,
+        through: torch.dtype | None = None,
+    ) -> dict[str, Any]:
+        return dict(
+            COMPUTE=TRITON[compute],
+            ROUND=TRITON[through or compute],
+            KEEP=tuple(int(o in self.keep) for o in space.operands),
+            ALONG=space.along,
+            OUT_ALONG=space.outs_along,
+            PICK=tuple(pick if pick is not None else range(len(space.outs_along))),
+            ELEMENTS=tuple(int(a == 3) for a in space.along),
+            # What was not read with the elements.
+            OBSERVED=space.others([s.observe for s in self.statistics[path]]),
+            NAMED=space.others([self.formula]),
+            IDENTITY=tuple(tuple(identity_of(v, compute) for v in s.identity) for s in self.statistics[path]),
+            WIDE=space.wide,
+        )
+
     def _bind(
-        self, named: Named, operands: Sequence[str], compute: torch.dtype, path: str, precise: bool
+        self, driver: Any, named: Named, operands: Sequence[str], compute: torch.dtype, path: str, precise: bool
     ) -> tuple[Any, tuple[str, ...]]:
-        asked = (compute, path, precise, given(self.names, named))
+        asked = (driver, compute, path, precise, given(self.names, named))
         if asked in self._known:
             return self._known[asked]
         statistics = self.statistics[path]
         reads = {o: f"v[{k}]" for k, o in enumerate(operands)}
         known = [n for s in statistics for n in s.names]
+        known += [n for n, pair in self.gathers.items() if {*pair} <= {*operands}]
         reads.update({n: f"stats[{k}]" for k, n in enumerate(known)}, col="col", cols="cols", precise=str(precise))
         values = {n: named.get(n) for n in self.names if n not in reads or n in operands}
         runtime, expressions = arguments(self.names, values, reads, compute)
@@ -283,35 +502,52 @@ class Rows(Planned):
         types = scalar_types(runtime, compute) | {
             s: "i64" for s, n in zip(SCALARS, runtime) if isinstance(named[n], int)
         }
-        key = (tuple(operands), tuple(expressions.items()), tuple(types.items()), compute, path)
+        key = (driver, tuple(operands), tuple(expressions.items()), tuple(types.items()), compute, path)
         if key not in self._bound:
             pool = f"v, stats, {', '.join(SCALARS)}, col, cols"
-            observe, merge, step, combine = [], [], [], []
+            observe, step, combine = [], [], []
             functions: dict[str, Any] = {}
             for k, s in enumerate(statistics):
                 n = len(s.names)
                 one = "({},)" if n == 1 else "{}"
-                functions |= {f"O{k}": s.observe, f"F{k}": s.combine, f"S{k}": s.step or s.combine}
+                functions |= {f"O{k}": s.observe, f"F{k}": s.combine}
                 seen = ", ".join(expressions[p] for p in parameters(s.observe))
-                both = ", ".join([f"a[{j}]" for j in range(n)] + [f"b[{j}]" for j in range(n)])
                 lanes = "a[0]" if n == 1 else "a"
                 observe.append(one.format(f"O{k}({seen})"))
-                merge.append(one.format(f"F{k}({both})"))
-                step.append(one.format(f"S{k}({both})"))
+                if s.step is None:
+                    both = ", ".join([f"a[{j}]" for j in range(n)] + [f"b[t][{j}]" for j in range(n)])
+                    merged = one.format(f"F{k}({both})")
+                    functions[f"S{k}"] = generated(
+                        f"{self.name}_merge{k}", "a, b", _MERGE.format(merged), **{f"F{k}": s.combine}
+                    )
+                    step.append(f"S{k}(a, b)")
+                else:
+                    functions[f"S{k}"] = s.step
+                    step.append(one.format(f"S{k}({', '.join(f'a[{j}]' for j in range(n))}, b)"))
                 combine.append(one.format(f"tl.reduce({lanes}, 1, F{k}, keep_dims=True)"))
             wrap = "({},)" if self.results == 1 else "{}"
+            looked = _choice(f"{self.name}_observe", pool, observe, functions)
+            stepped = _choice("step", "a, b", step, functions)
+            formula = adapter(f"{self.name}_formula", pool, self.formula, expressions, wrap)
             self._bound[key] = fill(
-                _rows,
+                driver,
                 self.name,
                 types,
-                OBSERVE=_choice(f"{self.name}_observe", pool, observe, functions),
-                MERGE=_choice("merge", "a, b", merge, functions),
-                STEP=_choice("step", "a, b", step, functions),
+                **self._more(pool, expressions),
                 COMBINE=_choice("combine", "a", combine, functions),
-                FORMULA=adapter(f"{self.name}_formula", pool, self.formula, expressions, wrap),
+                FORMULA=formula,
+                JOIN=fill(_joined, f"{self.name}_joined", OBSERVE=looked, STEP=stepped),
+                FINISH=fill(_finish, f"{self.name}_finish", FORMULA=formula),
             )
         self._known[asked] = self._bound[key], runtime
         return self._bound[key], runtime
+
+    def _more(self, pool: str, expressions: Mapping[str, str]) -> dict[str, Any]:
+        """What else a driver needs."""
+        return {}
+
+
+_MERGE = "    for t in tl.static_range(len(b)):\n        a = {}\n    return a"
 
 
 def _choice(name: str, pool: str, expressions: Sequence[str], functions: dict[str, Any]) -> Any:

@@ -144,3 +144,57 @@ def _(x, y, approximate):
 def _(grad, x, y, approximate):
     share, slope = _share(x, approximate)
     return grad * y * (share + x * slope), grad * (x * share)
+
+
+def gelu_tanh_and_mul(x: Tensor, y: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """:func:`gelu_and_mul` with ``approximate="tanh"``."""
+    return gelu_and_mul(x, y, approximate="tanh", out=out)
+
+
+def mul_and_silu(x: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """``x[..., :d] * silu(x[..., d:])`` for packed ``x`` (..., 2d): :func:`silu_and_mul` with the halves swapped."""
+    first, second = _packed("mul_and_silu", x)
+    return silu_and_mul(second, first, out=out)
+
+
+def swiglu(input: Tensor) -> Tensor:
+    """``silu(input[..., :d]) * input[..., d:]`` for packed ``input`` (..., 2d). Source: Shazeer 2020."""
+    return silu_and_mul(input)
+
+
+def geglu(input: Tensor) -> Tensor:
+    """``gelu(input[..., :d]) * input[..., d:]`` with gelu's tanh form, for packed ``input`` (..., 2d). Source: Shazeer 2020."""
+    return gelu_and_mul(input, approximate="tanh")
+
+
+def _packed(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    if not x.ndim or x.shape[-1] % 2:
+        raise ShapeError(f"{name}: packed x must have a last dimension of even size, given shape {list(x.shape)}")
+    return halves(x)
+
+
+@_gate
+def relu_and_mul(x: Tensor, y: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """``relu(x) * y``; without ``y`` the last dimension of ``x`` holds both: ``relu(x[..., :d]) * x[..., d:]``.
+
+    Computed in float32 (float64 for float64) and rounded once; ``x`` and ``y`` broadcast. Source: ReGLU (Shazeer 2020).
+    """
+    gate, up, dtype = _operands("relu_and_mul", x, y)
+    return (F.relu(gate) * up).to(dtype)
+
+
+@relu_and_mul.formula
+@jit
+def _(x, y):
+    return language.relu(x) * y
+
+
+@relu_and_mul.gradient
+@jit
+def _(grad, x, y):
+    return grad * y * language.d_relu(x), grad * language.relu(x)
+
+
+def reglu(input: Tensor) -> Tensor:
+    """``relu(input[..., :d]) * input[..., d:]`` for packed ``input`` (..., 2d). Source: Shazeer 2020."""
+    return relu_and_mul(input)

@@ -9,6 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
+from triton.language.extra import libdevice
 
 from gemskit import language
 from gemskit._bind import parameters
@@ -19,7 +20,8 @@ from gemskit._op import operator
 from gemskit.errors import ArgumentError, DtypeError
 from gemskit.nn._drive import row_shape
 from gemskit.nn._rows import Rows, Statistic
-from gemskit.nn.softmax import element, online
+from gemskit.nn.softmax import SOFTMAX_STATISTICS, element
+from gemskit.pointwise import _fast
 from gemskit.reduce._fold import Fold, add_pairs
 
 
@@ -64,19 +66,8 @@ def _(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> list[
 
 
 @jit
-def _add3(a0, a1, a2, b0, b1, b2):
-    return a0 + b0, a1 + b1, a2 + b2
-
-
-@jit
 def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3
-
-
-@jit
-def _online_add2(peak_a, total_a, a0, a1, peak_b, total_b, b0, b1):
-    peak, total = language.online_softmax(peak_a, total_a, peak_b, total_b)
-    return peak, total, a0 + b0, a1 + b1
 
 
 @jit
@@ -90,8 +81,9 @@ def _hit(target, weight, col):
 
 @jit
 def _q(target, chances, weight, label_smoothing, col, cols):
-    p = _hit(target, None, col) if chances is None else chances
-    q = (1 - label_smoothing) * p + label_smoothing / cols
+    q = _hit(target, None, col) if chances is None else chances
+    if label_smoothing is not None:
+        q = (1 - label_smoothing) * q + label_smoothing / cols
     if weight is not None:
         q = q * weight
     return q
@@ -104,20 +96,10 @@ def _in_range(chosen, target, cols):
 
 
 @jit
-def _hard_observe(input, peak, target, weight, col):
-    return language.exp(input - peak), tl.where(col == target, input, 0.0), _hit(target, weight, col)
-
-
-@jit
-def _hard_online(input, target, weight, col):
-    peak, one = online(input)
-    return peak, one, tl.where(col == target, input, 0.0), _hit(target, weight, col)
-
-
-@jit
 def _hard(target, ignore_index, cols, peak, total, picked, chosen):
     log_total = language.log(total)
-    chosen = _in_range(chosen, target, cols)
+    if chosen is None:
+        chosen = _in_range(tl.full(total.shape, 1.0, total.dtype), target, cols)
     counts = target != ignore_index
     mass = tl.where(counts, chosen, 0.0)
     loss = tl.where(counts, chosen * (log_total - (picked - peak)), 0.0)
@@ -153,13 +135,10 @@ def _soft(target, ignore_index, cols, peak, total, mass, cross, chosen):
 _HARD = Rows(
     "cross_entropy",
     _hard,
-    [
-        Statistic(("peak",), element, language.maximum, ("lowest",), "tile"),
-        Statistic(("total", "picked", "chosen"), _hard_observe, _add3, (0, 0, 0), "tile"),
-        Statistic(("peak", "total", "picked", "chosen"), _hard_online, _online_add2, ("lowest", 0, 0, 0), "loop"),
-    ],
+    SOFTMAX_STATISTICS,
     results=5,
     keep=("target",),
+    gathers={"picked": ("input", "target"), "chosen": ("weight", "target")},
 )
 _SOFT = Rows(
     "cross_entropy_soft",
@@ -182,9 +161,25 @@ def _scaled(grad, denominator):
 
 @jit
 def _input_grad(
-    input, grad, target, chances, weight, label_smoothing, ignore_index, peak, log_total, mass, denominator, col, cols
+    input,
+    grad,
+    target,
+    chances,
+    weight,
+    label_smoothing,
+    ignore_index,
+    peak,
+    log_total,
+    mass,
+    denominator,
+    col,
+    cols,
+    precise,
 ):
-    p = language.exp(input - peak - log_total)
+    if precise:
+        p = language.exp(input - peak - log_total)
+    else:
+        p = libdevice.exp2((input - peak) * _fast.LOG2E - log_total * _fast.LOG2E)
     dx = (p * mass - _q(target, chances, weight, label_smoothing, col, cols)) * _scaled(grad, denominator)
     if target is not None:
         dx = tl.where(target != ignore_index, dx, 0.0)
@@ -193,7 +188,9 @@ def _input_grad(
 
 @jit
 def _chances_grad(input, grad, weight, label_smoothing, peak, log_total, denominator):
-    d = (peak + log_total - input) * (_scaled(grad, denominator) * (1 - label_smoothing))
+    d = (peak + log_total - input) * _scaled(grad, denominator)
+    if label_smoothing is not None:
+        d *= 1 - label_smoothing
     return d if weight is None else d * weight
 
 
@@ -262,7 +259,7 @@ def _(
         rows |= {2: values(), 3: values(), 4: values()}
         keep.update(peak=rows[2], log_total=rows[3], mass=rows[4], denominator=None)
     kernel = _HARD if named["target"] is not None and label_smoothing == 0 else _SOFT
-    numbers = {"ignore_index": ignore_index, "label_smoothing": float(label_smoothing)}
+    numbers = {"ignore_index": ignore_index, "label_smoothing": label_smoothing or None}
     kernel({**named, **numbers}, tuple(rows.values()), input.shape, (dim,), compute, tuple(rows))
     if reduction == "none":
         return
@@ -285,7 +282,7 @@ def _gradient(
     dim, operands = _operands(input, target, weight)
     named = {
         **operands, "grad": grad.unsqueeze(dim) if grad.ndim else grad, "peak": peak, "log_total": log_total, "mass": mass,
-        "denominator": denominator, "ignore_index": ignore_index, "label_smoothing": float(label_smoothing),
+        "denominator": denominator, "ignore_index": ignore_index, "label_smoothing": label_smoothing or None,
     }  # fmt: skip
     found: dict[str, Tensor] = {}
     for name, like, kernel in (("input", input, _INPUT_GRAD), ("target", target, _CHANCES_GRAD)):

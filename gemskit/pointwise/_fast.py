@@ -47,6 +47,12 @@ def exp(x, precise):
 
 
 @jit
+def exp_share(x):
+    """``e**x`` for what is added to 1: ``x <= 0``, off by 2**-22 and 2**-24 ``|x|`` of itself; 0 below 2**-126."""
+    return libdevice.exp2(x * LOG2E)
+
+
+@jit
 def exp2(x):
     """``2**x``: 2**-22 for every float32; what would be subnormal included, which the instruction takes for zero."""
     if x.dtype == tl.float64:

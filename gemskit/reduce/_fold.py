@@ -308,7 +308,7 @@ class Fold(Planned):
             # Among the states of pieces no position is better than any.
             values = ["highest" if joined and v is None else v for v in self.identity]
             if words and not joined:
-                values = [-v for v in self.identity]
+                values = [-int(v or 0) for v in self.identity]
             return tuple(identity_of(v, s) for v, s in zip(values, states))
 
         meta = dict(

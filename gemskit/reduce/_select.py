@@ -20,17 +20,9 @@ from gemskit import _layout
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
-from gemskit.reduce._sort import (
-    Rows,
-    in_order,
-    key_bits,
-    key_of,
-    log2,
-    neighbours,
-    smallest,
-    sort_into,
-    store_element,
-)
+from gemskit.reduce._keys import Rows, key_bits, key_of, log2, store_element
+from gemskit.reduce._network import in_order, neighbours, smallest
+from gemskit.reduce._sort import sort_into
 
 #: Largest k that networks choose, and that a search does; more are sorted.
 FEW, MOST = 64, 4096

@@ -19,6 +19,7 @@ from gemskit.pointwise._drive import Elementwise
 from gemskit.reduce._compact import Compaction, flat, is_set, total
 from gemskit.reduce._drive import element
 from gemskit.reduce._fold import Fold
+from gemskit.reduce._sort import sort_into
 
 
 @jit
@@ -150,6 +151,8 @@ def _length(stop, start):
 
 
 _RUNS = Compaction("unique", _differs, _runs)
+#: Elements from which on to ask for their range is worth its time, that of about one pass of a sort.
+_MANY = 1 << 18
 _LENGTHS = Elementwise("unique_counts", _length)
 
 
@@ -187,6 +190,17 @@ def _flat(name: str, input: Tensor, dim: int | None) -> None:
         )
 
 
+def _bits(keys: Tensor) -> int:
+    """How many of the lowest bits of many wide integers differ: all others need no pass of the radix sort. 0: perhaps all."""
+    if keys.dtype not in (torch.int32, torch.int64) or keys.numel() < _MANY:
+        return 0
+    # At the head of this file they would import each other.
+    from gemskit.reduce.extrema import aminmax
+
+    low, high = (int(v) for v in aminmax(keys))
+    return max(1, (low ^ high).bit_length()) if (low < 0) == (high < 0) else 0
+
+
 @sized(aten="_unique2")
 def unique(
     input: Tensor, sorted: bool = True, return_inverse: bool = False, return_counts: bool = False,
@@ -206,11 +220,12 @@ def _(
     keep: Any, input: Tensor, sorted: bool, return_inverse: bool, return_counts: bool, dim: int | None
 ) -> tuple[Any, ...]:
     _flat("unique", input, dim)
-    # At the head of this file the two would import each other.
-    from gemskit.reduce.sorting import sort
-
-    ordered, order = sort(flat(input), 0)
-    return _distinct(ordered, order if return_inverse else None, input.shape, return_inverse, return_counts)
+    keys = flat(input)
+    ordered = torch.empty_like(keys)
+    # Without the places less is moved: integers that are equal are the same.
+    order = torch.empty(keys.shape, dtype=torch.int64, device=keys.device) if return_inverse else None
+    sort_into(ordered, order, keys, 0, False, bits=_bits(keys))
+    return _distinct(ordered, order, input.shape, return_inverse, return_counts)
 
 
 @sized(aten="unique_consecutive")

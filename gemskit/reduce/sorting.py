@@ -14,8 +14,9 @@ from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
 from gemskit._op import Op, P, R, operator
+from gemskit.reduce._keys import Rows
 from gemskit.reduce._select import topk_into
-from gemskit.reduce._sort import Rows, sort_into
+from gemskit.reduce._sort import sort_into
 
 
 class Sorting(Op[P, R]):

@@ -1,0 +1,173 @@
+"""Rows whose formula is a gradient, together with the sums over all rows that are the gradients of weight and bias.
+
+A program takes a block of rows, keeps the sums of its columns in registers and stores them once; a second, small kernel adds
+those of all programs in order. So the elements are read once, where a fold of its own would read them a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from gemskit import _layout, backends
+from gemskit._bind import generated, parameters, slots
+from gemskit._jit import jit
+from gemskit._launch import launch
+from gemskit._op import Named
+from gemskit.nn._row_space import Space
+from gemskit.nn._rows import Rows, Statistic, _converted, _masked, _nothing, _read, _start
+
+#: Filled in per operator.
+SUMS: Any = None
+COMBINE: Any = None
+JOIN: Any = None
+FINISH: Any = None
+
+
+@jit
+def _row_sums(
+    outs, sums, ins, row_sizes, col_sizes, out_row, out_col, in_row, in_col, s0, s1, s2, s3, rows, cols, part,
+    COMPUTE: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr, OUT_ALONG: tl.constexpr,
+    PICK: tl.constexpr, VECTORS: tl.constexpr, OTHERS: tl.constexpr, NONE: tl.constexpr, IDENTITY: tl.constexpr,
+    ZEROS: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0)
+    if WIDE:
+        i = i.to(tl.int64)
+    lane = tl.arange(0, BM)[:, None]
+    col = tl.arange(0, BN)[None, :]
+    first = i * part
+    stop = tl.minimum(first + part, rows)
+    total = _start(ZEROS, 0, COMPUTE, BM, BN)
+    none = _nothing(first + lane, ins)
+    vectors = _read(
+        none, ins, first + lane, col, rows, cols, row_sizes, col_sizes, in_row, in_col, VECTORS, ALONG, EVEN, ""
+    )
+    raw = _read(
+        vectors, ins, first + lane, col, rows, cols, row_sizes, col_sizes, in_row, in_col, OTHERS, ALONG, EVEN, "evict_first"
+    )  # fmt: skip
+    for start in range(first, stop, BM):
+        row = start + lane
+        # The next rows are on their way while these are summed.
+        following = _read(
+            vectors, ins, row + BM, col, rows, cols, row_sizes, col_sizes, in_row, in_col, OTHERS, ALONG, 2 if EVEN else 0,
+            "evict_first",
+        )  # fmt: skip
+        stats = ()
+        for K in tl.static_range(len(IDENTITY)):
+            state = _start(IDENTITY, K, COMPUTE, BM, BN)
+            state = JOIN(
+                state, (raw,), ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, K,
+                COMPUTE, ROUND, KEEP, ALONG, NONE, IDENTITY, EVEN, True, BM, BN,
+            )  # fmt: skip
+            stats = stats + COMBINE(K, state)
+        FINISH(
+            outs, (raw,), ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, out_row, out_col, in_row,
+            in_col, COMPUTE, ROUND, KEEP, ALONG, OUT_ALONG, PICK, NONE, EVEN, True, BM, BN,
+        )  # fmt: skip
+        v = _converted(raw, COMPUTE, ROUND, KEEP)
+        terms = SUMS(v, s0, s1, s2, s3, col, cols)
+        terms = _masked(terms, (row < stop) & (col < cols), ZEROS, 0, COMPUTE, EVEN, BM, BN)
+        total = _added(total, terms)
+        raw = following
+    for k in tl.static_range(len(sums)):
+        tl.store(sums[k] + i * cols + col, tl.sum(total[k], 0, keep_dims=True), col < cols)
+
+
+@jit
+def _added(total, terms):
+    grown = ()
+    for k in tl.static_range(len(total)):
+        grown = grown + (total[k] + terms[k],)
+    return grown
+
+
+@jit(repr=lambda _: "row_sums_join")
+def _join(outs, sums, count, cols, BM: tl.constexpr, BN: tl.constexpr):
+    """The sums of all programs, in their order."""
+    col = tl.program_id(0) * BN + tl.arange(0, BN)[None, :]
+    for k in tl.static_range(len(outs)):
+        total = tl.zeros((BM, BN), sums[k].dtype.element_ty)
+        for start in range(0, count, BM):
+            row = start + tl.arange(0, BM)[:, None]
+            total += tl.load(sums[k] + row * cols + col, (row < count) & (col < cols), other=0)
+        tl.store(outs[k] + col, tl.sum(total, 0, keep_dims=True).to(outs[k].dtype.element_ty), col < cols)
+
+
+class RowSums(Rows):
+    """A formula of rows and sums over the rows, by name of the vectors that they are the gradients of."""
+
+    def __init__(
+        self,
+        name: str,
+        formula: Any,
+        statistics: Sequence[Statistic],
+        sums: Mapping[str, Any],
+        keep: Sequence[str] = (),
+    ) -> None:
+        super().__init__(name, formula, statistics, keep=keep)
+        self.sums = dict(sums)
+        self.names = tuple(dict.fromkeys((*self.names, *(p for f in self.sums.values() for p in parameters(f)))))
+
+    def fits(self, cols: int, compute: torch.dtype) -> bool:
+        """Whether a row and its sums stay in registers."""
+        config = backends.arch().config("rowwise")
+        return 0 < cols * (1 + len(self.sums)) <= config["sums_max"] * 4 // max(4, compute.itemsize)
+
+    def plan(  # type: ignore[override]
+        self, named: Named, outs: Sequence[Tensor], shape: Sequence[int], dims: Sequence[int], compute: torch.dtype,
+        pick: Sequence[int],
+    ) -> Callable[[Sequence[Tensor], Named], None]:  # fmt: skip
+        """The launches for ``outs``: as many results of the formula as ``pick`` has, then the vectors."""
+        n = len(pick)
+        space = Space.of(named, outs[:n], [o for o in self.names if isinstance(named.get(o), Tensor)], shape, dims)
+        config = backends.arch().config("rowwise")
+        rows, cols = space.rows, space.cols
+        bn = _layout.next_power_of_2(cols)
+        bm = max(1, min(config["sums_tile"] // bn, _layout.next_power_of_2(rows)))
+        part = _layout.cdiv(_layout.cdiv(rows, bm), config["programs"]) * bm
+        count = _layout.cdiv(rows, part)
+        kernel, runtime = self._bind(_row_sums, named, space.operands, compute, "tile", space.precise)
+        meta = dict(
+            **{
+                n: v
+                for n, v in self._meta(space, compute, "tile", pick).items()
+                if n not in ("ELEMENTS", "OBSERVED", "NAMED")
+            },
+            VECTORS=tuple(int(a == 1) for a in space.along),
+            OTHERS=tuple(int(a != 1) for a in space.along),
+            NONE=(0,) * len(space.operands),
+            ZEROS=((0,) * len(self.sums),),
+            EVEN=int(part % bm == 0 == rows % part and cols == bn),
+            BM=bm,
+            BN=bn,
+            num_warps=min(config["warps"], max(1, bm * bn // 256)),
+        )
+        if self._registers(meta["num_warps"]):
+            meta["maxnreg"] = self._registers(meta["num_warps"])
+        again = dict(BM=64, BN=32, num_warps=4)
+
+        def run(outs: Sequence[Tensor], named: Named) -> None:
+            if not rows:
+                return
+            ins = tuple([named[o] for o in space.operands])
+            scalars = slots([named[s] for s in runtime])
+            sums = tuple([torch.empty((count, cols), dtype=compute, device=ins[0].device) for _ in self.sums])
+            launch(
+                kernel, (count,), (tuple(outs[:n]), sums, ins, *space.strided, *scalars, rows, cols, part), meta
+            )  # fmt: skip
+            launch(_join, (_layout.cdiv(cols, 32),), (tuple(outs[n:]), sums, count, cols), again)
+
+        return run
+
+    def _more(self, pool: str, expressions: Mapping[str, str]) -> dict[str, Any]:
+        calls = [f"S{k}({', '.join(expressions[p] for p in parameters(f))})" for k, f in enumerate(self.sums.values())]
+        body = f"    return ({', '.join(calls)},)"
+        pool = pool.replace("stats, ", "")
+        return {
+            "SUMS": generated(f"{self.name}_sums", pool, body, **{f"S{k}": f for k, f in enumerate(self.sums.values())})
+        }

@@ -49,6 +49,19 @@ from gemskit.blas import tensordot as tensordot
 from gemskit.blas import vdot as vdot
 from gemskit.blas import w8a8_block_fp8_matmul as w8a8_block_fp8_matmul
 from gemskit.blas import weight_int8pack_mm as weight_int8pack_mm
+from gemskit.nn import flash_attn_with_kvcache as flash_attn_with_kvcache
+from gemskit.nn import flash_mla as flash_mla
+from gemskit.nn import flash_mla_with_kvcache as flash_mla_with_kvcache
+from gemskit.nn import get_scheduler_metadata as get_scheduler_metadata
+from gemskit.nn import mla_decode as mla_decode
+from gemskit.nn import paged_attention as paged_attention
+from gemskit.nn import concat_and_cache_mla as concat_and_cache_mla
+from gemskit.nn import merge_attn_states as merge_attn_states
+from gemskit.nn import reshape_and_cache as reshape_and_cache
+from gemskit.nn import reshape_and_cache_flash as reshape_and_cache_flash
+from gemskit.nn import flash_attention as flash_attention
+from gemskit.nn import flash_attn_func as flash_attn_func
+from gemskit.nn import flash_attn_varlen_func as flash_attn_varlen_func
 from gemskit.nn import LayerNorm as LayerNorm
 from gemskit.nn import RMSNorm as RMSNorm
 from gemskit.nn import RotaryEmbedding as RotaryEmbedding
@@ -67,6 +80,7 @@ from gemskit.nn import log_softmax_backward as log_softmax_backward
 from gemskit.nn import rms_norm as rms_norm
 from gemskit.nn import safe_softmax as safe_softmax
 from gemskit.nn import scaled_dot_product_attention as scaled_dot_product_attention
+from gemskit.nn import scaled_dot_product_attention_lse as scaled_dot_product_attention_lse
 from gemskit.nn import scaled_softmax_backward as scaled_softmax_backward
 from gemskit.nn import scaled_softmax_forward as scaled_softmax_forward
 from gemskit.nn import silu_and_mul as silu_and_mul

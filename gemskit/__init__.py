@@ -49,6 +49,7 @@ from gemskit.blas import tensordot as tensordot
 from gemskit.blas import vdot as vdot
 from gemskit.blas import w8a8_block_fp8_matmul as w8a8_block_fp8_matmul
 from gemskit.blas import weight_int8pack_mm as weight_int8pack_mm
+from gemskit.nn import attention as attention
 from gemskit.nn import flash_attn_with_kvcache as flash_attn_with_kvcache
 from gemskit.nn import flash_mla as flash_mla
 from gemskit.nn import flash_mla_with_kvcache as flash_mla_with_kvcache

@@ -6,6 +6,7 @@ from gemskit.nn.embedding import embedding as embedding
 from gemskit.nn.flash import flash_attention as flash_attention
 from gemskit.nn.flash import flash_attn_func as flash_attn_func
 from gemskit.nn.flash import flash_attn_varlen_func as flash_attn_varlen_func
+from gemskit.nn.flexible import attention as attention
 from gemskit.nn.gates import gelu_and_mul as gelu_and_mul
 from gemskit.nn.gates import silu_and_mul as silu_and_mul
 from gemskit.nn.kv_cache import concat_and_cache_mla as concat_and_cache_mla

@@ -76,6 +76,8 @@ class Mods:
     slope: Any = None
     visible: Any = None
     aux: tuple[Any, ...] = ()
+    #: Whether ``visible`` answers alike for all batches and heads.
+    shared: bool = False
 
 
 @dataclass
@@ -211,16 +213,17 @@ def lists(p: Problem, m: int, n: int, *, by_key: bool = False) -> tuple[Tensor |
     down, across = _layout.cdiv(p.length, m), _layout.cdiv(p.size, n)
     if by_key:
         down, across = across, down
-    found = torch.empty((p.batch, p.heads, down, across), dtype=torch.int32, device=p.query.device)
-    counts = torch.empty((p.batch, p.heads, down), dtype=torch.int32, device=p.query.device)
+    batch, heads = (1, 1) if p.mods.shared else (p.batch, p.heads)
+    found = torch.empty((batch, heads, down, across), dtype=torch.int32, device=p.query.device)
+    counts = torch.empty((batch, heads, down), dtype=torch.int32, device=p.query.device)
     meta = {"M": m, "N": n, "BY_KEY": by_key, "VISIBLE": p.mods.visible, "SIDES": p.shape["SIDES"], "BOTTOM": p.bottom}
     launch(
         attention_list,
-        (down * p.batch * p.heads,),
-        (found, counts, p.heads, p.length, p.size, *p.sides, p.mods.aux),
+        (down * batch * heads,),
+        (found, counts, heads, p.length, p.size, *p.sides, p.mods.aux),
         {**meta, "num_warps": 4},
     )
-    return found, counts, (p.heads * down, down, across)
+    return found, counts, (0, 0, across) if p.mods.shared else (heads * down, down, across)
 
 
 def parts_of(rows: int, size: int, planes: int, block: Mapping[str, int], config: Mapping[str, int]) -> int:

@@ -31,10 +31,11 @@ def rows(op: Op[..., Any], named: Mapping[str, Any], out: Tensor) -> dict[str, S
 def _attention(op: Op[..., Any], named: Mapping[str, Any], out: Tensor) -> dict[str, Spec]:
     rows = tuple(out.shape[:-1])
     shape = (math.prod(rows[:-2]), *rows[-2:]) if len(rows) > 1 else (1, 1, *rows)
-    kept: dict[str, Spec] = {"lse": (shape, compute_type(named["query"].dtype))}
-    if named["dropout_p"]:
-        kept["seed"] = ((1,), torch.int64)
-    return kept
+    return {"lse": (shape, compute_type(named["query"].dtype)), **_seed(op, named, out)}
+
+
+def _seed(op: Op[..., Any], named: Mapping[str, Any], out: Tensor) -> dict[str, Spec]:
+    return {"seed": ((1,), torch.int64)} if named["dropout_p"] else {}
 
 
 def _cross_entropy(op: Op[..., Any], named: Mapping[str, Any], out: Tensor) -> dict[str, Spec]:
@@ -51,5 +52,7 @@ def _cross_entropy(op: Op[..., Any], named: Mapping[str, Any], out: Tensor) -> d
 #: The rule of operators that are not of the row-wise family, by name.
 KEPT: dict[str, Callable[[Op[..., Any], Mapping[str, Any], Tensor], dict[str, Spec]]] = {
     "scaled_dot_product_attention": _attention,
+    "scaled_dot_product_attention_lse": _seed,
+    "flash_attention": _seed,
     "cross_entropy": _cross_entropy,
 }

@@ -462,11 +462,11 @@ REFUSED: tuple[tuple[tuple[str, ...], tuple[torch.dtype, ...], str], ...] = ()
 #: Checks that say nothing, and why: (operator, kind) -> reason.
 EXEMPT: dict[tuple[str, str], str] = {
     ("hardtanh_backward", "special"): "at NaN torch gives 0 where its CPU code is vectorised, elsewhere the gradient",
-    (
-        "scaled_dot_product_attention",
-        "special",
-    ): "torch's backends differ among each other on NaN and inf (the CPU one turns a "
-    "NaN row into zeros, the math one spreads a NaN that causality skips); tests/test_attention.py pins ours",
+    **{
+        (name, "special"): "torch's backends differ among each other on NaN and inf (the CPU one turns a "
+        "NaN row into zeros, the math one spreads a NaN that causality skips); tests/test_attention.py pins ours"
+        for name in ("scaled_dot_product_attention", "scaled_dot_product_attention_lse", "flash_attention")
+    },
 }
 
 #: Operators whose gradient in torch 2.11 reads out of bounds where gradients are not aligned: the CPU's counts.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gemskit._interpret import interpret
-from gemskit.nn import _attention_host as attention
+from gemskit.nn import _attention_dense as attention
 
 CONFIG = {"m": 32, "n": 32, "warps": 4, "stages": 1}
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

@@ -1,7 +1,12 @@
 """Fused model operators and nn.Module drop-ins."""
 
 from gemskit.nn.attention import scaled_dot_product_attention as scaled_dot_product_attention
+from gemskit.nn.attention import scaled_dot_product_attention_lse as scaled_dot_product_attention_lse
 from gemskit.nn.embedding import embedding as embedding
+from gemskit.nn.flash import flash_attention as flash_attention
+from gemskit.nn.flash import flash_attn_func as flash_attn_func
+from gemskit.nn.flash import flash_attn_varlen_func as flash_attn_varlen_func
+from gemskit.nn.flexible import attention as attention
 from gemskit.nn.gates import geglu as geglu
 from gemskit.nn.gates import gelu_and_mul as gelu_and_mul
 from gemskit.nn.gates import gelu_tanh_and_mul as gelu_tanh_and_mul
@@ -10,6 +15,10 @@ from gemskit.nn.gates import reglu as reglu
 from gemskit.nn.gates import relu_and_mul as relu_and_mul
 from gemskit.nn.gates import silu_and_mul as silu_and_mul
 from gemskit.nn.gates import swiglu as swiglu
+from gemskit.nn.kv_cache import concat_and_cache_mla as concat_and_cache_mla
+from gemskit.nn.kv_cache import merge_attn_states as merge_attn_states
+from gemskit.nn.kv_cache import reshape_and_cache as reshape_and_cache
+from gemskit.nn.kv_cache import reshape_and_cache_flash as reshape_and_cache_flash
 from gemskit.nn.loss import cross_entropy as cross_entropy
 from gemskit.nn.modules import LayerNorm as LayerNorm
 from gemskit.nn.modules import RMSNorm as RMSNorm
@@ -21,6 +30,12 @@ from gemskit.nn.norm import fused_add_rms_norm_ as fused_add_rms_norm_
 from gemskit.nn.norm import layer_norm as layer_norm
 from gemskit.nn.norm import rms_norm as rms_norm
 from gemskit.nn.norm import skip_layer_norm as skip_layer_norm
+from gemskit.nn.paged import flash_attn_with_kvcache as flash_attn_with_kvcache
+from gemskit.nn.paged import flash_mla as flash_mla
+from gemskit.nn.paged import flash_mla_with_kvcache as flash_mla_with_kvcache
+from gemskit.nn.paged import get_scheduler_metadata as get_scheduler_metadata
+from gemskit.nn.paged import mla_decode as mla_decode
+from gemskit.nn.paged import paged_attention as paged_attention
 from gemskit.nn.rotary import apply_rotary_pos_emb as apply_rotary_pos_emb
 from gemskit.nn.rotary import apply_rotary_pos_emb_ as apply_rotary_pos_emb_
 from gemskit.nn.softmax import log_softmax as log_softmax

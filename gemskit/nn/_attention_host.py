@@ -1,11 +1,14 @@
-"""Launching the attention kernels: block sizes, (batch, heads, rows, columns) views of any layout, broadcast sums."""
+"""Launching the attention kernels: what a call is (`Problem`), block sizes, splits, block lists, gradients.
+
+Which kernel serves a problem is chosen in `run` and `run_backward`, by the numbers of the launch table and nothing else.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,17 +17,17 @@ from torch import Tensor
 from gemskit import _layout
 from gemskit._launch import launch
 from gemskit.errors import NoKernel
-from gemskit.nn._attention import (
+from gemskit.nn._attention import attention_forward, attention_merge
+from gemskit.nn._attention_grads import (
     attention_delta,
-    attention_forward,
     attention_grad_key_value,
     attention_grad_mask,
     attention_grad_query,
 )
-from gemskit.pointwise import where
-from gemskit.reduce import sum
+from gemskit.nn._attention_lists import attention_list
 
 _SPLIT = 128  # above this head size the accumulators of both gradients together spill registers: two launches then
+FEW = 16  # query rows of a sequence up to which a call is a decoding step
 
 
 def blocks(head_size: int, config: Mapping[str, int], *, itemsize: int = 2, kernel: str = "forward") -> dict[str, int]:
@@ -32,15 +35,17 @@ def blocks(head_size: int, config: Mapping[str, int], *, itemsize: int = 2, kern
 
     ``config`` is the launch table's row: rows ``m`` of a query block and columns ``n`` of a key block in the forward at
     head size 64, ``warps``, ``stages``, and optionally ``wide``, the warps of the backward above head size 128
-    (default ``warps``). ``kernel`` is "forward", "key_value" or "query". Wider heads and 4 or 8 byte
+    (default ``warps``). ``kernel`` is "forward", "few" (rows), "key_value" or "query". Wider heads and 4 or 8 byte
     elements take smaller blocks, so that accumulators stay in registers and tiles in shared memory.
     """
     wide = max(16, _layout.next_power_of_2(head_size))
     m, n, warps, stages = config["m"], config["n"], config["warps"], config["stages"]
+    if kernel == "few" and wide > 256:  # one key is a row of 576 numbers, whose first 512 are the value
+        return {"M": 16, "N": 32 if itemsize <= 2 else 16, "num_warps": 4, "num_stages": 1}
     if itemsize > 2:  # no matrix unit takes these at full precision: operands live in registers
         side = max(16, min(32, 4096 // (wide * itemsize)))
         return {"M": min(m, side), "N": min(n, side), "num_warps": 4, "num_stages": 1}
-    if kernel == "forward":
+    if kernel in ("forward", "few"):
         return {
             "M": min(m, max(16, 16384 // wide)),
             "N": n if wide <= 128 else min(n, 32),
@@ -63,255 +68,324 @@ def blocks(head_size: int, config: Mapping[str, int], *, itemsize: int = 2, kern
     return {"M": min(n, 4 * warps), "N": 8 * warps, "num_warps": warps, "num_stages": fewer}
 
 
-class _Problem:
-    """One call brought to 4-D: (batch, heads, rows, columns) views, and the arguments that all kernels share."""
+@dataclass(frozen=True)
+class Mods:
+    """Functions of the user's, as jit functions of ``(.., aux)``, and the tensors and numbers that they read."""
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,
-        precision: str,
-    ) -> None:
-        if query.shape[-1] > 256 or value.shape[-1] > 256:
+    score: Any = None
+    slope: Any = None
+    visible: Any = None
+    aux: tuple[Any, ...] = ()
+    #: Whether ``visible`` answers alike for all batches and heads.
+    shared: bool = False
+
+
+@dataclass
+class Problem:
+    """One call of the kernels. All tensors have the axes (batch, heads, rows, columns), with any strides.
+
+    Packed sequences have a batch of 1 and the bounds ``bounds_q`` and ``bounds_k`` (sequences + 1); ``used`` is the number of
+    keys of each. With a ``table`` (sequences, pages) the batch of ``key`` and ``value`` is that of pages, and their rows are
+    those of a page. ``length`` and ``size`` are the most rows and keys of a sequence.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    batch: int
+    length: int
+    size: int
+    scale: float | None = None
+    mask: Tensor | None = None
+    dropout: float = 0.0
+    seed: Tensor | None = None
+    left: int | None = None
+    right: int | None = None
+    bottom: bool = False
+    cap: float = 0.0
+    slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    bounds_q: Tensor | None = None
+    bounds_k: Tensor | None = None
+    used: Tensor | None = None
+    table: Tensor | None = None
+    #: Of query, key and value, by (batch, key head).
+    descale: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    #: A key's columns lie in groups of so many, this stride apart (0: they do not).
+    split: tuple[int, int] = (0, 0)
+    mods: Mods = field(default_factory=Mods)
+    precision: str = "ieee"
+    name: str = "scaled_dot_product_attention"
+
+    def __post_init__(self) -> None:
+        head, width = self.query.shape[-1], self.value.shape[-1]
+        self.heads, self.owners = self.query.shape[1], self.key.shape[1]
+        if self.owners != self.value.shape[1] or self.owners == 0 or self.heads % self.owners:
             raise NoKernel(
-                f"scaled_dot_product_attention: head sizes {query.shape[-1]} and {value.shape[-1]} given, "
-                "up to 256 accepted"
-            )
-        heads_q, heads_k, heads_v = (t.shape[-3] if t.dim() > 2 else 1 for t in (query, key, value))
-        owners = max(heads_k, heads_v)
-        self.heads = heads_q if enable_gqa else max(heads_q, owners)
-        if heads_k not in (1, owners) or heads_v not in (1, owners) or self.heads % owners:
-            raise NoKernel(
-                f"scaled_dot_product_attention: {heads_q} query, {heads_k} key and {heads_v} value heads "
+                f"{self.name}: {self.heads} query, {self.owners} key and {self.value.shape[1]} value heads "
                 "given; key and value need the same number (or one of them 1), which divides query's"
             )
-        self.owners = owners
-        self.lead = torch.broadcast_shapes(*(t.shape[:-3] for t in (query, key, value)))
-        self.batch = math.prod(self.lead)
-        self.length, self.size = query.shape[-2], key.shape[-2]
-        self.query, self.key = self.view(query, self.heads), self.view(key, owners)
-        self.value = self.view(value, owners)
-        self.mask = None
-        if mask is not None:
-            # float64 products reject an operand that depends on a one-byte load (Triton 3.6).
-            if mask.dtype == torch.bool and query.dtype == torch.float64:
-                mask = where(mask, 0.0, torch.full((), -math.inf, dtype=torch.float64, device=mask.device))
-            self.mask = self.view(mask.expand(*mask.shape[:-2], self.length, self.size), self.heads)
-        self.type = torch.float64 if query.dtype == torch.float64 else torch.float32
-        factor = float(scale) if scale is not None else 1 / math.sqrt(query.shape[-1] or 1)
+        self.group = self.heads // self.owners
+        self.type = torch.float64 if self.query.dtype == torch.float64 else torch.float32
+        factor = float(self.scale) if self.scale is not None else 1 / math.sqrt(head or 1)
         (short,) = struct.unpack("f", struct.pack("f", factor))
-        self.sizes = (self.heads, self.heads // owners, self.length, self.size)
-        self.scalars = (short, factor - short, float(dropout_p), 1 / (1 - dropout_p) if dropout_p < 1 else 0.0)
-        wide, wide_value = (max(16, _layout.next_power_of_2(t.shape[-1])) for t in (query, value))
-        if query.shape[-1] != wide and value.shape[-1] != wide_value:
+        stays = 1 / (1 - self.dropout) if self.dropout < 1 else 0.0
+        #: scale, scale_low, dropout, kept_scale
+        self.numbers = (short, factor - short, self.dropout if self.dropout else None, stays)
+        wide, wide_value = (max(16, _layout.next_power_of_2(n)) for n in (head, width))
+        if head != wide and width != wide_value:
             # Triton 3.6 miscompiles tiles of 64 x 64 that are padded to two widths (sm_90, E 33, Ev 20: off by 1.4).
             wide = wide_value = max(wide, wide_value)
-        self.meta: dict[str, Any] = {
-            "HEAD": query.shape[-1],
+        self.width = max(wide, wide_value)
+        if self.width > (1024 if self.table is not None else 256):
+            raise NoKernel(
+                f"{self.name}: head sizes {head} and {width} given, up to 256 accepted, and 1024 with pages of keys"
+            )
+        self.shape: dict[str, Any] = {
+            "HEAD": head,
             "E": wide,
-            "VALUE": value.shape[-1],
+            "VALUE": width,
             "EV": wide_value,
-            "CAUSAL": is_causal,
-            "DROPOUT": dropout_p > 0,
-            "PRECISION": precision if query.dtype == torch.float32 else "ieee",
-            "WIDE": False,
+            "SIDES": (self.right is not None) + 2 * (self.left is not None),
+            "BOTTOM": self.bottom,
+            "PRECISION": self.precision if self.query.dtype == torch.float32 else "ieee",
         }
-        self.reach(self.query, self.key, self.value)
-        self.kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
+        self.kind = 0 if self.mask is None else 1 if self.mask.dtype == torch.bool else 2
+        self.modified = {"SCORE": self.mods.score, "VISIBLE": self.mods.visible}
 
-    def view(self, t: Tensor, heads: int) -> Tensor:
-        """(batch, heads, rows, columns); a copy only where five or more dimensions do not collapse."""
-        return t.expand(*self.lead, heads, *t.shape[-2:]).reshape(self.batch, heads, *t.shape[-2:])
+    @property
+    def empty(self) -> bool:
+        """Whether no score is computed."""
+        return 0 in (self.batch, self.heads, self.length, self.size, self.value.shape[-1])
 
-    def reach(self, *tensors: Tensor) -> None:
-        """Note whether a tile of 256 rows and columns of any of these reaches past 2^31 elements."""
-        self.meta["WIDE"] |= any(256 * (t.stride(-2) + t.stride(-1)) >= 2**31 for t in tensors)
+    def wide(self, *tensors: Tensor) -> bool:
+        """Whether a tile of 256 rows and columns of any of these reaches past 2^31 elements."""
+        every = (self.query, self.key, self.value, *tensors)
+        return any(256 * (t.stride(-2) + t.stride(-1)) >= 2**31 for t in every)
 
-    @contextlib.contextmanager
-    def target(self, t: Tensor, heads: int) -> Iterator[Tensor]:
-        """The 4-D tensor to write for the result ``t``; where that cannot be a view, ``t`` gets its sum at the end."""
-        whole = (*self.lead, heads, *t.shape[-2:])
-        if t.numel() == math.prod(whole) and (t.dim() <= 4 or t.is_contiguous()):
-            yield self.view(t, heads)
-            return
-        wide = torch.empty(whole, dtype=self.type, device=t.device)
-        yield self.view(wide, heads)
-        lead = len(whole) - t.dim()
-        dims = [d for d, n in enumerate(whole) if d < lead or t.shape[d - lead] != n]
-        t.copy_(sum(wide, dims, keepdim=True).reshape(t.shape))
+    @property
+    def sides(self) -> tuple[int, int]:
+        """The window: how many columns left and right of the diagonal a row sees."""
+        return (self.left or 0, self.right or 0)
+
+    @property
+    def cap_or_none(self) -> float | None:
+        return float(self.cap) if self.cap else None
 
     def blocks(self, config: Mapping[str, int], kernel: str) -> dict[str, int]:
         """Block sizes for this call."""
-        wide = max(self.meta["E"], self.meta["EV"])
-        return blocks(wide, config, itemsize=self.query.element_size(), kernel=kernel)
+        return blocks(self.width, config, itemsize=self.query.element_size(), kernel=kernel)
 
-    def mask_strides(self) -> tuple[int, ...]:
-        """Strides of the 4-D mask, 0 without one."""
-        return (0, 0, 0, 0) if self.mask is None else self.mask.stride()
+    def at(self, t: Tensor) -> tuple[int, ...]:
+        """Strides of a tensor with the axes of the problem; all packed sequences are in one batch."""
+        return t.stride() if self.bounds_q is None else (0, *t.stride()[1:])
+
+    def strides(self, t: Tensor | None, count: int) -> tuple[int, ...]:
+        """Strides of an optional tensor."""
+        return (0,) * count if t is None else t.stride()
+
+    @property
+    def mask_at(self) -> tuple[int, ...]:
+        return self.strides(self.mask, 4)
+
+    @property
+    def slopes_at(self) -> tuple[int, int]:
+        """ALiBi slopes are by head, or by batch and head."""
+        if self.slopes is None:
+            return (0, 0)
+        return (0, self.slopes.stride(0)) if self.slopes.dim() == 1 else (self.slopes.stride(0), self.slopes.stride(1))
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Strides of what is by sequence or head."""
+        return tuple(0 if t is None else t.stride(0) for t in (self.bounds_q, self.bounds_k, self.used, self.sinks))
+
+    @property
+    def draws(self) -> int:
+        """The width of a row in the numbering of dropout's draws."""
+        return (self.size + 3) // 4 * 4
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    *,
-    out: Tensor,
-    lse: Tensor,
-    seed: Tensor | None,
-    config: Mapping[str, int],
-    precision: str = "ieee",
-) -> None:
-    """Write ``softmax(scale * query @ key.T + attn_mask) @ value`` and the logarithm of every row's sum.
+def lists(p: Problem, m: int, n: int, *, by_key: bool = False) -> tuple[Tensor | None, Tensor | None, tuple[int, ...]]:
+    """For each tile of M rows the tiles of N columns in which the user's mask leaves anything (or the reverse)."""
+    if p.mods.visible is None:
+        return None, None, (0, 0, 0)
+    down, across = _layout.cdiv(p.length, m), _layout.cdiv(p.size, n)
+    if by_key:
+        down, across = across, down
+    batch, heads = (1, 1) if p.mods.shared else (p.batch, p.heads)
+    found = torch.empty((batch, heads, down, across), dtype=torch.int32, device=p.query.device)
+    counts = torch.empty((batch, heads, down), dtype=torch.int32, device=p.query.device)
+    meta = {"M": m, "N": n, "BY_KEY": by_key, "VISIBLE": p.mods.visible, "SIDES": p.shape["SIDES"], "BOTTOM": p.bottom}
+    launch(
+        attention_list,
+        (down * batch * heads,),
+        (found, counts, heads, p.length, p.size, *p.sides, p.mods.aux),
+        {**meta, "num_warps": 4},
+    )
+    return found, counts, (0, 0, across) if p.mods.shared else (heads * down, down, across)
 
-    Shapes: query (..., Hq, L, E), key (..., H, S, E), value (..., H, S, Ev), all broadcast in front; ``out``
-    (..., Hq, L, Ev) with any strides; ``lse`` contiguous (batch, Hq, L), float32 (float64 for float64).
-    ``seed`` holds one int64 when ``dropout_p`` is above 0.
 
-    Raises:
-        NoKernel: a head size above 256, or key and value head numbers that one loop cannot serve.
+def parts_of(rows: int, size: int, planes: int, block: Mapping[str, int], config: Mapping[str, int]) -> int:
+    """In how many parts keys are read: enough programs for every processor, each with four tiles at least."""
+    programs = _layout.cdiv(rows, block["M"]) * planes
+    tiles = _layout.cdiv(size, block["N"])
+    return max(1, min(2 * config.get("processors", 128) // max(programs, 1), tiles // 4, 64))
+
+
+def few_rows(block: dict[str, int], rows: int) -> dict[str, int]:
+    """Blocks for a few query rows: no more rows than there are."""
+    return {**block, "M": min(block["M"], max(16, _layout.next_power_of_2(rows)))}
+
+
+def run(p: Problem, out: Tensor, lse: Tensor, config: Mapping[str, int], *, parts: int = 0) -> None:
+    """Write the result into ``out``, (batch, heads, rows, columns), and ``lse``, (batch, heads, rows) of `Problem.type`.
+
+    A few query rows (decoding) are too few programs: those of the heads that share a key head then stand in one tile, and
+    keys are read in ``parts``, by default as many as make the device busy.
     """
-    p = _Problem(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, precision)
-    if p.size == 0:
-        lse.fill_(-math.inf)
-        out.zero_()
-        return
-    if out.numel() == 0:
-        return
     block = p.blocks(config, "forward")
-    with p.target(out, p.heads) as result:
-        launch(
-            attention_forward,
-            (_layout.cdiv(p.length, block["M"]) * p.batch * p.heads,),
-            (
-                p.query,
-                p.key,
-                p.value,
-                p.mask,
-                result,
-                lse,
-                seed,
-                *p.query.stride(),
-                *p.key.stride(),
-                *p.value.stride(),
-                *p.mask_strides(),
-                *result.stride(),
-                *p.sizes,
-                *p.scalars,
-            ),
-            {**p.meta, "MASK": p.kind, **block},
-        )
+    rows, pack = p.length, False
+    if p.length <= FEW or parts > 1 or p.width > 256:
+        pack = p.group > 1 and p.mask is None and p.mods.visible is None
+        rows = p.length * (p.group if pack else 1)
+        block = few_rows(p.blocks(config, "few"), rows)
+        if not parts:
+            planes = p.batch * (p.owners if pack else p.heads)
+            parts = parts_of(rows, p.size, planes, block, config) if p.mods.visible is None else 1
+    to, to_lse = out, lse
+    split = parts > 1
+    if split:
+        to = torch.empty((parts, *out.shape), dtype=p.type, device=out.device)
+        to_lse = torch.empty((parts, *lse.shape), dtype=p.type, device=out.device)
+    listed, counts, listed_at = lists(p, block["M"], block["N"])
+    page = 0 if p.table is None else p.key.shape[2]
+    keys_at, values_at = (t.stride() if page else p.at(t) for t in (p.key, p.value))
+    planes = p.batch * (p.owners if pack else p.heads)
+    launch(
+        attention_forward,
+        (_layout.cdiv(rows, block["M"]) * planes * (parts if split else 1),),
+        (
+            p.query, p.key, p.value, p.mask, to, to_lse, p.seed,
+            p.bounds_q, p.bounds_k, p.used, p.table, p.sinks, p.slopes, *p.descale, listed, counts, p.mods.aux,
+            p.at(p.query), (*keys_at, p.split[1]), values_at, p.mask_at,
+            (*p.at(out), 0) if not split else (*p.at(to[0]), to.stride(0)),
+            (*p.at(lse), 0) if not split else (*p.at(to_lse[0]), to_lse.stride(0)),
+            p.strides(p.table, 2), p.slopes_at, sum((p.strides(t, 2) for t in p.descale), ()), listed_at, p.steps,
+            p.heads, p.group, p.length, p.size, parts if split else None, *p.sides, p.draws,
+            *p.numbers, p.cap_or_none,
+        ),
+        {
+            **p.shape, **p.modified, "MASK": p.kind, "PACK": pack, "PAGE": page, "SPLIT": p.split[0],
+            "WIDE": p.wide(out), **block,
+        },
+    )  # fmt: skip
+    if split:
+        merge(to, to_lse, out, lse)
 
 
-def backward(
+def merge(parts: Tensor, parts_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Write what the parts (S, batch, heads, rows, columns), with dense columns, are together."""
+    count, batch, heads, length, width = parts.shape
+    if 0 in (batch, heads, length, width):
+        return
+    launch(
+        attention_merge,
+        (batch * heads * length,),
+        (
+            parts, parts_lse, out, lse, parts.stride()[1:], parts_lse.stride()[1:], out.stride(),
+            heads, length, parts.stride(0), parts_lse.stride(0),
+        ),
+        {
+            "SPLITS": count, "S": _layout.next_power_of_2(count), "VALUE": width,
+            "EV": _layout.next_power_of_2(width), "num_warps": 4,
+        },
+    )  # fmt: skip
+
+
+def run_backward(
+    p: Problem,
     grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
+    grad_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    *,
-    grad_query: Tensor | None,
-    grad_key: Tensor | None,
-    grad_value: Tensor | None,
-    grad_mask: Tensor | None = None,
-    seed: Tensor | None,
     config: Mapping[str, int],
-    precision: str = "ieee",
-) -> None:
-    """Write the gradients that are not None, each with the shape of its input, from what `forward` wrote.
+    *,
+    to_query: Tensor | None,
+    to_key: Tensor | None,
+    to_value: Tensor | None,
+    to_mask: Tensor | None = None,
+) -> Tensor:
+    """Write the gradients that are not None, each (batch, heads, rows, columns) with any strides; returns delta (as lse).
 
-    ``grad_mask`` has the shape of an added ``attn_mask`` and sums over the axes that it broadcasts.
+    ``to_mask`` is that of an added mask, with size 1 where it broadcasts.
     """
-    p = _Problem(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, precision)
-    wanted = [t for t in (grad_query, grad_key, grad_value, grad_mask) if t is not None]
-    if 0 in (p.batch, p.heads, p.length, p.size, value.shape[-1]):
-        for t in wanted:
-            t.zero_()
-        return
-    grad, out = p.view(grad, p.heads), p.view(out, p.heads)
-    p.reach(grad, out)
     delta = torch.empty_like(lse)
+    wide = p.wide(grad, out)
     launch(
         attention_delta,
         (_layout.cdiv(p.length, 32) * p.batch * p.heads,),
-        (out, grad, delta, *out.stride(), *grad.stride(), p.heads, p.length),
-        {"VALUE": p.meta["VALUE"], "EV": p.meta["EV"], "M": 32, "WIDE": p.meta["WIDE"], "num_warps": 4},
-    )
-    tensors = (p.query, p.key, p.value, p.mask, grad, lse, delta)
-    strides = (*p.query.stride(), *p.key.stride(), *p.value.stride(), *p.mask_strides(), *grad.stride())
-    if grad_key is not None or grad_value is not None:
-        keys = torch.empty_like(key) if grad_key is None else grad_key
-        values = torch.empty_like(value) if grad_value is None else grad_value
-        block, both = p.blocks(config, "key_value"), [(grad_key is not None, grad_value is not None)]
-        if max(p.meta["E"], p.meta["EV"]) > _SPLIT and both == [(True, True)]:
+        (
+            out, grad, grad_lse, delta, p.bounds_q, p.at(out), p.at(grad), p.at(lse),
+            (0, 0, 0) if grad_lse is None else p.at(grad_lse), p.steps,
+            p.heads, p.length,
+        ),
+        {"VALUE": p.shape["VALUE"], "EV": p.shape["EV"], "M": 32, "WIDE": wide, "num_warps": 4},
+    )  # fmt: skip
+    tensors = (p.query, p.key, p.value, p.mask, grad, lse, delta, p.seed)
+    strides = (p.at(p.query), p.at(p.key), p.at(p.value), p.mask_at, p.at(grad), p.at(lse))
+    sequences = (p.bounds_q, p.bounds_k, p.used, p.slopes)
+    sizes = (p.heads, p.group, p.length, p.size, *p.sides, p.draws, *p.numbers)
+    meta = {**p.shape, **p.modified, "MASK": p.kind, "WIDE": wide, "SLOPE": p.mods.slope}
+    if to_key is not None or to_value is not None:
+        block, both = p.blocks(config, "key_value"), [(to_key is not None, to_value is not None)]
+        if p.width > _SPLIT and both == [(True, True)]:
             both = [(True, False), (False, True)]
-        with p.target(keys, p.owners) as to_key, p.target(values, p.owners) as to_value:
-            for with_key, with_value in both:
-                launch(
-                    attention_grad_key_value,
-                    (_layout.cdiv(p.size, block["N"]) * p.batch * p.owners,),
-                    (
-                        *tensors,
-                        to_key,
-                        to_value,
-                        seed,
-                        *strides,
-                        *to_key.stride(),
-                        *to_value.stride(),
-                        *p.sizes,
-                        *p.scalars,
-                    ),
-                    {**p.meta, "MASK": p.kind, **block, "KEY_GRAD": with_key, "VALUE_GRAD": with_value},
-                )
-    if grad_query is not None:
-        block = p.blocks(config, "query")
-        with p.target(grad_query, p.heads) as to_query:
+        keys = to_key if to_key is not None else p.key
+        values = to_value if to_value is not None else p.value
+        listed, counts, listed_at = lists(p, block["M"], block["N"], by_key=True)
+        for with_key, with_value in both:
             launch(
-                attention_grad_query,
-                (_layout.cdiv(p.length, block["M"]) * p.batch * p.heads,),
-                (*tensors, to_query, seed, *strides, *to_query.stride(), *p.sizes, *p.scalars),
-                {**p.meta, "MASK": p.kind, **block},
-            )
-    if grad_mask is not None:
-        _mask_gradient(p, grad_mask, tensors, strides, seed, {**p.blocks(config, "query"), "num_stages": 1})
+                attention_grad_key_value,
+                (_layout.cdiv(p.size, block["N"]) * p.batch * p.owners,),
+                (
+                    *tensors, *sequences, listed, counts, p.mods.aux, keys, values,
+                    *strides, p.slopes_at, listed_at, p.steps, p.at(keys), p.at(values), *sizes, p.cap_or_none,
+                ),
+                {**meta, **block, "KEY_GRAD": with_key, "VALUE_GRAD": with_value},
+            )  # fmt: skip
+    if to_query is not None:
+        block = p.blocks(config, "query")
+        listed, counts, listed_at = lists(p, block["M"], block["N"])
+        launch(
+            attention_grad_query,
+            (_layout.cdiv(p.length, block["M"]) * p.batch * p.heads,),
+            (
+                *tensors, *sequences, listed, counts, p.mods.aux, to_query,
+                *strides, p.slopes_at, listed_at, p.steps, p.at(to_query), *sizes, p.cap_or_none,
+            ),
+            {**meta, **block},
+        )  # fmt: skip
+    if to_mask is not None:
+        _mask_gradient(
+            p, to_mask, tensors, strides, sizes, {**p.blocks(config, "query"), "num_stages": 1, "WIDE": wide}
+        )
+    return delta
 
 
 def _mask_gradient(
-    p: _Problem,
-    grad_mask: Tensor,
+    p: Problem,
+    to_mask: Tensor,
     tensors: tuple[Any, ...],
-    strides: tuple[int, ...],
-    seed: Tensor | None,
-    block: dict[str, int],
+    strides: tuple[Any, ...],
+    sizes: tuple[Any, ...],
+    block: dict[str, Any],
 ) -> None:
-    while grad_mask.dim() < 4:
-        grad_mask = grad_mask.unsqueeze(0)
-    if grad_mask.dim() > 4:
-        raise NoKernel(
-            f"scaled_dot_product_attention: the gradient of an attn_mask of {grad_mask.dim()} dimensions "
-            "was asked for, up to 4 accepted"
-        )
     counts = (p.batch, p.heads, _layout.cdiv(p.length, block["M"]), _layout.cdiv(p.size, block["N"]))
-    single = [n == 1 for n in grad_mask.shape]
+    single = [n == 1 for n in to_mask.shape]
     launch(
         attention_grad_mask,
         (math.prod(1 if one else n for one, n in zip(single, counts, strict=True)),),
-        (*tensors, grad_mask, seed, *strides, *grad_mask.stride(), p.batch, *p.sizes, *p.scalars),
-        {**p.meta, **dict(zip(("ONE_BATCH", "ONE_HEAD", "ONE_ROW", "ONE_COL"), single, strict=True)), **block},
+        (*tensors, to_mask, *strides, to_mask.stride(), p.batch, *sizes),
+        {**p.shape, **dict(zip(("ONE_BATCH", "ONE_HEAD", "ONE_ROW", "ONE_COL"), single, strict=True)), **block},
     )

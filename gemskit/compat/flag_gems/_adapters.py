@@ -22,16 +22,13 @@ __all__ = [
     "dropout",
     "dswiglu",
     "embedding",
-    "geglu",
     "layer_norm",
     "lift_fresh_copy_out",
     "log_softmax",
     "max_dim",
     "min_dim",
-    "reglu",
     "rms_norm_forward",
     "softmax",
-    "swiglu",
     "unique_consecutive",
 ]
 
@@ -159,38 +156,19 @@ def cutlass_scaled_mm(
     return gemskit.copy_(c, gemskit.cutlass_scaled_mm(a, b, a_scale, b_scale, c.dtype, bias))
 
 
-# -- gates of Transformer Engine's names: the two halves of the last dimension -------------------------------------------
-
-
-def swiglu(input_tensor: Tensor, quantizer: None = None) -> Tensor:
-    """``silu(a) * b`` for ``a, b`` the halves of the last dimension; there is no quantizer."""
-    return gemskit.silu_and_mul(input_tensor)
-
-
-def geglu(input_tensor: Tensor, quantizer: None = None) -> Tensor:
-    """``gelu(a) * b`` (by tanh) for ``a, b`` the halves of the last dimension; there is no quantizer."""
-    return gemskit.gelu_and_mul(input_tensor, approximate="tanh")
-
-
-def reglu(input_tensor: Tensor, quantizer: None = None) -> Tensor:
-    """``relu(a) * b`` for ``a, b`` the halves of the last dimension; there is no quantizer."""
-    half = input_tensor.shape[-1] // 2
-    return gemskit.mul(gemskit.relu(input_tensor[..., :half]), input_tensor[..., half:])
-
-
 def dswiglu(grad_output: Tensor, input_tensor: Tensor, quantizer: None = None) -> Tensor:
-    """The gradient of :func:`swiglu`."""
-    return _gradient(swiglu, grad_output, input_tensor)
+    """The gradient of :func:`gemskit.swiglu`; there is no quantizer."""
+    return _gradient(gemskit.swiglu, grad_output, input_tensor)
 
 
 def dgeglu(grad_output: Tensor, input_tensor: Tensor, quantizer: None = None) -> Tensor:
-    """The gradient of :func:`geglu`."""
-    return _gradient(geglu, grad_output, input_tensor)
+    """The gradient of :func:`gemskit.geglu`; there is no quantizer."""
+    return _gradient(gemskit.geglu, grad_output, input_tensor)
 
 
 def dreglu(grad_output: Tensor, input_tensor: Tensor, quantizer: None = None) -> Tensor:
-    """The gradient of :func:`reglu`."""
-    return _gradient(reglu, grad_output, input_tensor)
+    """The gradient of :func:`gemskit.reglu`; there is no quantizer."""
+    return _gradient(gemskit.reglu, grad_output, input_tensor)
 
 
 def _gradient(gate: Callable[[Tensor], Tensor], grad: Tensor, x: Tensor) -> Tensor:

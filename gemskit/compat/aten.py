@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import gemskit
 from gemskit import _launch, backends
@@ -57,8 +58,10 @@ def run({params}):
     if not here.off:
         if recorders and not here.noting:
             return recorded(run, {given})
-        if not ready():
+        if cpu is not None and not has_kernels(cpu):
             why__ = "no kernel runs on the CPU outside of gemskit.interpret()"
+        elif forward_ad._current_level >= 0:
+            why__ = "forward-mode derivatives are torch's"
         elif {refuse}:
             why__ = "no kernel for an argument of this type"
         else:
@@ -91,11 +94,10 @@ class Override:
         self.fallbacks = 0
         # torch's, as nothing of ours is registered: a handle to it stays good whatever is registered above it.
         original = torch.library.get_kernel(f"aten::{target.key}", key)
-        cpu = torch.device("cpu")
         scope = dict(
             here=_here, original=original.call_boxed, recorders=_recorders, recorded=self._recorded, refused=self._refused,
-            ready=(lambda: _launch.has_kernels(cpu)) if key == "CPU" else bool(1).__bool__, refusals=REFUSALS,
-            grad_enabled=torch.is_grad_enabled, set_grad=torch._C._set_grad_enabled,
+            cpu=torch.device("cpu") if key == "CPU" else None, has_kernels=_launch.has_kernels, refusals=REFUSALS,
+            forward_ad=forward_ad, grad_enabled=torch.is_grad_enabled, set_grad=torch._C._set_grad_enabled,
         )  # fmt: skip
         self.library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
@@ -147,7 +149,7 @@ class Aten:
         self.calls: list[dict[str, Any]] = []
         self._record, self._file = record, None
         if path is not None:
-            self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            self._file = open(path, "a", encoding="utf-8", buffering=1)
         self._enable()
 
     def __repr__(self) -> str:
@@ -335,4 +337,3 @@ def _describe(v: Any) -> str:
 
 
 __all__ = ["Aten", "disable_aten", "enable_aten", "no_aten", "registered_keys", "registered_ops", "use_aten"]
-

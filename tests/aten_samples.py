@@ -60,8 +60,10 @@ def run(op: Any, sample: Any) -> tuple[list[Any], list[Any]]:
     return [t.detach() if isinstance(t, Tensor) else t for t in flat], grads
 
 
-def compare(op: Any, sample: Any, off: Any = no_aten, on: Any = lambda: gemskit.interpret(check=False)) -> None:
-    """Assert that the results in the scopes ``on()``, where the adapter serves, are those in ``off()``."""
+def compare(
+    op: Any, sample: Any, off: Any = no_aten, on: Any = lambda: gemskit.interpret(check=False), first: bool = False
+) -> None:
+    """Assert that the results in the scopes ``on()``, where the adapter serves, are those in ``off()``; or the first ones."""
     with off():
         expected = run(op, sample)
     with on():
@@ -69,9 +71,42 @@ def compare(op: Any, sample: Any, off: Any = no_aten, on: Any = lambda: gemskit.
     with off():
         for e, f in zip(expected, found, strict=True):
             assert len(e) == len(f)
+            e, f = (e[:1], f[:1]) if first else (e, f)
             for a, b in zip(e, f, strict=True):
                 if isinstance(a, Tensor):
                     assert a.layout == b.layout and a.dtype == b.dtype and a.is_conj() == b.is_conj()
                     torch.testing.assert_close(b, a, equal_nan=True, check_stride=False)
                 else:
                     assert a == b or a != a, (a, b)
+
+
+def overwriting(op: Any, sample: Any, kind: str) -> Any:
+    """What the ``"inplace"`` or ``"out"`` form of ``op`` writes, or the type of the error."""
+    with torch.no_grad():
+        with no_aten():
+            fresh = sample.transform(lambda t: t.detach().clone() if isinstance(t, Tensor) else t)
+            outs: Any = None
+            if kind == "out":
+                found = op(fresh.input, *fresh.args, **fresh.kwargs)
+                outs = torch.empty_like(found) if isinstance(found, Tensor) else tuple(map(torch.empty_like, found))
+        try:
+            if kind == "out":
+                op(fresh.input, *fresh.args, out=outs, **fresh.kwargs)
+                return outs
+            op.inplace_variant(fresh.input, *fresh.args, **fresh.kwargs)
+            return fresh.input
+        except Exception as e:
+            return type(e)
+
+
+def same_written(op: Any, sample: Any, kind: str) -> None:
+    """Assert that the form writes the same with the adapter as without."""
+    with no_aten():
+        expected = overwriting(op, sample, kind)
+    with gemskit.interpret(check=False):
+        found = overwriting(op, sample, kind)
+    with no_aten():
+        if isinstance(expected, type):
+            assert found is expected
+        else:
+            torch.testing.assert_close(found, expected, equal_nan=True)

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from os import PathLike
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -132,7 +132,8 @@ class Override:
                 line["fallback"] = _here.why
             with _lock:
                 for handle in _recorders:
-                    handle._write(line)
+                    if self.target.key in handle.keys:
+                        handle._write(line)
 
 
 #: By overload.
@@ -147,7 +148,10 @@ class Aten:
         self.keys = tuple(keys)
         #: With ``record=True`` and no ``path``, one entry for each call.
         self.calls: list[dict[str, Any]] = []
-        self._record, self._file = record, None
+        self._record = record
+        self._held: list[str] = []
+        self._counted: Counter[str] = Counter()
+        self._file: TextIO | None = None
         if path is not None:
             self._file = open(path, "a", encoding="utf-8", buffering=1)
         self._enable()
@@ -159,8 +163,10 @@ class Aten:
     def fallbacks(self) -> Counter[str]:
         """How often torch's kernel served an overload, since that overload was first enabled."""
         with _lock:
-            found = {k: _installed[k].fallbacks for k in self.keys if k in _installed} if self in _handles else {}
-        return Counter({k: n for k, n in found.items() if n}) if found else Counter(getattr(self, "_last", {}))
+            if self in _handles:
+                counts = {k: _installed[k].fallbacks for k in self._held}
+                self._counted = Counter({k: n for k, n in counts.items() if n})
+            return self._counted
 
     def _enable(self) -> None:
         key = backends.vendor.dispatch_key
@@ -172,6 +178,7 @@ class Aten:
                     if name not in _installed:
                         _installed[name] = Override(table[name], key)
                     _installed[name].holders += 1
+                    self._held.append(name)
             except BaseException:
                 self.disable()
                 raise
@@ -183,16 +190,14 @@ class Aten:
         with _lock:
             if self not in _handles:
                 return
-            self._last = dict(self.fallbacks)
+            self._counted = self.fallbacks
             _handles.remove(self)
             if self in _recorders:
                 _recorders.remove(self)
-            for name in self.keys:
-                held = _installed.get(name)
-                if held is None:
-                    continue
+            for name in self._held:
+                held = _installed[name]
                 held.holders -= 1
-                if held.holders <= 0:
+                if not held.holders:
                     del _installed[name]
                     held.remove()
             if self._file is not None:

@@ -149,7 +149,7 @@ def linalg_vector_norm(
     input: Tensor, ord: Number = 2, dim: Sequence[int] | None = None, keepdim: bool = False, *,
     dtype: torch.dtype | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    return gemskit.vector_norm(input, ord, dim, keepdim, dtype=dtype, out=out)
+    return gemskit.vector_norm(input, ord, None if dim is None else list(dim), keepdim, dtype=dtype, out=out)
 
 
 @leaf("pad")

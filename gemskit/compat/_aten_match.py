@@ -167,7 +167,7 @@ def _numbers(one: Any, arguments: list[str]) -> frozenset[str]:
     """The arguments that go to parameters which take numbers too."""
     params = (one.signature if isinstance(one, Op) else inspect.signature(one)).parameters
     places = dict(zip(params, arguments))
-    places.update(a.split("=") for a in arguments if "=" in a)
+    places.update({a.partition("=")[0]: a.partition("=")[2] for a in arguments if "=" in a})
     return frozenset(a for n, a in places.items() if re.search(_FITS["number"], str(params[n].annotation)))
 
 
@@ -300,10 +300,12 @@ def wrapped(*given: Any) -> tuple[Any, ...]:
     tensors it is a dtype like any other, so there the number takes the result's.
     """
     tensors = [v for v in given if isinstance(v, Tensor)]
-    found = []
+    found: list[Any] = []
+    v: Any
     for v in given:
-        if v.__class__ in NUMBERS:
-            dtype = _WIDE[v.__class__]
+        kind: Any = type(v)
+        if kind in NUMBERS:
+            dtype = _WIDE[kind]
             if tensors:
                 same = [torch.result_type(t, v) for t in tensors]
                 if any(s != t.dtype for s, t in zip(same, tensors)) or not any(t.ndim for t in tensors):

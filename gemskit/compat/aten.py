@@ -99,11 +99,12 @@ class Override:
             cpu=torch.device("cpu") if key == "CPU" else None, has_kernels=_launch.has_kernels, refusals=REFUSALS,
             forward_ad=forward_ad, grad_enabled=torch.is_grad_enabled, set_grad=torch._C._set_grad_enabled,
         )  # fmt: skip
-        self.library = torch.library.Library("aten", "IMPL")
+        self.library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
         with warnings.catch_warnings():
             # That a kernel is overridden is what was asked for.
             warnings.filterwarnings("ignore", message="(?s).*[Oo]verrid.*")
-            self.library.impl(target.key, wrapper(target, _TEMPLATE, scope), key, with_keyset=True)
+            impl: Any = self.library.impl
+            impl(target.key, wrapper(target, _TEMPLATE, scope), key, with_keyset=True)
 
     def remove(self) -> None:
         """Give the overload back to torch."""

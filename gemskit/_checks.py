@@ -268,6 +268,10 @@ def into_out(op: Op[..., Any], out: Any, values: tuple[Any, ...]) -> Any:
         if o.device != inputs[0].device:
             raise DeviceError(f"{op.name}: out is on {o.device}, the arguments are on {inputs[0].device}")
         _cast(op, "out", o.dtype, dtype)
+        if op.elementwise and tuple(o.shape) != tuple(shape) and any(o is v for v in inputs):
+            raise ShapeError(
+                f"{op.name}: out is also an argument and cannot be resized from {list(o.shape)} to {list(shape)}"
+            )
         _resized(op, o, shape)
         _internal_overlap(op, "out", o)
         _not_inference(op, "out", o)

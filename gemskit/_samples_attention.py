@@ -19,7 +19,9 @@ def _(make: Make) -> Iterator[Sample]:
         (make(2, 4, 20, 64), make(2, 2, 20, 64), make(2, 2, 20, 64)), dict(is_causal=True, enable_gqa=True), "GQA"
     )
     yield Sample(
-        (make(1, 2, 9, 8), make(1, 2, 21, 8), make(1, 2, 21, 8)), dict(is_causal=True, bottom_right=True), "bottom-right"
+        (make(1, 2, 9, 8), make(1, 2, 21, 8), make(1, 2, 21, 8)),
+        dict(is_causal=True, bottom_right=True),
+        "bottom-right",
     )
     yield Sample((make(2, 4, 5, 8), make(2, 1, 9, 8), make(2, 1, 9, 8)), dict(enable_gqa=True, scale=0.5), "MQA")
     mask = make(2, 1, 1, 33, dtype=torch.bool) | (torch.arange(33, device=make.device) == 0)
@@ -55,7 +57,9 @@ def _flash(make: Make) -> Iterator[Sample]:
     cache = make(9, 8, 2, 16), make(9, 8, 2, 16)
     table = _ints(make, 1, 4, 8, 0, 2, 3, 5, 7, 6).reshape(3, 3)
     yield Sample(
-        (make(3, 1, 4, 16), *cache, None, None, _ints(make, 24, 3, 13), table), dict(right=0, num_splits=2), "paged decode"
+        (make(3, 1, 4, 16), *cache, None, None, _ints(make, 24, 3, 13), table),
+        dict(right=0, num_splits=2),
+        "paged decode",
     )
     yield Sample(
         (make(21, 4, 16), *cache, _ints(make, 0, 2, 3, 21), None, _ints(make, 24, 3, 19), table),
@@ -108,9 +112,7 @@ def _merged(make: Make) -> Iterator[Sample]:
 @samples("_cache_append")
 def _append(make: Make) -> Iterator[Sample]:
     table = _ints(make, 1, 4, 0, 2).reshape(2, 2)
-    yield Sample(
-        (make(2, 3, 2, 16), make(2, 3, 2, 20), make(5, 4, 2, 16), make(5, 4, 2, 20), _ints(make, 2, 6), table)
-    )
+    yield Sample((make(2, 3, 2, 16), make(2, 3, 2, 20), make(5, 4, 2, 16), make(5, 4, 2, 20), _ints(make, 2, 6), table))
 
 
 @samples("_paged_attention")

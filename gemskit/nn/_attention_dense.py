@@ -81,9 +81,7 @@ def forward(
     Raises:
         NoKernel: a head size above 256, or key and value head numbers that one loop cannot serve.
     """
-    views = Views(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, bottom_right, seed, precision
-    )
+    views = Views(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, bottom_right, seed, precision)
     if views.problem.size == 0:
         lse.fill_(-math.inf)
         out.zero_()
@@ -105,9 +103,7 @@ def backward(
 
     ``grad_mask`` has the shape of an added ``attn_mask`` and sums over the axes that it broadcasts.
     """
-    views = Views(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, bottom_right, seed, precision
-    )
+    views = Views(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, bottom_right, seed, precision)
     p = views.problem
     if p.empty:
         for t in (grad_query, grad_key, grad_value, grad_mask):

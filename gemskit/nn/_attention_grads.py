@@ -86,9 +86,7 @@ def _key_steps(
         queries = tile(queries_at, start, local[:, None], q_at[2], e[None, :], q_at[3], length, HEAD, E, EDGE, WIDE)
         product = tl.zeros((cols.shape[0], M), TYPE)
         product = tl.dot(keys, queries.T, product, input_precision=PRECISION, out_dtype=TYPE)
-        scores = logits(
-            product, batch, head + member, across, down, length, size, scale, cap, slope, shift, aux, SCORE
-        )
+        scores = logits(product, batch, head + member, across, down, length, size, scale, cap, slope, shift, aux, SCORE)
         scores = masked(
             scores, batch, head + member, across, down, mask_from, mask_at[2], mask_at[3], length, size, low, high, aux,
             MASK, SIDES, VISIBLE, EDGE,
@@ -240,7 +238,7 @@ def _slopes(
     MASK: tl.constexpr, SIDES: tl.constexpr, SCORE: tl.constexpr, SLOPE: tl.constexpr, VISIBLE: tl.constexpr,
     EDGE: tl.constexpr, PRECISION: tl.constexpr, THROUGH: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the masked scores (natural units) of one tile, or with THROUGH of the scaled product; values come transposed."""
+    """Gradient of the masked scores (natural units) of a tile, with THROUGH of the scaled product; values come transposed."""
     down, across = rows[:, None], cols[None, :]
     scores = logits(product, batch, head, down, across, length, size, scale, cap, slope, shift, aux, SCORE)
     scores = masked(
@@ -442,17 +440,13 @@ def attention_grad_mask(
             values_at = value + batch * v_at[0] + head // group * v_at[1]
             for i in range(m_first, m_last):
                 rows = i * M + m
-                queries = tile(
-                    queries_at, i * M, m[:, None], q_at[2], e[None, :], q_at[3], length, HEAD, E, True, WIDE
-                )
+                queries = tile(queries_at, i * M, m[:, None], q_at[2], e[None, :], q_at[3], length, HEAD, E, True, WIDE)
                 grads = tile(grads_at, i * M, m[:, None], g_at[2], ev[None, :], g_at[3], length, VALUE, EV, True, WIDE)
                 number = batch * lse_at[0] + head * lse_at[1] + rows.to(tl.int64) * lse_at[2]
                 row_lse = tl.load(lse + number, mask=rows < length, other=float("inf"))
                 row_delta = tl.load(delta + number, mask=rows < length, other=0.0)
                 for j in range(n_first, n_last):
-                    keys = tile(
-                        keys_at, j * N, n[None, :], k_at[2], e[:, None], k_at[3], size, HEAD, E, True, WIDE
-                    )
+                    keys = tile(keys_at, j * N, n[None, :], k_at[2], e[:, None], k_at[3], size, HEAD, E, True, WIDE)
                     values = tile(
                         values_at, j * N, n[None, :], v_at[2], ev[:, None], v_at[3], size, VALUE, EV, True, WIDE
                     )

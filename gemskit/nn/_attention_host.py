@@ -367,7 +367,9 @@ def run_backward(
             {**meta, **block},
         )  # fmt: skip
     if to_mask is not None:
-        _mask_gradient(p, to_mask, tensors, strides, sizes, {**p.blocks(config, "query"), "num_stages": 1, "WIDE": wide})
+        _mask_gradient(
+            p, to_mask, tensors, strides, sizes, {**p.blocks(config, "query"), "num_stages": 1, "WIDE": wide}
+        )
     return delta
 
 

@@ -36,12 +36,16 @@ def check(
             f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
         )
     if not paged and packed != (cu_seqlens_k is not None):
-        raise ShapeError("flash_attention: cu_seqlens_q and cu_seqlens_k are given both or neither (but with block_table)")
+        raise ShapeError(
+            "flash_attention: cu_seqlens_q and cu_seqlens_k are given both or neither (but with block_table)"
+        )
     if not packed and not paged and q.shape[0] != k.shape[0]:
         raise ShapeError(f"flash_attention: q has a batch of {q.shape[0]}, k of {k.shape[0]}")
     heads = q.shape[-2]
     if alibi_slopes is not None and (alibi_slopes.dim() not in (1, 2) or alibi_slopes.shape[-1] != heads):
-        raise ShapeError(f"flash_attention: alibi_slopes is ({heads},) or (batch, {heads}), given {list(alibi_slopes.shape)}")
+        raise ShapeError(
+            f"flash_attention: alibi_slopes is ({heads},) or (batch, {heads}), given {list(alibi_slopes.shape)}"
+        )
     if s_aux is not None and s_aux.shape != (heads,):
         raise ShapeError(f"flash_attention: s_aux is ({heads},), given {list(s_aux.shape)}")
 

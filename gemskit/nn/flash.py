@@ -112,7 +112,9 @@ def _(outs: tuple[Tensor, ...], keep: dict[str, Tensor] | None, **named: Any) ->
         keep["seed"] = p.seed
 
 
-def _gradients(grads: tuple[Tensor, ...], out: Tensor, out1: Tensor, needs: set[str], **named: Any) -> dict[str, Tensor]:
+def _gradients(
+    grads: tuple[Tensor, ...], out: Tensor, out1: Tensor, needs: set[str], **named: Any
+) -> dict[str, Tensor]:
     if named["block_table"] is not None or any(named[f"{n}_descale"] is not None for n in "qkv"):
         raise NoKernel("flash_attention: no gradient with block_table or scales; call it under torch.no_grad()")
     seed = named.pop("seed")
@@ -132,7 +134,7 @@ def _gradients(grads: tuple[Tensor, ...], out: Tensor, out1: Tensor, needs: set[
     )  # fmt: skip
     if "s_aux" in needs:
         # The sink takes exp(s_aux - lse) of every row and gives no value.
-        weight = exp(sub(named["s_aux"].to(lse.dtype).unsqueeze(-1), lse))
+        weight = exp(sub(named["s_aux"].unsqueeze(-1), lse))
         found["s_aux"] = neg(sum(mul(weight, delta), (0, 2)))
     return found
 

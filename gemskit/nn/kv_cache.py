@@ -23,7 +23,9 @@ def _kind(name: str, kv_cache_dtype: str, *caches: Tensor) -> torch.dtype | None
     if kv_cache_dtype == "auto":
         return None
     if kv_cache_dtype not in FLOAT8:
-        raise ArgumentError(f"{name}: kv_cache_dtype is {kv_cache_dtype!r}; accepted: 'auto', {', '.join(map(repr, FLOAT8))}")
+        raise ArgumentError(
+            f"{name}: kv_cache_dtype is {kv_cache_dtype!r}; accepted: 'auto', {', '.join(map(repr, FLOAT8))}"
+        )
     if any(t.dtype != torch.uint8 for t in caches):
         raise DtypeError(f"{name}: caches of {kv_cache_dtype} are uint8, given {[t.dtype for t in caches]}")
     return FLOAT8[kv_cache_dtype]
@@ -173,7 +175,12 @@ def reshape_and_cache(
 
 @operator(writes=("kv_cache",))
 def _mla_write(
-    kv_c: Tensor, k_pe: Tensor, kv_cache: Tensor, slot_mapping: Tensor, scale: Tensor | None, kv_cache_dtype: str = "auto"
+    kv_c: Tensor,
+    k_pe: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    scale: Tensor | None,
+    kv_cache_dtype: str = "auto",
 ) -> Tensor:
     """The cache (pages, P, L + R) with rows ``[kv_c | k_pe]`` at their slots."""
     name = "concat_and_cache_mla"

@@ -26,7 +26,12 @@ def _cache_append(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, block_table: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Caches (pages, P, H, D) with k and v (B, S, H, D) behind the ``cache_seqlens`` (B,) rows of each sequence."""
-    if k.dim() != 4 or k.shape[:3] != v.shape[:3] or k.shape[2:] != k_cache.shape[2:] or v.shape[2:] != v_cache.shape[2:]:
+    if (
+        k.dim() != 4
+        or k.shape[:3] != v.shape[:3]
+        or k.shape[2:] != k_cache.shape[2:]
+        or v.shape[2:] != v_cache.shape[2:]
+    ):
         raise ShapeError(
             f"flash_attn_with_kvcache: k and v (B, S, H, D) given {list(k.shape)} and {list(v.shape)}, caches "
             f"{list(k_cache.shape)} and {list(v_cache.shape)}"
@@ -150,14 +155,18 @@ def paged_attention(
         raise ArgumentError(f"paged_attention: cache_layout is {cache_layout!r}; accepted: 'NHD', 'HND', 'vllm'")
     if kv_cache_dtype != "auto":
         if kv_cache_dtype not in FLOAT8:
-            raise ArgumentError(f"paged_attention: kv_cache_dtype is {kv_cache_dtype!r}; accepted: 'auto', {list(FLOAT8)}")
+            raise ArgumentError(
+                f"paged_attention: kv_cache_dtype is {kv_cache_dtype!r}; accepted: 'auto', {list(FLOAT8)}"
+            )
         key_cache, value_cache = (t.view(FLOAT8[kv_cache_dtype]) for t in (key_cache, value_cache))
     if cache_layout == "HND":
         key_cache, value_cache = key_cache.transpose(1, 2), value_cache.transpose(1, 2)
     elif cache_layout == "vllm":
         # (pages, P, Hkv, D / x, x)
         key_cache, value_cache = key_cache.permute(0, 3, 1, 2, 4), value_cache.permute(0, 3, 1, 2)
-    found = _paged_attention(query, key_cache, value_cache, block_tables, seq_lens, alibi_slopes, k_scale, v_scale, scale)
+    found = _paged_attention(
+        query, key_cache, value_cache, block_tables, seq_lens, alibi_slopes, k_scale, v_scale, scale
+    )
     return found if out is None else out.copy_(found)
 
 
@@ -184,7 +193,9 @@ def _paged_attention(
         meaning.one(
             mine.to(wide), k.to(wide) * scales[0], v.to(wide) * scales[1], scale, -1, -1, 0.0, alibi_slopes, None, 0.0
         )[0]
-        for _, _, mine, k, v in meaning.sequences(query.unsqueeze(1), keys, value_cache, None, None, seq_lens, block_tables)
+        for _, _, mine, k, v in meaning.sequences(
+            query.unsqueeze(1), keys, value_cache, None, None, seq_lens, block_tables
+        )
     ]
     return torch.cat(results).to(query.dtype) if results else out
 
@@ -281,4 +292,3 @@ def flash_mla_with_kvcache(
     if indices is not None or is_fp8_kvcache:
         raise NoKernel("flash_mla_with_kvcache: indices and is_fp8_kvcache have no kernel; accepted: None, False")
     return mla_decode(q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal)
-

@@ -121,7 +121,7 @@ def _gradients(
     named |= dict(q_descale=None, k_descale=None, v_descale=None)
     q, packed = named["q"], named["cu_seqlens_q"] is not None
     make = zeros_like if packed else torch.empty_like  # tokens outside of every sequence
-    found = {n: make(named[n]) for n in ("q", "k", "v") if n in needs}
+    found: dict[str, Tensor] = {n: make(named[n]) for n in ("q", "k", "v") if n in needs}
     p = _problem(named)
     p.seed = seed
     if p.empty:

@@ -238,7 +238,7 @@ def _slopes(
     MASK: tl.constexpr, SIDES: tl.constexpr, SCORE: tl.constexpr, SLOPE: tl.constexpr, VISIBLE: tl.constexpr,
     EDGE: tl.constexpr, PRECISION: tl.constexpr, THROUGH: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the masked scores (natural units) of a tile, or with THROUGH of the scaled product; values come transposed."""
+    """Gradient of the masked scores (natural units) of a tile, with THROUGH of the scaled product; values come transposed."""
     down, across = rows[:, None], cols[None, :]
     scores = logits(product, batch, head, down, across, length, size, scale, cap, slope, shift, aux, SCORE)
     scores = masked(

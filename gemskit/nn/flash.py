@@ -134,7 +134,7 @@ def _gradients(
     )  # fmt: skip
     if "s_aux" in needs:
         # The sink takes exp(s_aux - lse) of every row and gives no value.
-        weight = exp(sub(named["s_aux"].to(lse.dtype).unsqueeze(-1), lse))
+        weight = exp(sub(named["s_aux"].unsqueeze(-1), lse))
         found["s_aux"] = neg(sum(mul(weight, delta), (0, 2)))
     return found
 

@@ -171,9 +171,9 @@ def attention(
     indices lie within L and S. Tiles in which ``mask_mod`` leaves nothing are skipped; ``mask_shared`` says that it does not
     ask for batch and head, so that the tiles are listed once.
 
-    Differentiable by query, key and value where ``score_grad`` is given with ``score_mod``: the derivative by the score, a
-    function of the same arguments, or 1 where ``score_mod`` only adds. Each of the H heads serves Hq / H query heads. A row without any
-    score gives zeros. ``return_lse`` adds the log-sum-exp (B, Hq, L). On CPU tensors the kernels are interpreted.
+    Differentiable by query, key and value; with ``score_mod`` its derivative by the score is to be given as ``score_grad``, a
+    function of the same arguments, or 1 where ``score_mod`` only adds. Each of the H heads serves Hq / H query heads. A row
+    without any score gives zeros. ``return_lse`` adds the log-sum-exp (B, Hq, L). On CPU tensors the kernels are interpreted.
     """
     for n, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() != 4:

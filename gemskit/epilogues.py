@@ -47,14 +47,15 @@ def scale_columns(scales: Tensor) -> Epilogue:
 
 @jit
 def _quantise(acc, scale, most):
-    x = language.div(acc, acc * 0 + scale)
+    # One division for all: of each element they spill registers.
+    x = acc * language.div(scale * 0 + 1, scale)
     return tl.where(x > most, most, tl.where(x < -most, -most, x))
 
 
 def _quantised(acc: Tensor, scale: Tensor | float, most: float) -> Tensor:
-    return (acc / scale).clamp(-most, most)
+    return (acc * (1 / scale)).clamp(-most, most)
 
 
 def quantise(scale: Tensor | float, dtype: torch.dtype = torch.float8_e4m3fn) -> Epilogue:
-    """``acc / scale`` as float8, saturated; ``scale`` is a number or a tensor that broadcasts to the result. No gradient."""
+    """``acc * (1 / scale)`` as float8, saturated; ``scale`` is a number or a tensor that broadcasts to the result. No gradient."""
     return Epilogue(_quantise, _quantised, scale=scale, most=torch.finfo(dtype).max).to(dtype)

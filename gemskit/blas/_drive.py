@@ -27,7 +27,7 @@ from gemskit.blas import _few
 from gemskit.blas._epilogue import Fused, Step, formula
 from gemskit.blas._integers import Integers
 from gemskit.blas._rule import choose
-from gemskit.blas._space import Space
+from gemskit.blas._space import Space, read
 from gemskit.errors import DtypeError, NoKernel
 
 #: Filled in per operator.
@@ -49,7 +49,7 @@ def _tiles(
     out, a, b, up, extras, batch_sizes, out_strides, a_strides, b_strides, extra_strides,
     out_m, out_n, a_m, a_k, b_k, b_n, extra_m, extra_n, s0, s1, s2, s3, M, N, K,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
+    GROUP: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, ALONG: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
     k = tl.arange(0, BK)
@@ -92,12 +92,9 @@ def _tiles(
         b += BK * b_k
     m, n = m[:, None], n[None, :]
     live = (m < M) & (n < N)
-    values = ()
+    values = read(extras, m, n, M, N, batch, batch_sizes, extra_strides, extra_m, extra_n, ACC, ALONG)
     if up is not None:
-        values = (other,)
-    for j in tl.static_range(len(extras)):
-        at = offset(batch, batch_sizes, extra_strides[j]) + m * extra_m[j] + n * extra_n[j]
-        values = values + (tl.load(extras[j] + at, live).to(ACC),)
+        values = (other,) + values
     result = EPILOGUE(acc, values, s0, s1, s2, s3)
     at = offset(batch, batch_sizes, out_strides) + m * out_m + n * out_n
     tl.store(out + at, result.to(out.dtype.element_ty), live)
@@ -182,7 +179,7 @@ class Product:
         config, few = ({**c, "n": c["n"] // (1 + self.gated)} for c in (row.config("gemm"), row.config("gemm_few")))
         meta = tiles(config, few, M, N, K, a.dtype, space.batches)
         grid = (_layout.cdiv(M, meta["BM"]) * _layout.cdiv(N, meta["BN"]) * space.batches,)
-        meta |= dict(ACC=TRITON[acc], EVEN_K=K % meta["BK"] == 0, WIDE=space.wide)
+        meta |= dict(ACC=TRITON[acc], EVEN_K=K % meta["BK"] == 0, WIDE=space.wide, ALONG=space.along)
         out_batch, a_batch, b_batch, *extra_batch = space.batch
         inner = (space.rows[0], space.cols[0], space.rows[1], space.a_k, space.b_k, space.cols[1])
         strided = (space.sizes, out_batch, a_batch, b_batch, tuple(extra_batch), *inner, space.rows[2:], space.cols[2:])

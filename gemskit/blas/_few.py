@@ -18,7 +18,7 @@ from gemskit._dtypes import TRITON
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
-from gemskit.blas._space import Space
+from gemskit.blas._space import Space, read
 
 #: Filled in per operator.
 EPILOGUE: Any = None
@@ -32,6 +32,7 @@ def few_rows(
     out, a, b, up, extras, sizes, out_batch, a_batch, b_batch, extra_batch,
     out_m, out_n, a_m, a_k, b_k, b_n, extra_m, extra_n, s0, s1, s2, s3, M, N, K,
     ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
+    ALONG: tl.constexpr,
 ):  # fmt: skip
     """BN columns of ``out``: columns are the rows of the tiles here, so that a tile reads along K."""
     i = tl.program_id(0)
@@ -86,12 +87,9 @@ def few_rows(
         if up is not None:
             other = tl.sum(other, 1, keep_dims=True)
     live = (m < M) & (n < N)
-    values = ()
+    values = read(extras, m, n, M, N, batch, sizes, extra_batch, extra_m, extra_n, ACC, ALONG)
     if up is not None:
-        values = (other,)
-    for j in tl.static_range(len(extras)):
-        at = offset(batch, sizes, extra_batch[j]) + m * extra_m[j] + n * extra_n[j]
-        values = values + (tl.load(extras[j] + at, live).to(ACC),)
+        values = (other,) + values
     result = EPILOGUE(acc, values, s0, s1, s2, s3)
     at = offset(batch, sizes, out_batch) + m * out_m + n * out_n
     tl.store(out + at, result.to(out.dtype.element_ty), live)
@@ -121,8 +119,9 @@ def plan(
         bn, bk = (bn // 2, bk) if bn > 16 or (bm == 1 and bn > 1) else (bn, max(16, bk // 2))
     grid = (_layout.cdiv(N, bn) * space.batches,)
     meta = dict(
-        ACC=TRITON[acc], BM=bm, BN=bn, BK=bk, EVEN_K=K % bk == 0, WIDE=space.wide, num_warps=warps, num_stages=stages
-    )
+        ACC=TRITON[acc], BM=bm, BN=bn, BK=bk, EVEN_K=K % bk == 0, WIDE=space.wide, ALONG=space.along, num_warps=warps,
+        num_stages=stages,
+    )  # fmt: skip
     out_batch, a_batch, b_batch, *extra_batch = space.batch
     inner = (space.rows[0], space.cols[0], space.rows[1], space.a_k, space.b_k, space.cols[1])
     strided = (space.sizes, out_batch, a_batch, b_batch, tuple(extra_batch), *inner, space.rows[2:], space.cols[2:])

@@ -31,7 +31,7 @@ from gemskit._launch import launch
 from gemskit._layout import offset
 from gemskit._tensor_map import Descriptor, loadable
 from gemskit.blas._rule import Choice
-from gemskit.blas._space import Space
+from gemskit.blas._space import Space, read
 
 #: Its name until Triton 3.6.
 _block_to_shared = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -107,7 +107,7 @@ def _multiply(
     half: gl.constexpr, out, parts, extras, a_tiles, b_tiles, empty, full, batch_sizes, out_batch, extra_batch,
     out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split, part_steps,
     A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, WIDE: gl.constexpr, GATED: gl.constexpr,
+    GROUP: gl.constexpr, WIDE: gl.constexpr, ALONG: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """Four warps that multiply: one ``half`` of the rows of every tile."""
     HALF: gl.constexpr = BM // 2
@@ -117,9 +117,9 @@ def _multiply(
     lines: gl.constexpr = _lines(HALF, COLS) if COLS >= 32 else final
     i = 0
     for u in range(gl.program_id(0), units, gl.num_programs(0)):
-        tile, first, last, part = _work(u, whole, split, part_steps, steps)
+        tile, start, last, part = _work(u, whole, split, part_steps, steps)
         acc = gl.zeros([HALF, BN], gl.float32, layout)
-        for k in range(first, last):
+        for k in range(start, last):
             stage = i % STAGES
             mbarrier.wait(full.index(stage), (i // STAGES) & 1)
             x, y = a_tiles.index(2 * stage + half), b_tiles.index(stage)
@@ -130,33 +130,31 @@ def _multiply(
             acc = warpgroup_mma(x, y, acc, is_async=True)
             # The product of the step before is done: its stage may be filled again.
             acc = warpgroup_mma_wait(1, deps=(acc,))
-            if k > first:
+            if k > start:
                 mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
             i += 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
-        row = half * HALF + gl.arange(0, HALF, gl.SliceLayout(1, layout))
-        col = gl.arange(0, BN, gl.SliceLayout(0, layout))
         if parts is not None:
             if part >= 0:
+                row = half * HALF + gl.arange(0, HALF, gl.SliceLayout(1, layout))
+                col = gl.arange(0, BN, gl.SliceLayout(0, layout))
                 at = (part * split + tile - whole).to(gl.int64) * (BM * BN) + row[:, None] * BN + col[None, :]
                 gl.store(parts + at, acc)
         if part < 0:
             batch, m, n = _where(tile, tiles_m, tiles_n, GROUP)
             if WIDE:
                 batch, m, n = batch.to(gl.int64), m.to(gl.int64), n.to(gl.int64)
-            other = None
+            first, other = acc, None
             if GATED:
                 # The two halves of the columns lie in different registers of the same threads.
-                acc, other = acc.reshape([HALF, 2, COLS]).permute(0, 2, 1).split()
-                acc, other = gl.convert_layout(acc, final), gl.convert_layout(other, final)
-                row = half * HALF + gl.arange(0, HALF, gl.SliceLayout(1, final))
-                col = gl.arange(0, COLS, gl.SliceLayout(0, final))
+                gate, up = acc.reshape([HALF, 2, COLS]).permute(0, 2, 1).split()
+                first, other = gl.convert_layout(gate, final), gl.convert_layout(up, final)
             value = FINISH(
-                acc,
+                first,
                 other,
-                m * BM + row,
-                n * COLS + col,
+                m * BM + half * HALF + gl.arange(0, HALF, gl.SliceLayout(1, final)),
+                n * COLS + gl.arange(0, COLS, gl.SliceLayout(0, final)),
                 batch,
                 extras,
                 batch_sizes,
@@ -169,6 +167,7 @@ def _multiply(
                 s3,
                 M,
                 N,
+                ALONG,
             ).to(out.dtype.element_ty)
             if COLS >= 32:
                 value = gl.convert_layout(value, lines)
@@ -193,16 +192,15 @@ def _lines(rows, cols):
 
 
 @jit
-def _finish(acc, other, m, n, batch, extras, batch_sizes, extra_batch, extra_m, extra_n, s0, s1, s2, s3, M, N):
+def _finish(
+    acc, other, m, n, batch, extras, batch_sizes, extra_batch, extra_m, extra_n, s0, s1, s2, s3, M, N,
+    ALONG: tl.constexpr,
+):  # fmt: skip
     """The epilogue of a tile of rows ``m`` and columns ``n``; ``other`` is the second product of a gated one."""
     m, n = m[:, None], n[None, :]
-    live = (m < M) & (n < N)
-    values = ()
+    values = read(extras, m, n, M, N, batch, batch_sizes, extra_batch, extra_m, extra_n, tl.float32, ALONG)
     if other is not None:
-        values = (other,)
-    for j in tl.static_range(len(extras)):
-        at = offset(batch, batch_sizes, extra_batch[j]) + m * extra_m[j] + n * extra_n[j]
-        values = values + (tl.load(extras[j] + at, live).to(tl.float32),)
+        values = (other,) + values
     return EPILOGUE(acc, values, s0, s1, s2, s3)
 
 
@@ -219,7 +217,7 @@ def product(
     out, a, b, up, parts, extras, batch_sizes, out_batch, a_batch, b_batch, extra_batch, out_m, out_n, extra_m, extra_n,
     s0, s1, s2, s3, M, N, K, whole, split, pieces, part_steps,
     A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-    STAGES: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr, num_warps: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr, ALONG: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """``a`` is [M, K] (A_ROWS) or [K, M], ``b`` [K, N] (B_ROWS) or [N, K], batches one below the other.
 
@@ -244,10 +242,10 @@ def product(
     gl.warp_specialize([
         (MULTIPLY, (upper, out, parts, extras, a_tiles, b_tiles, empty, full, batch_sizes, out_batch, extra_batch,
                     out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
-                    part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, GROUP, WIDE, GATED)),
+                    part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, GROUP, WIDE, ALONG, GATED)),
         (MULTIPLY, (lower, out, parts, extras, a_tiles, b_tiles, empty, full, batch_sizes, out_batch, extra_batch,
                     out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
-                    part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, GROUP, WIDE, GATED)),
+                    part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, GROUP, WIDE, ALONG, GATED)),
         (_load, (a, b, up, a_tiles, b_loads, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps, units, whole,
                  split, part_steps, A_ROWS, B_ROWS, BM, BN, BK, STAGES, GROUP)),
     ], [4, 1], [232, 32])  # fmt: skip
@@ -257,7 +255,8 @@ def product(
 def join(
     out, parts, extras, batch_sizes, out_batch, extra_batch, out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N,
     whole, split, pieces,
-    BM: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, GATED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
+    ALONG: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """Add up the parts of the tiles that were split, in their order, and store them: ROWS rows of a tile a program."""
     i = tl.program_id(0)
@@ -280,7 +279,7 @@ def join(
     if WIDE:
         batch, m, n = batch.to(tl.int64), m.to(tl.int64), n.to(tl.int64)
     m, n = m * BM + row, n * COLS + col
-    value = FINISH(acc, other, m, n, batch, extras, batch_sizes, extra_batch, extra_m, extra_n, s0, s1, s2, s3, M, N)
+    value = FINISH(acc, other, m, n, batch, extras, batch_sizes, extra_batch, extra_m, extra_n, s0, s1, s2, s3, M, N, ALONG)
     _store(value.to(out.dtype.element_ty), m, n, batch, out, batch_sizes, out_batch, out_m, out_n, M, N)
 
 
@@ -338,7 +337,7 @@ class Kernels:
         out_batch, _, _, *extra_batch = space.batch
         where = (space.rows[0], space.cols[0], space.rows[2:], space.cols[2:])
         shape = (choice.BM, choice.BN)
-        tile = dict(BM=choice.BM, BN=choice.BN, GROUP=choice.GROUP, WIDE=space.wide)
+        tile = dict(BM=choice.BM, BN=choice.BN, GROUP=choice.GROUP, WIDE=space.wide, ALONG=space.along)
         cols = choice.BN // (1 + gated)
         meta = dict(tile, A_ROWS=bool(a.k_last), B_ROWS=not b.k_last, BK=choice.BK, STAGES=choice.STAGES, num_warps=4)
         split, pieces = choice.split, choice.pieces

@@ -119,7 +119,9 @@ def ready() -> Iterator[tuple[str, Any, Any, tuple[Tensor, ...]]]:
     yield "bias, silu", lambda t: epilogues.bias(t).then(epilogues.silu), lambda x, t: F.silu(x + t), (row,)
     yield (
         "bias, gelu, scale, residual",
-        lambda b, s, r: epilogues.bias(b).then(epilogues.gelu).then(epilogues.scale_rows(s)).then(epilogues.residual(r)),
+        lambda b, s, r: (
+            epilogues.bias(b).then(epilogues.gelu).then(epilogues.scale_rows(s)).then(epilogues.residual(r))
+        ),
         lambda x, b, s, r: F.gelu(x + b) * s[:, None] + r,
         (row, column, whole),
     )
@@ -163,14 +165,19 @@ def test_quantised(dtype: torch.dtype) -> None:
         with interpret():
             found = mm(a, b, epilogue=epilogues.quantise(s, dtype))
         assert found.dtype == dtype and mm(a, b, epilogue=epilogues.quantise(s, dtype)).dtype == dtype
-        torch.testing.assert_close(found.float(), wanted, rtol=0.07 if dtype == torch.float8_e4m3fn else 0.13, atol=0.02)
+        torch.testing.assert_close(
+            found.float(), wanted, rtol=0.07 if dtype == torch.float8_e4m3fn else 0.13, atol=0.02
+        )
 
 
 def test_numbers_make_no_new_operator_and_few_are_kept() -> None:
     a, b = rand(18, 20), rand(20, 33)
     mm._derived.clear()
     for k in range(5):
-        close(mm(a, b, epilogue=Epilogue(leaky, leaky_meaning, bias=rand(33), slope=k / 4)), leaky_meaning(a @ b, rand(33), k / 4))
+        close(
+            mm(a, b, epilogue=Epilogue(leaky, leaky_meaning, bias=rand(33), slope=k / 4)),
+            leaky_meaning(a @ b, rand(33), k / 4),
+        )
     assert len(mm._derived) == 1
     for k in range(DERIVED + 3):
         mm(a, b, epilogue=Epilogue(doubled, lambda acc: 2 * acc))
@@ -211,7 +218,7 @@ def lacking(x):
 
 
 @pytest.mark.parametrize("fake", ["python", "native"], indirect=True)
-def test_calls_are_replayed(fake: Fake) -> None:  # noqa: F811
+def test_calls_are_replayed(fake: Fake) -> None:
     a, b, bias = rand(18, 20), rand(20, 33), rand(33)
     slopes = iter((0.5, 0.25, 0.125))
     warm(lambda: mm(a, b, epilogue=Epilogue(leaky, leaky_meaning, bias=bias, slope=next(slopes))), fake)
@@ -240,7 +247,10 @@ def test_grouped_products_take_one(case: Any, kernels: bool) -> None:
     wanted = gemskit.grouped_mm.meaning(*args)
     bias, residual = rand(shape[-1]), rand(*shape)
     with interpret() if kernels else nullcontext():
-        close(gemskit.grouped_mm(*args, epilogue=Epilogue(leaky, leaky_meaning, bias=bias, slope=0.5)), leaky_meaning(wanted, bias, 0.5))
+        close(
+            gemskit.grouped_mm(*args, epilogue=Epilogue(leaky, leaky_meaning, bias=bias, slope=0.5)),
+            leaky_meaning(wanted, bias, 0.5),
+        )
         ep = epilogues.residual(residual).then(epilogues.silu)
         close(gemskit.grouped_mm(*args, epilogue=ep), F.silu(wanted + residual))
         a, b, r = (t.clone().requires_grad_() for t in (*args[:2], residual))

@@ -128,7 +128,9 @@ class Step:
             given["precise"] = "precise"
         missing = [n for n in parameters(self.jit) if n not in given]
         if missing:
-            raise ArgumentError(f"{self.name}: the epilogue asks for {missing}, which is not given: Epilogue(fn, name=...)")
+            raise ArgumentError(
+                f"{self.name}: the epilogue asks for {missing}, which is not given: Epilogue(fn, name=...)"
+            )
         return ", ".join(given[n] for n in parameters(self.jit))
 
     def apply(self, acc: Tensor, operands: Mapping[str, Any]) -> Tensor:
@@ -150,8 +152,8 @@ class Step:
 
 
 _NO_GRADIENT = (
-    "a @triton.jit function has no gradient; declare it with @pointwise and a gradient, apply it after the product, or call under "
-    "torch.no_grad()"
+    "a @triton.jit function has no gradient; declare it with @pointwise and a gradient, apply it after the product, or call "
+    "under torch.no_grad()"
 )
 
 
@@ -284,7 +286,8 @@ def _meaning(base: Op[..., Any], steps: list[Step], extras: int, dtype: torch.dt
                             f"that of the result, {list(like.shape)}"
                         )
             found = step.apply(found, operands)
-        return found.to(dtype or like.dtype)
+        result: Tensor = found.to(dtype or like.dtype)
+        return result
 
     return meaning
 
@@ -314,7 +317,6 @@ def _differentiate(derived: Op[..., Any], base: Fused[..., Any], steps: list[Ste
     last = -1
     for k, (step, op) in enumerate(ops):
         last = k + ("out" in op._saves) if step.first in op._saves or "out" in op._saves else last
-    own = {n: step.own[n] for step, _ in ops for n in step.names}
     extras = [o for step, _ in ops for o in step.own.values()]
     again = [n for n in base.params if last >= 0 or n in base._saves]
 

@@ -127,12 +127,12 @@ def _steps(
     acc = _summed(acc, a, b, m, n, m_live, n_live, first, stop, a_m, a_k, b_k, b_n, PRECISION, BK)
     row_scales = None if scale_a is None else scale_a + group * scale_a_g + m * scale_a_m
     column_scales = None if scale_b is None else scale_b + group * scale_b_g + n * scale_b_n
-    of_group = ()
+    ours = ()
     for j in tl.static_range(len(extras)):
-        of_group = of_group + (extras[j] + group * extra_g[j],)
+        ours = ours + (extras[j] + group * extra_g[j],)
     STORED(
         out + group * out_g, acc, m, n, m_live, n_live, out_m, out_n, row_scales, column_scales,
-        of_group, extra_m, extra_n, s0, s1, s2, s3,
+        ours, extra_m, extra_n, s0, s1, s2, s3,
     )  # fmt: skip
 
 

@@ -279,7 +279,9 @@ def join(
     if WIDE:
         batch, m, n = batch.to(tl.int64), m.to(tl.int64), n.to(tl.int64)
     m, n = m * BM + row, n * COLS + col
-    value = FINISH(acc, other, m, n, batch, extras, batch_sizes, extra_batch, extra_m, extra_n, s0, s1, s2, s3, M, N, ALONG)
+    value = FINISH(
+        acc, other, m, n, batch, extras, batch_sizes, extra_batch, extra_m, extra_n, s0, s1, s2, s3, M, N, ALONG
+    )
     _store(value.to(out.dtype.element_ty), m, n, batch, out, batch_sizes, out_batch, out_m, out_n, M, N)
 
 
@@ -323,9 +325,7 @@ class Kernels:
         self.product = fill(product, name, annotations, MULTIPLY=fill(_multiply, f"{name}_multiply", FINISH=finish))
         self.join = fill(join, f"{name}_join", annotations, FINISH=finish)
 
-    def plan(
-        self, space: Space, dtype: torch.dtype, choice: Choice, gated: bool = False
-    ) -> Callable[..., None] | None:
+    def plan(self, space: Space, dtype: torch.dtype, choice: Choice, gated: bool = False) -> Callable[..., None] | None:
         """The launches for ``choice``; None where a factor cannot be loaded by blocks."""
         if choice.transposed:
             space = space.transposed()

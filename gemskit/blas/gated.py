@@ -48,8 +48,8 @@ def gated_linear(
 ) -> Tensor:  # fmt: skip
     """``activation(input @ weight.T) * (input @ weight_up.T)`` of ``input`` (..., K) and weights (N, K): (..., N).
 
-    Without ``weight_up`` a ``weight`` (2N, K) holds both, the gate's rows first (vLLM's ``gate_up_proj``). Neither product is stored
-    or rounded; the gradient computes both again. Source: SwiGLU, GEGLU, ReGLU and GLU (Shazeer 2020).
+    Without ``weight_up`` a ``weight`` (2N, K) holds both, the gate's rows first (vLLM's ``gate_up_proj``). Neither product is
+    stored or rounded; the gradient computes both again. Source: SwiGLU, GEGLU, ReGLU and GLU (Shazeer 2020).
     """
     gate, up = _halves(weight, weight_up)
     if activation not in _MEANINGS:
@@ -60,7 +60,8 @@ def gated_linear(
     if not dtype.is_floating_point or dtype != gate.dtype or dtype != up.dtype:
         raise DtypeError(f"all tensors must have one floating dtype, given {dtype}, {gate.dtype} and {up.dtype}")
     x, gate, up = (t.to(compute_type(dtype)) for t in (input, gate, up))
-    return (_MEANINGS[activation](F.linear(x, gate)) * F.linear(x, up)).to(dtype)
+    found: Tensor = _MEANINGS[activation](F.linear(x, gate)) * F.linear(x, up)
+    return found.to(dtype)
 
 
 @jit
@@ -119,7 +120,10 @@ def _(
     gate, up = _halves(weight, weight_up)
     if gate.stride() != up.stride():
         # One set of strides serves both.
-        gate, up = (t if t.is_contiguous() else copy(t, torch.empty(t.shape, dtype=t.dtype, device=t.device)) for t in (gate, up))
+        gate, up = (
+            t if t.is_contiguous() else copy(t, torch.empty(t.shape, dtype=t.dtype, device=t.device))
+            for t in (gate, up)
+        )
     if input.ndim == 1:
         out, input = out[None], input[None]
     named = {"up": up.mT, "activation": activation}

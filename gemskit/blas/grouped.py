@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemskit._checks import describe
 from gemskit._bind import slots
+from gemskit._checks import describe
 from gemskit._dtypes import FLOAT8, compute_type
 from gemskit._jit import jit
 from gemskit._op import Named, Op, P, R, operator

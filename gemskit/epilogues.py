@@ -1,6 +1,6 @@
 """Ready epilogues of products: ``mm(a, b, epilogue=epilogues.bias(b).then(epilogues.silu))``.
 
-Those without operands are operators or constants, the others functions of their operands. All but :func:`quantise` have gradients.
+Those without operands are operators or constants, the others functions of them. All but :func:`quantise` have gradients.
 """
 
 from __future__ import annotations
@@ -57,5 +57,5 @@ def _quantised(acc: Tensor, scale: Tensor | float, most: float) -> Tensor:
 
 
 def quantise(scale: Tensor | float, dtype: torch.dtype = torch.float8_e4m3fn) -> Epilogue:
-    """``acc * (1 / scale)`` as float8, saturated; ``scale`` is a number or a tensor that broadcasts to the result. No gradient."""
+    """``acc * (1 / scale)`` as float8, saturated; ``scale`` is a number or a tensor that broadcasts. No gradient."""
     return Epilogue(_quantise, _quantised, scale=scale, most=torch.finfo(dtype).max).to(dtype)

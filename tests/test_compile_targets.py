@@ -29,7 +29,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-import gemskit  # noqa: F401
+import gemskit
 from gemskit import _bench_cases, _driver, _launch, backends, epilogues
 from gemskit._op import REGISTRY, Op
 from gemskit._tensor_map import Descriptor

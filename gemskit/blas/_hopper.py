@@ -212,6 +212,21 @@ def _store(value, m, n, batch, out, batch_sizes, out_batch, out_m, out_n, M, N):
     tl.store(out + at, value, (m < M) & (n < N))
 
 
+if hasattr(gl.shared_memory_descriptor, "reinterpret"):
+
+    @gluon.jit
+    def _as_one(tiles, shape: gl.constexpr):
+        """The same memory in another shape."""
+        return tiles.reinterpret(tiles.dtype, shape, tiles.layout)
+
+else:  # Its name until Triton 3.8.
+
+    @gluon.jit
+    def _as_one(tiles, shape: gl.constexpr):
+        """The same memory in another shape."""
+        return tiles._reinterpret(tiles.dtype, shape, tiles.layout)
+
+
 @gluon.jit
 def product(
     out, a, b, up, parts, extras, batch_sizes, out_batch, a_batch, b_batch, extra_batch, out_m, out_n, extra_m, extra_n,
@@ -225,10 +240,11 @@ def product(
     """
     GATED: gl.constexpr = up is not None
     a_tiles = gl.allocate_shared_memory(a.dtype, [2 * STAGES] + a.block_type.shape, a.layout)
-    b_loads = gl.allocate_shared_memory(b.dtype, [(1 + GATED) * STAGES] + b.block_type.shape, b.layout)
+    LOADS: gl.constexpr = 2 * STAGES if GATED else STAGES
+    b_loads = gl.allocate_shared_memory(b.dtype, [LOADS] + b.block_type.shape, b.layout)
     b_tiles = b_loads
     if GATED:
-        b_tiles = b_loads._reinterpret(b.dtype, [STAGES, BN, BK], b.layout)
+        b_tiles = _as_one(b_loads, [STAGES, BN, BK])
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):

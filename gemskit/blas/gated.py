@@ -140,9 +140,12 @@ def _(
         gate, up = both.narrow(-1, 0, n), both.narrow(-1, n, n)
     else:
         gate, up = linear(input, weight), linear(input, weight_up)
-    # One product gives the gradient of a weight of both halves if theirs lie side by side.
-    d = torch.empty((*grad.shape[:-1], 2 * n), dtype=grad.dtype, device=grad.device)
-    halves = d.narrow(-1, 0, n), d.narrow(-1, n, n)
+    if weight_up is None:
+        # Side by side, so that one product gives the gradient of the weight.
+        d = torch.empty((*grad.shape[:-1], 2 * n), dtype=grad.dtype, device=grad.device)
+        halves = d.narrow(-1, 0, n), d.narrow(-1, n, n)
+    else:
+        d, _ = halves = torch.empty_like(gate), torch.empty_like(up)
     _GRADS({"grad": grad, "gate": gate, "up": up, "activation": activation}, halves, compute_type(grad.dtype))
     found: dict[str, Tensor] = {}
     x, (d_gate, d_up) = rows(input), map(rows, halves)

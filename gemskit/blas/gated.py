@@ -14,6 +14,7 @@ from gemskit._dtypes import compute_type
 from gemskit._jit import jit
 from gemskit._op import operator
 from gemskit.blas._drive import Product
+from gemskit.blas._terms import shaped
 from gemskit.blas.matmul import addmm, linear, mm, rows
 from gemskit.errors import ArgumentError, DtypeError, ShapeError
 from gemskit.pointwise import _fast
@@ -152,7 +153,7 @@ def _(
     if "input" in needs and weight_up is None:
         found["input"] = linear(d, weight.mT)
     elif "input" in needs and weight_up is not None:
-        found["input"] = addmm(mm(d_gate, weight), d_up, weight_up).view(input.shape)
+        found["input"] = shaped(addmm(mm(d_gate, weight), d_up, weight_up), input.shape)
     if "weight" in needs:
         found["weight"] = mm(rows(d).mT if weight_up is None else d_gate.mT, x)
     if "weight_up" in needs:

@@ -3,6 +3,7 @@
 Every public operator is imported here by name. Nothing in torch changes; CPU tensors run the operators' meaning in plain torch.
 """
 
+from gemskit import epilogues as epilogues
 from gemskit import errors as errors
 from gemskit import language as language
 from gemskit._interpret import interpret as interpret
@@ -14,6 +15,7 @@ from gemskit._warmup import Warmup as Warmup
 from gemskit._warmup import warmup as warmup
 from gemskit.backends import device as device
 from gemskit.backends import vendor as vendor
+from gemskit.blas import Epilogue as Epilogue
 from gemskit.blas import addbmm as addbmm
 from gemskit.blas import addbmm_ as addbmm_
 from gemskit.blas import addmm as addmm
@@ -31,6 +33,7 @@ from gemskit.blas import cutlass_scaled_mm as cutlass_scaled_mm
 from gemskit.blas import dot as dot
 from gemskit.blas import einsum as einsum
 from gemskit.blas import fp8_matmul as fp8_matmul
+from gemskit.blas import gated_linear as gated_linear
 from gemskit.blas import ger as ger
 from gemskit.blas import grouped_mm as grouped_mm
 from gemskit.blas import inner as inner

@@ -133,6 +133,7 @@ def load() -> dict[str, Callable[[Make], Iterator[Sample]]]:
         _samples_binary,
         _samples_blas,
         _samples_creation,
+        _samples_epilogues,
         _samples_grouped,
         _samples_index,
         _samples_movement,

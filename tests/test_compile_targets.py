@@ -29,8 +29,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-import gemskit  # noqa: F401
-from gemskit import _bench_cases, _driver, _launch, backends
+import gemskit
+from gemskit import _bench_cases, _driver, _launch, backends, epilogues
 from gemskit._op import REGISTRY, Op
 from gemskit._tensor_map import Descriptor
 from gemskit.backends import Arch
@@ -276,6 +276,24 @@ def test_compiles(name: str, column: tuple[Arch, torch.dtype, str, int]) -> None
         assert not problems, "\n".join(problems)
     else:
         assert problems, f"compiles, although the table of expected failures says: {reason}"
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_epilogues_compile(name: str) -> None:
+    """In each kernel of products, with operands along both sides."""
+    row, launches = next(row for row in ROWS if row.name == name), Launches()
+    make = Unfilled(BF16)
+    scales = make(2048, dtype=FP32)
+    with _launch.capturing(launches), backends.use_arch(row):
+        for m in (1, 16, 2048):
+            a, b = make(m, 1024), make(2048, 1024).mT
+            biased = epilogues.bias(make(2048)).then(epilogues.gelu)
+            scaled = epilogues.scale_rows(scales[:m]).then(epilogues.scale_columns(scales))
+            quantised = [] if "float8_e4m3fn" in row.unsupported_dtypes else [epilogues.quantise(scales[:1])]
+            for epilogue in (biased, scaled.then(epilogues.residual(make(m, 2048))), *quantised):
+                gemskit.mm(a, b, epilogue=epilogue)
+    problems = [f"{launch}: {problem}" for launch in launches.values() for problem in launch.problems(row)]
+    assert launches and not problems, "\n".join(problems)
 
 
 def _forget_plans() -> None:

@@ -1,5 +1,6 @@
 """Matrix products, dense to grouped to quantised."""
 
+from gemskit.blas._epilogue import Epilogue as Epilogue
 from gemskit.blas.batched import baddbmm as baddbmm
 from gemskit.blas.batched import baddbmm_ as baddbmm_
 from gemskit.blas.batched import bmm as bmm
@@ -10,6 +11,7 @@ from gemskit.blas.contractions import einsum as einsum
 from gemskit.blas.contractions import inner as inner
 from gemskit.blas.contractions import linalg_multi_dot as linalg_multi_dot
 from gemskit.blas.contractions import tensordot as tensordot
+from gemskit.blas.gated import gated_linear as gated_linear
 from gemskit.blas.grouped import grouped_mm as grouped_mm
 from gemskit.blas.grouped import scaled_grouped_mm as scaled_grouped_mm
 from gemskit.blas.matmul import addmm as addmm

@@ -22,11 +22,12 @@ from gemskit._dtypes import FLOAT8, TRITON
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
-from gemskit._op import Named, Op, P, R
+from gemskit._op import Named, P, R
 from gemskit.blas import _few
+from gemskit.blas._epilogue import Fused, Step, formula
 from gemskit.blas._integers import Integers
 from gemskit.blas._rule import choose
-from gemskit.blas._space import Space
+from gemskit.blas._space import Space, read
 from gemskit.errors import DtypeError, NoKernel
 
 #: Filled in per operator.
@@ -45,10 +46,10 @@ ACCUMULATORS = {
 
 @jit
 def _tiles(
-    out, a, b, extras, batch_sizes, out_strides, a_strides, b_strides, extra_strides,
+    out, a, b, up, extras, batch_sizes, out_strides, a_strides, b_strides, extra_strides,
     out_m, out_n, a_m, a_k, b_k, b_n, extra_m, extra_n, s0, s1, s2, s3, M, N, K,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
+    GROUP: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, ALONG: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
     k = tl.arange(0, BK)
@@ -69,6 +70,9 @@ def _tiles(
     a_at = (m % M)[:, None] * a_m + k[None, :] * a_k
     b_at = k[:, None] * b_k + (n % N)[None, :] * b_n
     acc = tl.zeros((BM, BN), ACC)
+    if up is not None:
+        up += offset(batch, batch_sizes, b_strides)
+        other = tl.zeros((BM, BN), ACC)
     for start in range(0, K, BK):
         if EVEN_K:
             x, y = tl.load(a + a_at), tl.load(b + b_at)
@@ -76,22 +80,28 @@ def _tiles(
             x = tl.load(a + a_at, k[None, :] < K - start, other=0.0)
             y = tl.load(b + b_at, k[:, None] < K - start, other=0.0)
         acc = tl.dot(x, y, acc, input_precision=PRECISION, out_dtype=ACC)
+        if up is not None:
+            if EVEN_K:
+                y = tl.load(up + b_at)
+            else:
+                y = tl.load(up + b_at, k[:, None] < K - start, other=0.0)
+            other = tl.dot(x, y, other, input_precision=PRECISION, out_dtype=ACC)
+            up += BK * b_k
         # Scalar pointers advance, tile offsets stay: one add a step, and only the offsets inside a tile can leave int32.
         a += BK * a_k
         b += BK * b_k
     m, n = m[:, None], n[None, :]
     live = (m < M) & (n < N)
-    values = ()
-    for j in tl.static_range(len(extras)):
-        at = offset(batch, batch_sizes, extra_strides[j]) + m * extra_m[j] + n * extra_n[j]
-        values = values + (tl.load(extras[j] + at, live).to(ACC),)
+    values = read(extras, m, n, M, N, batch, batch_sizes, extra_strides, extra_m, extra_n, ACC, ALONG)
+    if up is not None:
+        values = (other,) + values
     result = EPILOGUE(acc, values, s0, s1, s2, s3)
     at = offset(batch, batch_sizes, out_strides) + m * out_m + n * out_n
     tl.store(out + at, result.to(out.dtype.element_ty), live)
 
 
-#: Launches ``out, a, b, further operands, scalars``.
-Run = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...], tuple[Any, ...]], None]
+#: Launches ``out, a, b, up, further operands, scalars``.
+Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, tuple[Tensor, ...], tuple[Any, ...]], None]
 
 
 class Bound:
@@ -118,10 +128,13 @@ class Bound:
 
 
 class Product:
-    """``epilogue(a @ b, ...)`` as a kernel. The epilogue names ``acc``, operands and scalars."""
+    """``epilogue(a @ b, ...)`` as a kernel. The epilogue names ``acc``, operands and scalars.
 
-    def __init__(self, name: str, epilogue: Any) -> None:
-        self.name, self.epilogue, self.names = name, epilogue, parameters(epilogue)
+    A ``gated`` one also names ``up``: ``a`` times a second matrix, which ``named`` has and which is laid out as ``b`` is.
+    """
+
+    def __init__(self, name: str, epilogue: Any, gated: bool = False) -> None:
+        self.name, self.epilogue, self.names, self.gated = name, epilogue, parameters(epilogue), gated
         self._bound: dict[Any, Bound] = {}
         self._known: dict[Any, Bound] = {}
 
@@ -129,19 +142,23 @@ class Product:
         """The launch for ``a`` (.., M, K), ``b`` (.., K, N) and ``out`` (.., M, N), batches broadcast."""
         if a.dtype not in ACCUMULATORS:
             raise NoKernel(f"{self.name}: no kernel for {a.dtype} products")
-        operands = [n for n in self.names if isinstance(named.get(n), Tensor)]
+        operands = [n for n in self.names if isinstance(named.get(n), Tensor) and not (self.gated and n == "up")]
+        if "precise" in self.names:
+            named = {**named, "precise": not (a.dtype.itemsize == 2 and out.dtype.itemsize <= 2)}
         space = Space.of(out, a, b, [named[n] for n in operands])
         if not (space.M and space.N):
             return lambda out, a, b, named: None
         bound = self._bind(named, operands, ACCUMULATORS[a.dtype])
-        few = _few.plan(space, a.dtype, bound.acc, bound.few)
+        few = _few.plan(space, a.dtype, bound.acc, bound.few, self.gated)
         plain = few or self._plain(space, a, bound)
         fast = few or self._wgmma(space, a, bound) or plain
 
         def run(out: Tensor, a: Tensor, b: Tensor, named: Named) -> None:
             # Descriptors of addresses that are no multiple of 16 do not exist.
-            launches = plain if (a.data_ptr() | b.data_ptr()) % 16 else fast
-            launches(out, a, b, tuple([named[n] for n in operands]), slots([named[n] for n in bound.runtime]))
+            up = named["up"] if self.gated else None
+            unaligned = (a.data_ptr() | b.data_ptr() | (up.data_ptr() if up is not None else 0)) % 16
+            launches = plain if unaligned else fast
+            launches(out, a, b, up, tuple([named[n] for n in operands]), slots([named[n] for n in bound.runtime]))
 
         return run
 
@@ -150,25 +167,29 @@ class Product:
         config = backends.arch().config("gemm")
         if not config.get("wgmma") or a.dtype not in (torch.bfloat16, torch.float16) or not space.K:
             return None
-        choice = choose(space.M, space.N, space.K, space.batches, config["processors"])
-        found: Run | None = bound.wgmma.plan(space, a.dtype, choice)
+        choice = choose(space.M, space.N, space.K, space.batches, config["processors"], self.gated)
+        found: Run | None = bound.wgmma.plan(space, a.dtype, choice, self.gated)
         return found
 
     def _plain(self, space: Space, a: Tensor, bound: Bound) -> Run:
         """The kernel that runs everywhere."""
         row, acc, kernel = backends.arch(), bound.acc, bound.plain
         M, N, K = space.M, space.N, space.K
-        meta = tiles(row.config("gemm"), row.config("gemm_few"), M, N, K, a.dtype, space.batches)
+        # Two accumulators: as many columns of both together as else of one.
+        config, few = ({**c, "n": c["n"] // (1 + self.gated)} for c in (row.config("gemm"), row.config("gemm_few")))
+        meta = tiles(config, few, M, N, K, a.dtype, space.batches)
         grid = (_layout.cdiv(M, meta["BM"]) * _layout.cdiv(N, meta["BN"]) * space.batches,)
-        meta |= dict(ACC=TRITON[acc], EVEN_K=K % meta["BK"] == 0, WIDE=space.wide)
+        meta |= dict(ACC=TRITON[acc], EVEN_K=K % meta["BK"] == 0, WIDE=space.wide, ALONG=space.along)
         out_batch, a_batch, b_batch, *extra_batch = space.batch
         inner = (space.rows[0], space.cols[0], space.rows[1], space.a_k, space.b_k, space.cols[1])
         strided = (space.sizes, out_batch, a_batch, b_batch, tuple(extra_batch), *inner, space.rows[2:], space.cols[2:])
         fast = a.dtype == torch.float32 and row.target[0] == "cuda"
 
-        def run(out: Tensor, a: Tensor, b: Tensor, extras: tuple[Tensor, ...], scalars: tuple[Any, ...]) -> None:
+        def run(
+            out: Tensor, a: Tensor, b: Tensor, up: Tensor | None, extras: tuple[Tensor, ...], scalars: tuple[Any, ...]
+        ) -> None:
             precision = "tf32" if fast and tf32() else "ieee"
-            launch(kernel, grid, (out, a, b, extras, *strided, *scalars, M, N, K), dict(meta, PRECISION=precision))
+            launch(kernel, grid, (out, a, b, up, extras, *strided, *scalars, M, N, K), dict(meta, PRECISION=precision))
 
         return run
 
@@ -176,7 +197,8 @@ class Product:
         asked = (acc, given(self.names, named))
         if asked in self._known:
             return self._known[asked]
-        reads = {"acc": "acc", **{n: f"values[{k}]" for k, n in enumerate(operands)}}
+        places = ["up", *operands] if self.gated else operands
+        reads = {"acc": "acc", **{n: f"values[{k}]" for k, n in enumerate(places)}}
         runtime, expressions = arguments(self.names, {n: named.get(n) for n in self.names}, reads, acc)
         key = (tuple(operands), tuple(expressions.items()), acc)
         if key not in self._bound:
@@ -215,7 +237,7 @@ def tiles(
 Views = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-class Gemm(Op[P, R]):
+class Gemm(Fused[P, R]):
     """A product of its two ``factors``, each a matrix or a batch of them unless :meth:`views` says otherwise."""
 
     family = "gemm"
@@ -236,6 +258,22 @@ class Gemm(Op[P, R]):
         """Attach what becomes of the accumulator: a jit function of ``acc`` and any parameters by name."""
         self._product, self._integers = Product(self.name, fn), Integers(self.name, fn)
         return fn
+
+    def _fused(self, meaning: Callable[..., Any], extras: tuple[str, ...], steps: list[Step]) -> Gemm[..., Any]:
+        assert self._product is not None
+        rules = dict(factors=self.factors, keep=(*self.keep, *extras), writes=self.writes, floats=self.factors)
+        derived: Gemm[..., Any] = Gemm(meaning, **rules)  # type: ignore[arg-type]
+        derived.epilogue(formula(steps, self._product.epilogue))
+        derived._views, own = self._views, self._shapes
+        if own is not None:
+
+            def shapes(*values: Any) -> Sequence[tuple[int, ...]] | None:
+                found = own(*values[len(extras) :])
+                others = [tuple(v.shape) for v in values[: len(extras)] if isinstance(v, Tensor)]
+                return found if found and all(o in (found[0], found[0][-1:]) for o in others) else None
+
+            derived.shape_rule(shapes)
+        return derived
 
     def views(self, fn: Views) -> Views:
         """Attach how (out, first, second) become matrices: views that begin at the same elements."""

@@ -18,7 +18,7 @@ from gemskit._dtypes import TRITON
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
-from gemskit.blas._space import Space
+from gemskit.blas._space import Space, read
 
 #: Filled in per operator.
 EPILOGUE: Any = None
@@ -29,9 +29,10 @@ ROWS = 16
 
 @jit
 def few_rows(
-    out, a, b, extras, sizes, out_batch, a_batch, b_batch, extra_batch,
+    out, a, b, up, extras, sizes, out_batch, a_batch, b_batch, extra_batch,
     out_m, out_n, a_m, a_k, b_k, b_n, extra_m, extra_n, s0, s1, s2, s3, M, N, K,
     ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
+    ALONG: tl.constexpr,
 ):  # fmt: skip
     """BN columns of ``out``: columns are the rows of the tiles here, so that a tile reads along K."""
     i = tl.program_id(0)
@@ -48,17 +49,28 @@ def few_rows(
     # Columns beyond the end wrap around, so that only K needs a mask.
     b_at = (n % N) * b_n + k[None, :] * b_k
     acc = tl.zeros((BN, BK if BM == 1 else BM), ACC)
+    if up is not None:
+        up += offset(batch, sizes, b_batch)
+        other = tl.zeros((BN, BK if BM == 1 else BM), ACC)
     for start in range(0, K, BK):
         if EVEN_K:
             y = tl.load(b + b_at, eviction_policy="evict_first")
         else:
             y = tl.load(b + b_at, k[None, :] < K - start, other=0.0, eviction_policy="evict_first")
+        if up is not None:
+            if EVEN_K:
+                z = tl.load(up + b_at, eviction_policy="evict_first")
+            else:
+                z = tl.load(up + b_at, k[None, :] < K - start, other=0.0, eviction_policy="evict_first")
+            up += BK * b_k
         if BM == 1:
             if EVEN_K:
                 x = tl.load(a + k[None, :] * a_k)
             else:
                 x = tl.load(a + k[None, :] * a_k, k[None, :] < K - start, other=0.0)
             acc += y.to(ACC) * x.to(ACC)
+            if up is not None:
+                other += z.to(ACC) * x.to(ACC)
         else:
             at = a + (m % M) * a_m + k[:, None] * a_k
             if EVEN_K:
@@ -66,23 +78,28 @@ def few_rows(
             else:
                 x = tl.load(at, k[:, None] < K - start, other=0.0)
             acc = tl.dot(y, x, acc, out_dtype=ACC)
+            if up is not None:
+                other = tl.dot(z, x, other, out_dtype=ACC)
         a += BK * a_k
         b += BK * b_k
     if BM == 1:
         acc = tl.sum(acc, 1, keep_dims=True)
+        if up is not None:
+            other = tl.sum(other, 1, keep_dims=True)
     live = (m < M) & (n < N)
-    values = ()
-    for j in tl.static_range(len(extras)):
-        at = offset(batch, sizes, extra_batch[j]) + m * extra_m[j] + n * extra_n[j]
-        values = values + (tl.load(extras[j] + at, live).to(ACC),)
+    values = read(extras, m, n, M, N, batch, sizes, extra_batch, extra_m, extra_n, ACC, ALONG)
+    if up is not None:
+        values = (other,) + values
     result = EPILOGUE(acc, values, s0, s1, s2, s3)
     at = offset(batch, sizes, out_batch) + m * out_m + n * out_n
     tl.store(out + at, result.to(out.dtype.element_ty), live)
 
 
-def plan(space: Space, dtype: torch.dtype, acc: torch.dtype, kernel: Any) -> Callable[..., None] | None:
+def plan(
+    space: Space, dtype: torch.dtype, acc: torch.dtype, kernel: Any, gated: bool = False
+) -> Callable[..., None] | None:
     """The launch; None for more rows, or where the second factor does not run along K."""
-    transposed = space.N < space.M
+    transposed = space.N < space.M and not gated
     if transposed:
         space = space.transposed()
     M, N, K = space.M, space.N, space.K
@@ -97,17 +114,23 @@ def plan(space: Space, dtype: torch.dtype, acc: torch.dtype, kernel: Any) -> Cal
         # Many columns: fewer, larger programs, as those of 16 columns read the first factor N / 16 times.
         bm, (bn, bk, warps, stages) = ROWS, (16, 512, 2, 3) if N <= 8192 else (64, 128, 4, 4)
         bk = min(bk, max(16, _layout.next_power_of_2(K)))
+    if gated:
+        # As many bytes in flight, of two matrices.
+        bn, bk = (bn // 2, bk) if bn > 16 or (bm == 1 and bn > 1) else (bn, max(16, bk // 2))
     grid = (_layout.cdiv(N, bn) * space.batches,)
     meta = dict(
-        ACC=TRITON[acc], BM=bm, BN=bn, BK=bk, EVEN_K=K % bk == 0, WIDE=space.wide, num_warps=warps, num_stages=stages
-    )
+        ACC=TRITON[acc], BM=bm, BN=bn, BK=bk, EVEN_K=K % bk == 0, WIDE=space.wide, ALONG=space.along, num_warps=warps,
+        num_stages=stages,
+    )  # fmt: skip
     out_batch, a_batch, b_batch, *extra_batch = space.batch
     inner = (space.rows[0], space.cols[0], space.rows[1], space.a_k, space.b_k, space.cols[1])
     strided = (space.sizes, out_batch, a_batch, b_batch, tuple(extra_batch), *inner, space.rows[2:], space.cols[2:])
 
-    def run(out: Tensor, a: Tensor, b: Tensor, extras: tuple[Tensor, ...], scalars: tuple[Any, ...]) -> None:
+    def run(
+        out: Tensor, a: Tensor, b: Tensor, up: Tensor | None, extras: tuple[Tensor, ...], scalars: tuple[Any, ...]
+    ) -> None:
         if transposed:
             a, b = b, a
-        launch(kernel, grid, (out, a, b, extras, *strided, *scalars, M, N, K), meta)
+        launch(kernel, grid, (out, a, b, up, extras, *strided, *scalars, M, N, K), meta)
 
     return run

@@ -5,15 +5,23 @@ The grid is the most tiles that any groups of these totals can have, so the host
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from gemskit import _layout, backends, language
+from gemskit._bind import fill, slots
 from gemskit._driver import tf32
 from gemskit._dtypes import FLOAT8, TRITON, compute_type
 from gemskit._jit import jit
 from gemskit._launch import launch
+
+#: Filled in per operator.
+EPILOGUE: Any = None
+STORED: Any = None
 
 
 @jit
@@ -34,12 +42,20 @@ def _summed(
 
 
 @jit
-def _stored(out, acc, m, n, m_live, n_live, out_m, out_n, row_scales, column_scales):
-    """Store a tile, times the scales of its rows and columns where there are any."""
+def _stored(
+    out, acc, m, n, m_live, n_live, out_m, out_n, row_scales, column_scales, extras, extra_m, extra_n, s0, s1, s2, s3
+):  # fmt: skip
+    """Store a tile: the epilogue of it, times the scales of its rows and columns where there are any."""
     if row_scales is not None:
         acc *= tl.load(row_scales, m_live, other=0.0)[:, None]
     if column_scales is not None:
         acc *= tl.load(column_scales, n_live, other=0.0)[None, :]
+    values = ()
+    live = m_live[:, None] & n_live[None, :]
+    for j in tl.static_range(len(extras)):
+        at = m[:, None] * extra_m[j] + n[None, :] * extra_n[j]
+        values = values + (tl.load(extras[j] + at, live).to(acc.dtype),)
+    acc = EPILOGUE(acc, values, s0, s1, s2, s3)
     at = m[:, None] * out_m + n[None, :] * out_n
     tl.store(out + at, acc.to(out.dtype.element_ty), m_live[:, None] & n_live[None, :])
 
@@ -52,7 +68,8 @@ def _bound(offs, g, total):
 
 @jit
 def _rows(
-    out, a, b, offs, scale_a, scale_b, groups, T, N, K, out_m, out_n, a_m, a_k, b_g, b_k, b_n, scale_m, scale_g, scale_n,
+    out, a, b, offs, scale_a, scale_b, extras, groups, T, N, K,
+    out_m, out_n, a_m, a_k, b_g, b_k, b_n, scale_m, scale_g, scale_n, extra_m, extra_n, s0, s1, s2, s3,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SWIZZLE: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -83,13 +100,15 @@ def _rows(
         if scale_b is not None:
             at = scale_b + group * scale_g + n * scale_n
             acc *= tl.load(at, n_live & (group < groups), other=0.0)[None, :]
-        _stored(out, acc, m, n, m_live, n_live, out_m, out_n, row_scales, None)
+        STORED(
+            out, acc, m, n, m_live, n_live, out_m, out_n, row_scales, None, extras, extra_m, extra_n, s0, s1, s2, s3
+        )  # fmt: skip
 
 
 @jit
 def _steps(
-    out, a, b, offs, scale_a, scale_b, M, N, T, out_g, out_m, out_n, a_m, a_k, b_k, b_n,
-    scale_a_g, scale_a_m, scale_b_g, scale_b_n,
+    out, a, b, offs, scale_a, scale_b, extras, M, N, T, out_g, out_m, out_n, a_m, a_k, b_k, b_n,
+    scale_a_g, scale_a_m, scale_b_g, scale_b_n, extra_g, extra_m, extra_n, s0, s1, s2, s3,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SWIZZLE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -106,7 +125,13 @@ def _steps(
     acc = _summed(acc, a, b, m, n, m_live, n_live, first, stop, a_m, a_k, b_k, b_n, PRECISION, BK)
     row_scales = None if scale_a is None else scale_a + group * scale_a_g + m * scale_a_m
     column_scales = None if scale_b is None else scale_b + group * scale_b_g + n * scale_b_n
-    _stored(out + group * out_g, acc, m, n, m_live, n_live, out_m, out_n, row_scales, column_scales)
+    ours = ()
+    for j in tl.static_range(len(extras)):
+        ours = ours + (extras[j] + group * extra_g[j],)
+    STORED(
+        out + group * out_g, acc, m, n, m_live, n_live, out_m, out_n, row_scales, column_scales,
+        ours, extra_m, extra_n, s0, s1, s2, s3,
+    )  # fmt: skip
 
 
 def _tile(rows: int, columns: int, steps: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, object]]:
@@ -131,36 +156,57 @@ def _wide(*tensors: Tensor) -> bool:
     return any(_layout.is_wide(t.shape, [t.stride()]) for t in tensors)
 
 
+@jit
+def _plain(acc, values, s0, s1, s2, s3):
+    return acc
+
+
+class After:
+    """The kernels of an epilogue ``fn(acc, values, s0, s1, s2, s3)``."""
+
+    def __init__(self, name: str, fn: Any, annotations: Mapping[str, str] | None = None) -> None:
+        stored = fill(_stored, f"{name}_stored", EPILOGUE=fn)
+        self.rows = fill(_rows, f"{name}_rows", annotations, STORED=stored)
+        self.steps = fill(_steps, f"{name}_steps", annotations, STORED=stored)
+
+
+PLAIN = After("grouped", _plain)
+
+
 def rows(
-    out: Tensor, a: Tensor, b: Tensor, offs: Tensor, scale_a: Tensor | None = None, scale_b: Tensor | None = None
-) -> None:
+    out: Tensor, a: Tensor, b: Tensor, offs: Tensor, scale_a: Tensor | None = None, scale_b: Tensor | None = None,
+    after: After = PLAIN, extras: tuple[Tensor, ...] = (), scalars: tuple[Any, ...] = slots(()),
+) -> None:  # fmt: skip
     """``out[i] = a[i] @ b[g]``, ``g`` the group of row ``i``; times ``scale_a[i]`` and ``scale_b[g]``."""
     (T, K), (groups, _, N) = a.shape, b.shape
     sides, meta = _tile(_layout.cdiv(T, max(groups, 1)), N, K, a.dtype)
     most = T // sides["BM"] + min(groups + 1, T)
     grid = most * _layout.cdiv(N, sides["BN"])
     scales = (scale_a.stride(0) if scale_a is not None else 0, *(scale_b.stride() if scale_b is not None else (0, 0)))
-    strides = (*out.stride(), *a.stride(), *b.stride(), *scales)
+    along = tuple(zip(*(_layout.broadcast_strides(t, out.shape) for t in extras))) or ((), ())
+    strides = (*out.stride(), *a.stride(), *b.stride(), *scales, *along, *scalars)
     count = _layout.next_power_of_2(groups + 1)
     if grid:
         launch(
-            _rows, (grid,), (out, a, b, offs, scale_a, scale_b, groups, T, N, K, *strides),
-            {**sides, **meta, "GROUPS": count, "WIDE": _wide(out, a, b)},
+            after.rows, (grid,), (out, a, b, offs, scale_a, scale_b, extras, groups, T, N, K, *strides),
+            {**sides, **meta, "GROUPS": count, "WIDE": _wide(out, a, b, *extras)},
         )  # fmt: skip
 
 
 def steps(
-    out: Tensor, a: Tensor, b: Tensor, offs: Tensor, scale_a: Tensor | None = None, scale_b: Tensor | None = None
-) -> None:
+    out: Tensor, a: Tensor, b: Tensor, offs: Tensor, scale_a: Tensor | None = None, scale_b: Tensor | None = None,
+    after: After = PLAIN, extras: tuple[Tensor, ...] = (), scalars: tuple[Any, ...] = slots(()),
+) -> None:  # fmt: skip
     """``out[g] = a[:, g] @ b[g]``, the products of groups of steps; times ``scale_a[g]`` and ``scale_b[g]``."""
     groups, M, N = out.shape
     T = a.shape[1]
     sides, meta = _tile(M, N, _layout.cdiv(T, max(groups, 1)), a.dtype)
     grid = groups * _layout.cdiv(M, sides["BM"]) * _layout.cdiv(N, sides["BN"])
     scales = [s for t in (scale_a, scale_b) for s in (t.stride() if t is not None else (0, 0))]
-    strides = (*out.stride(), *a.stride(), *b.stride(), *scales)
+    along = tuple(zip(*(_layout.broadcast_strides(t, out.shape) for t in extras))) or ((), (), ())
+    strides = (*out.stride(), *a.stride(), *b.stride(), *scales, *along, *scalars)
     if grid:
         launch(
-            _steps, (grid,), (out, a, b, offs, scale_a, scale_b, M, N, T, *strides),
-            {**sides, **meta, "WIDE": _wide(out, a, b)},
+            after.steps, (grid,), (out, a, b, offs, scale_a, scale_b, extras, M, N, T, *strides),
+            {**sides, **meta, "WIDE": _wide(out, a, b, *extras)},
         )  # fmt: skip

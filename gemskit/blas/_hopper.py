@@ -31,7 +31,7 @@ from gemskit._launch import launch
 from gemskit._layout import offset
 from gemskit._tensor_map import Descriptor, loadable
 from gemskit.blas._rule import Choice
-from gemskit.blas._space import Space
+from gemskit.blas._space import Space, read
 
 #: Its name until Triton 3.6.
 _block_to_shared = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -64,11 +64,14 @@ def _where(tile, tiles_m, tiles_n, GROUP: gl.constexpr):
 
 @gluon.jit
 def _load(
-    a, b, a_tiles, b_tiles, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps, units, whole, split,
+    a, b, up, a_tiles, b_tiles, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps, units, whole, split,
     part_steps, A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """The warp that loads: waits until a stage is empty, fills it with two tiles of ``a`` and one of ``b``."""
+    """The warp that loads: waits until a stage is empty, fills it with two tiles of ``a`` and one of ``b``.
+
+    Of a gated product that one is half ``b``, half ``up``, so that one instruction multiplies by both.
+    """
     HALF: gl.constexpr = BM // 2
     i = 0
     for u in range(gl.program_id(0), units, gl.num_programs(0)):
@@ -86,11 +89,16 @@ def _load(
                 else:
                     at = [a_row + k * BK, m * BM + half * HALF]
                 _block_to_shared(a, at, ready, a_tiles.index(2 * stage + half))
-            if B_ROWS:
-                at = [b_row + k * BK, n * BN]
+            if up is not None:
+                at = [b_row + n * (BN // 2), k * BK]
+                _block_to_shared(b, at, ready, b_tiles.index(2 * stage))
+                _block_to_shared(up, at, ready, b_tiles.index(2 * stage + 1))
             else:
-                at = [b_row + n * BN, k * BK]
-            _block_to_shared(b, at, ready, b_tiles.index(stage))
+                if B_ROWS:
+                    at = [b_row + k * BK, n * BN]
+                else:
+                    at = [b_row + n * BN, k * BK]
+                _block_to_shared(b, at, ready, b_tiles.index(stage))
             i += 1
 
 
@@ -99,17 +107,19 @@ def _multiply(
     half: gl.constexpr, out, parts, extras, a_tiles, b_tiles, empty, full, batch_sizes, out_batch, extra_batch,
     out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split, part_steps,
     A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, WIDE: gl.constexpr,
+    GROUP: gl.constexpr, WIDE: gl.constexpr, ALONG: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """Four warps that multiply: one ``half`` of the rows of every tile."""
     HALF: gl.constexpr = BM // 2
+    COLS: gl.constexpr = BN // 2 if GATED else BN
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
-    lines: gl.constexpr = _lines(HALF, BN) if BN >= 32 else layout
+    final: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLS, 16])
+    lines: gl.constexpr = _lines(HALF, COLS) if COLS >= 32 else final
     i = 0
     for u in range(gl.program_id(0), units, gl.num_programs(0)):
-        tile, first, last, part = _work(u, whole, split, part_steps, steps)
+        tile, start, last, part = _work(u, whole, split, part_steps, steps)
         acc = gl.zeros([HALF, BN], gl.float32, layout)
-        for k in range(first, last):
+        for k in range(start, last):
             stage = i % STAGES
             mbarrier.wait(full.index(stage), (i // STAGES) & 1)
             x, y = a_tiles.index(2 * stage + half), b_tiles.index(stage)
@@ -120,25 +130,31 @@ def _multiply(
             acc = warpgroup_mma(x, y, acc, is_async=True)
             # The product of the step before is done: its stage may be filled again.
             acc = warpgroup_mma_wait(1, deps=(acc,))
-            if k > first:
+            if k > start:
                 mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
             i += 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
-        row = half * HALF + gl.arange(0, HALF, gl.SliceLayout(1, layout))
-        col = gl.arange(0, BN, gl.SliceLayout(0, layout))
         if parts is not None:
             if part >= 0:
+                row = half * HALF + gl.arange(0, HALF, gl.SliceLayout(1, layout))
+                col = gl.arange(0, BN, gl.SliceLayout(0, layout))
                 at = (part * split + tile - whole).to(gl.int64) * (BM * BN) + row[:, None] * BN + col[None, :]
                 gl.store(parts + at, acc)
         if part < 0:
             batch, m, n = _where(tile, tiles_m, tiles_n, GROUP)
             if WIDE:
                 batch, m, n = batch.to(gl.int64), m.to(gl.int64), n.to(gl.int64)
+            first, other = acc, None
+            if GATED:
+                # The two halves of the columns lie in different registers of the same threads.
+                gate, up = acc.reshape([HALF, 2, COLS]).permute(0, 2, 1).split()
+                first, other = gl.convert_layout(gate, final), gl.convert_layout(up, final)
             value = FINISH(
-                acc,
-                m * BM + row,
-                n * BN + col,
+                first,
+                other,
+                m * BM + half * HALF + gl.arange(0, HALF, gl.SliceLayout(1, final)),
+                n * COLS + gl.arange(0, COLS, gl.SliceLayout(0, final)),
                 batch,
                 extras,
                 batch_sizes,
@@ -151,11 +167,12 @@ def _multiply(
                 s3,
                 M,
                 N,
+                ALONG,
             ).to(out.dtype.element_ty)
-            if BN >= 32:
+            if COLS >= 32:
                 value = gl.convert_layout(value, lines)
             r = m * BM + half * HALF + gl.arange(0, HALF, gl.SliceLayout(1, lines))
-            c = n * BN + gl.arange(0, BN, gl.SliceLayout(0, lines))
+            c = n * COLS + gl.arange(0, COLS, gl.SliceLayout(0, lines))
             _store(value, r, c, batch, out, batch_sizes, out_batch, out_m, out_n, M, N)
 
 
@@ -175,14 +192,15 @@ def _lines(rows, cols):
 
 
 @jit
-def _finish(acc, m, n, batch, extras, batch_sizes, extra_batch, extra_m, extra_n, s0, s1, s2, s3, M, N):
-    """The epilogue of a tile of rows ``m`` and columns ``n``."""
+def _finish(
+    acc, other, m, n, batch, extras, batch_sizes, extra_batch, extra_m, extra_n, s0, s1, s2, s3, M, N,
+    ALONG: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of a tile of rows ``m`` and columns ``n``; ``other`` is the second product of a gated one."""
     m, n = m[:, None], n[None, :]
-    live = (m < M) & (n < N)
-    values = ()
-    for j in tl.static_range(len(extras)):
-        at = offset(batch, batch_sizes, extra_batch[j]) + m * extra_m[j] + n * extra_n[j]
-        values = values + (tl.load(extras[j] + at, live).to(tl.float32),)
+    values = read(extras, m, n, M, N, batch, batch_sizes, extra_batch, extra_m, extra_n, tl.float32, ALONG)
+    if other is not None:
+        values = (other,) + values
     return EPILOGUE(acc, values, s0, s1, s2, s3)
 
 
@@ -194,34 +212,57 @@ def _store(value, m, n, batch, out, batch_sizes, out_batch, out_m, out_n, M, N):
     tl.store(out + at, value, (m < M) & (n < N))
 
 
+if hasattr(gl.shared_memory_descriptor, "reinterpret"):
+
+    @gluon.jit
+    def _as_one(tiles, shape: gl.constexpr):
+        """The same memory in another shape."""
+        return tiles.reinterpret(tiles.dtype, shape, tiles.layout)
+
+else:  # Its name until Triton 3.8.
+
+    @gluon.jit
+    def _as_one(tiles, shape: gl.constexpr):
+        """The same memory in another shape."""
+        return tiles._reinterpret(tiles.dtype, shape, tiles.layout)
+
+
 @gluon.jit
 def product(
-    out, a, b, parts, extras, batch_sizes, out_batch, a_batch, b_batch, extra_batch, out_m, out_n, extra_m, extra_n,
+    out, a, b, up, parts, extras, batch_sizes, out_batch, a_batch, b_batch, extra_batch, out_m, out_n, extra_m, extra_n,
     s0, s1, s2, s3, M, N, K, whole, split, pieces, part_steps,
     A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-    STAGES: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr, num_warps: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr, ALONG: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """``a`` is [M, K] (A_ROWS) or [K, M], ``b`` [K, N] (B_ROWS) or [N, K], batches one below the other."""
+    """``a`` is [M, K] (A_ROWS) or [K, M], ``b`` [K, N] (B_ROWS) or [N, K], batches one below the other.
+
+    Of a gated product ``b`` and ``up`` are [N, K], and a tile has BN / 2 columns.
+    """
+    GATED: gl.constexpr = up is not None
     a_tiles = gl.allocate_shared_memory(a.dtype, [2 * STAGES] + a.block_type.shape, a.layout)
-    b_tiles = gl.allocate_shared_memory(b.dtype, [STAGES] + b.block_type.shape, b.layout)
+    LOADS: gl.constexpr = 2 * STAGES if GATED else STAGES
+    b_loads = gl.allocate_shared_memory(b.dtype, [LOADS] + b.block_type.shape, b.layout)
+    b_tiles = b_loads
+    if GATED:
+        b_tiles = _as_one(b_loads, [STAGES, BN, BK])
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(empty.index(i), count=2)
         mbarrier.init(full.index(i), count=1)
     fence_async_shared()
-    tiles_m, tiles_n, steps = gl.cdiv(M, BM), gl.cdiv(N, BN), gl.cdiv(K, BK)
+    tiles_m, tiles_n, steps = gl.cdiv(M, BM), gl.cdiv(N, BN // 2 if GATED else BN), gl.cdiv(K, BK)
     units = whole + split * pieces
     upper: gl.constexpr = 0
     lower: gl.constexpr = 1
     gl.warp_specialize([
         (MULTIPLY, (upper, out, parts, extras, a_tiles, b_tiles, empty, full, batch_sizes, out_batch, extra_batch,
                     out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
-                    part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, GROUP, WIDE)),
+                    part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, GROUP, WIDE, ALONG, GATED)),
         (MULTIPLY, (lower, out, parts, extras, a_tiles, b_tiles, empty, full, batch_sizes, out_batch, extra_batch,
                     out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
-                    part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, GROUP, WIDE)),
-        (_load, (a, b, a_tiles, b_tiles, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps, units, whole,
+                    part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, GROUP, WIDE, ALONG, GATED)),
+        (_load, (a, b, up, a_tiles, b_loads, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps, units, whole,
                  split, part_steps, A_ROWS, B_ROWS, BM, BN, BK, STAGES, GROUP)),
     ], [4, 1], [232, 32])  # fmt: skip
 
@@ -231,23 +272,32 @@ def join(
     out, parts, extras, batch_sizes, out_batch, extra_batch, out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N,
     whole, split, pieces,
     BM: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
+    ALONG: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """Add up the parts of the tiles that were split, in their order, and store them: ROWS rows of a tile a program."""
     i = tl.program_id(0)
     tile, row = i // (BM // ROWS), i % (BM // ROWS) * ROWS + tl.arange(0, ROWS)
-    col = tl.arange(0, BN)
+    COLS: tl.constexpr = BN // 2 if GATED else BN
+    col = tl.arange(0, COLS)
     at = parts + tile.to(tl.int64) * (BM * BN) + row[:, None] * BN + col[None, :]
     acc = tl.load(at)
+    other = None
+    if GATED:
+        other = tl.load(at + COLS)
     for _ in range(1, pieces):
         at += split * (BM * BN)
         acc += tl.load(at)
-    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+        if GATED:
+            other += tl.load(at + COLS)
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, COLS)
     batch = (whole + tile) // (tiles_m * tiles_n)
     m, n = language.swizzle((whole + tile) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP)
     if WIDE:
         batch, m, n = batch.to(tl.int64), m.to(tl.int64), n.to(tl.int64)
-    m, n = m * BM + row, n * BN + col
-    value = FINISH(acc, m, n, batch, extras, batch_sizes, extra_batch, extra_m, extra_n, s0, s1, s2, s3, M, N)
+    m, n = m * BM + row, n * COLS + col
+    value = FINISH(
+        acc, other, m, n, batch, extras, batch_sizes, extra_batch, extra_m, extra_n, s0, s1, s2, s3, M, N, ALONG
+    )
     _store(value.to(out.dtype.element_ty), m, n, batch, out, batch_sizes, out_batch, out_m, out_n, M, N)
 
 
@@ -291,33 +341,36 @@ class Kernels:
         self.product = fill(product, name, annotations, MULTIPLY=fill(_multiply, f"{name}_multiply", FINISH=finish))
         self.join = fill(join, f"{name}_join", annotations, FINISH=finish)
 
-    def plan(self, space: Space, dtype: torch.dtype, choice: Choice) -> Callable[..., None] | None:
+    def plan(self, space: Space, dtype: torch.dtype, choice: Choice, gated: bool = False) -> Callable[..., None] | None:
         """The launches for ``choice``; None where a factor cannot be loaded by blocks."""
         if choice.transposed:
             space = space.transposed()
         a, b = Matrix(space, 1), Matrix(space, 2)
         # Blocks beyond the end of K are zero along lines; across lines the next batch begins there.
         crosses = space.batches > 1 and space.K % choice.BK != 0 and not (a.k_last and b.k_last)
-        if a.k_last is None or b.k_last is None or crosses:
+        if a.k_last is None or b.k_last is None or crosses or (gated and not b.k_last):
             return None
         out_batch, _, _, *extra_batch = space.batch
         where = (space.rows[0], space.cols[0], space.rows[2:], space.cols[2:])
         shape = (choice.BM, choice.BN)
-        tile = dict(BM=choice.BM, BN=choice.BN, GROUP=choice.GROUP, WIDE=space.wide)
+        tile = dict(BM=choice.BM, BN=choice.BN, GROUP=choice.GROUP, WIDE=space.wide, ALONG=space.along)
+        cols = choice.BN // (1 + gated)
         meta = dict(tile, A_ROWS=bool(a.k_last), B_ROWS=not b.k_last, BK=choice.BK, STAGES=choice.STAGES, num_warps=4)
         split, pieces = choice.split, choice.pieces
         rows = min(choice.BM, 4096 // choice.BN)
         grid = (min(choice.processors, choice.whole + split * pieces),)
 
         def run(
-            out: Tensor, first: Tensor, second: Tensor, extras: tuple[Tensor, ...], scalars: tuple[Any, ...]
-        ) -> None:
+            out: Tensor, first: Tensor, second: Tensor, up: Tensor | None, extras: tuple[Tensor, ...],
+            scalars: tuple[Any, ...],
+        ) -> None:  # fmt: skip
             if choice.transposed:
                 first, second = second, first
             parts = torch.empty((split * pieces, *shape), dtype=torch.float32, device=out.device) if split else None
             launch(
                 self.product, grid,
-                (out, a.descriptor(first, choice.BM // 2, choice.BK), b.descriptor(second, choice.BN, choice.BK), parts, extras,
+                (out, a.descriptor(first, choice.BM // 2, choice.BK), b.descriptor(second, cols, choice.BK),
+                 None if up is None else b.descriptor(up, cols, choice.BK), parts, extras,
                  space.sizes, out_batch, a.batch, b.batch, tuple(extra_batch), *where, *scalars, space.M, space.N, space.K,
                  choice.whole, split, pieces, choice.part_steps),
                 meta,
@@ -327,7 +380,7 @@ class Kernels:
                     self.join, (split * (choice.BM // rows),),
                     (out, parts, extras, space.sizes, out_batch, tuple(extra_batch), *where, *scalars, space.M, space.N,
                      choice.whole, split, pieces),
-                    dict(tile, ROWS=rows, num_warps=4),
+                    dict(tile, ROWS=rows, GATED=gated, num_warps=4),
                 )  # fmt: skip
 
         return run

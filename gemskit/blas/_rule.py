@@ -37,13 +37,15 @@ class Choice:
     time: float
 
 
-def choices(M: int, N: int, K: int, batches: int, processors: int) -> Iterator[Choice]:
-    """All that are considered."""
+def choices(M: int, N: int, K: int, batches: int, processors: int, gated: bool = False) -> Iterator[Choice]:
+    """All that are considered. Tiles of a gated product are half gate, half up, so there are twice N columns."""
+    if gated:
+        N *= 2
     steps = max(1, cdiv(K, STEP))
     moved = 2 * batches * (M * K + K * N + M * N) / BANDWIDTH
-    for transposed in (False, True):
+    for transposed in (False,) if gated else (False, True):
         m, n = (N, M) if transposed else (M, N)
-        for BM, BN, stages, step in TILES:
+        for BM, BN, stages, step in TILES[:4] if gated else TILES:
             tiles = cdiv(m, BM) * cdiv(n, BN) * batches
             rounds, last = divmod(tiles, processors)
             whole = LAUNCH + max(moved, (rounds + (last > 0)) * steps * step)
@@ -62,6 +64,6 @@ def choices(M: int, N: int, K: int, batches: int, processors: int) -> Iterator[C
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(M: int, N: int, K: int, batches: int, processors: int) -> Choice:
+def choose(M: int, N: int, K: int, batches: int, processors: int, gated: bool = False) -> Choice:
     """The fastest by the model."""
-    return min(choices(M, N, K, batches, processors), key=lambda c: c.time)
+    return min(choices(M, N, K, batches, processors, gated), key=lambda c: c.time)

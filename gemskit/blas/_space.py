@@ -7,10 +7,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import triton.language as tl
 from torch import Tensor
 
 from gemskit import _layout
-from gemskit._layout import Strides
+from gemskit._jit import jit
+from gemskit._layout import Strides, offset
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class Space:
         """How many products there are."""
         return math.prod(self.sizes)
 
+    @property
+    def along(self) -> tuple[int, ...]:
+        """Of each further operand, what it varies along: 1 columns, 2 rows, 3 both."""
+        return tuple([2 * (r != 0) + (c != 0) for r, c in zip(self.rows[2:], self.cols[2:])])
+
     def transposed(self) -> Space:
         """The same as ``out.mT = b.mT @ a.mT``."""
         out, a, b, *others = self.batch
@@ -72,3 +79,21 @@ class Space:
             a_k=self.b_k,
             b_k=self.a_k,
         )
+
+
+@jit
+def read(extras, m, n, M, N, batch, sizes, strides, by_m, by_n, ACC: tl.constexpr, ALONG: tl.constexpr):
+    """The further operands of a tile, in ACC. One that is broadcast stays a row, a column or a scalar: it fills no registers."""
+    values = ()
+    for j in tl.static_range(len(extras)):
+        at = extras[j] + offset(batch, sizes, strides[j])
+        if ALONG[j] == 3:
+            v = tl.load(at + m * by_m[j] + n * by_n[j], (m < M) & (n < N))
+        elif ALONG[j] == 2:
+            v = tl.load(at + m * by_m[j], m < M)
+        elif ALONG[j] == 1:
+            v = tl.load(at + n * by_n[j], n < N)
+        else:
+            v = tl.load(at)
+        values = values + (v.to(ACC),)
+    return values

@@ -7,13 +7,17 @@ from torch import Tensor
 
 from gemskit._dtypes import Number
 from gemskit.blas._drive import gemm
+from gemskit.blas._epilogue import AnyEpilogue
 from gemskit.blas._terms import plain, plus, scaled, widened
 from gemskit.blas.matmul import Like
 from gemskit.pointwise._place import cast
 
 
 @gemm(aten="bmm", factors=("input", "mat2"))
-def bmm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
+def bmm(
+    input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, epilogue: AnyEpilogue | None = None,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Matrix products of the batches ``input`` (B, M, K) and ``mat2`` (B, K, N): (B, M, N). Source: ``torch.bmm``."""
     return torch.bmm(*widened(out_dtype, input, mat2))
 
@@ -33,7 +37,7 @@ def _(grad: Tensor, input: Tensor, mat2: Tensor, needs: set[str]) -> dict[str, T
 @gemm(aten="baddbmm", factors=("batch1", "batch2"))
 def baddbmm(
     input: Tensor, batch1: Tensor, batch2: Tensor, out_dtype: torch.dtype | None = None, *, beta: Number = 1,
-    alpha: Number = 1, out: Tensor | None = None,
+    alpha: Number = 1, epilogue: AnyEpilogue | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``beta * input + alpha * (batch1 @ batch2)`` of batches; ``input`` broadcasts and is ignored where ``beta`` is 0.
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gemskit._bind import slots
 from gemskit._checks import describe
-from gemskit._dtypes import FLOAT8
+from gemskit._dtypes import FLOAT8, compute_type
 from gemskit._jit import jit
-from gemskit._op import operator
+from gemskit._op import Named, Op, P, R, operator
 from gemskit.blas import _grouped
 from gemskit.blas._drive import Product
+from gemskit.blas._epilogue import AnyEpilogue, Fused, Step, formula
 from gemskit.blas._terms import plain, widened
 from gemskit.errors import NoKernel
 from gemskit.pointwise._place import cast
@@ -60,10 +63,54 @@ def _product(a: Tensor, b: Tensor, offs: Tensor | None) -> Tensor:
     return torch.cat([*parts, a.new_zeros(shape)], dim)
 
 
-@operator(aten="_grouped_mm", floats=("mat_a", "mat_b"))
+class _Groups(Product):
+    """The product of groups, and its kernels by what its epilogue is given."""
+
+    def __init__(self, name: str, epilogue: Any) -> None:
+        super().__init__(name, epilogue)
+        self._after: dict[Any, _grouped.After] = {}
+
+    def run(self, out: Tensor, a: Tensor, b: Tensor, offs: Tensor | None, named: Named) -> None:
+        """Launch into ``out``."""
+        if offs is None:
+            return self.plan(a, b, named, out)(out, a, b, named)
+        if "precise" in self.names:
+            named = {**named, "precise": not (a.dtype.itemsize == 2 and out.dtype.itemsize <= 2)}
+        operands = [n for n in self.names if isinstance(named.get(n), Tensor)]
+        bound = self._bind(named, operands, compute_type(a.dtype))
+        after = self._after.get(bound)
+        if after is None:
+            after = self._after[bound] = _grouped.After(self.name, bound.epilogue, bound.annotations)
+        scalars = slots([named[n] for n in bound.runtime])
+        _run(out, a, b, offs, None, None, after, tuple([named[n] for n in operands]), scalars)
+
+
+class _GroupedMm(Fused[P, R]):
+    """The operator, which takes epilogues."""
+
+    product = _Groups("grouped_mm", plain)
+
+    def _fused(self, meaning: Callable[..., Any], extras: tuple[str, ...], steps: list[Step]) -> Op[..., Any]:
+        derived: _GroupedMm[..., Any] = _GroupedMm(meaning, floats=("mat_a", "mat_b"))
+        derived.product = _Groups(derived.name, formula(steps, plain))
+        derived.kernel(derived.launched)
+        return derived
+
+    def launched(
+        self, outs: tuple[Tensor, ...], keep: Any, mat_a: Tensor, mat_b: Tensor, offs: Tensor | None, **named: Any
+    ) -> None:
+        """The kernel."""
+        self.product.run(outs[0], mat_a, mat_b, offs, named)
+
+
+def _grouped_operator(meaning: Callable[P, R]) -> _GroupedMm[P, R]:
+    return _GroupedMm(meaning, aten="_grouped_mm", floats=("mat_a", "mat_b"))
+
+
+@_grouped_operator
 def grouped_mm(
     mat_a: Tensor, mat_b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None, *, epilogue: AnyEpilogue | None = None,
 ) -> Tensor:  # fmt: skip
     """Products of groups, whose ends ``offs`` (int32) has on the device; the host does not wait for it.
 
@@ -76,30 +123,20 @@ def grouped_mm(
     return _product(a, b, offs)
 
 
-_BATCHES = Product("grouped_mm", plain)
-
-
-@grouped_mm.kernel
-def _(
-    outs: tuple[Tensor, ...], keep: Any, mat_a: Tensor, mat_b: Tensor, offs: Tensor | None, bias: Tensor | None,
-    out_dtype: torch.dtype | None,
-) -> None:  # fmt: skip
-    (out,) = outs
-    if offs is None:
-        _BATCHES.plan(mat_a, mat_b, {}, out)(out, mat_a, mat_b, {})
-    else:
-        _run(out, mat_a, mat_b, offs)
+grouped_mm.kernel(grouped_mm.launched)
 
 
 def _run(
-    out: Tensor, a: Tensor, b: Tensor, offs: Tensor, scale_a: Tensor | None = None, scale_b: Tensor | None = None
-) -> None:
+    out: Tensor, a: Tensor, b: Tensor, offs: Tensor, scale_a: Tensor | None = None, scale_b: Tensor | None = None,
+    after: _grouped.After = _grouped.PLAIN, extras: tuple[Tensor, ...] = (), scalars: tuple[Any, ...] = slots(()),
+) -> None:  # fmt: skip
     if a.ndim == b.ndim:
-        _grouped.steps(out, a, b, offs, scale_a, scale_b)
+        _grouped.steps(out, a, b, offs, scale_a, scale_b, after, extras, scalars)
     elif a.ndim == 2:
-        _grouped.rows(out, a, b, offs, scale_a, scale_b)
+        _grouped.rows(out, a, b, offs, scale_a, scale_b, after, extras, scalars)
     else:
-        _grouped.rows(out.mT, b.mT, a.mT, offs, scale_b, scale_a)
+        extras = tuple([t.expand(out.shape).mT for t in extras])
+        _grouped.rows(out.mT, b.mT, a.mT, offs, scale_b, scale_a, after, extras, scalars)
 
 
 @grouped_mm.gradient_by

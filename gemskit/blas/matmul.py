@@ -15,6 +15,7 @@ from gemskit._jit import jit
 from gemskit._layout import contiguous
 from gemskit._op import Named
 from gemskit.blas._drive import Gemm, gemm
+from gemskit.blas._epilogue import AnyEpilogue
 from gemskit.blas._terms import multiply, one_dtype, plain, plus, scaled, shaped, widened
 from gemskit.pointwise._place import cast, copy
 from gemskit.reduce._fold import Fold
@@ -23,7 +24,10 @@ Like = Mapping[str, Any]
 
 
 @gemm(aten="mm", factors=("input", "mat2"))
-def mm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
+def mm(
+    input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, epilogue: AnyEpilogue | None = None,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Matrix product of ``input`` (M, K) and ``mat2`` (K, N). Source: ``torch.mm``.
 
     Halves accumulate in float32, which ``out_dtype`` may keep; float32 obeys ``torch.set_float32_matmul_precision``.
@@ -46,7 +50,7 @@ def _(grad: Tensor, input: Tensor, mat2: Tensor, needs: set[str]) -> dict[str, T
 @gemm(aten="addmm", factors=("mat1", "mat2"))
 def addmm(
     input: Tensor, mat1: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, beta: Number = 1,
-    alpha: Number = 1, out: Tensor | None = None,
+    alpha: Number = 1, epilogue: AnyEpilogue | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``beta * input + alpha * (mat1 @ mat2)``; ``input`` broadcasts to (M, N) and is ignored where ``beta`` is 0.
 
@@ -90,7 +94,10 @@ def summed(grad: Tensor, like: tuple[tuple[int, ...], torch.dtype]) -> Tensor:
 
 
 @gemm(factors=("input", "weight"))
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, epilogue: AnyEpilogue | None = None,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """``input @ weight.T + bias`` of ``input`` (..., K), ``weight`` (N, K) and ``bias`` (N,): (..., N).
 
     A ``weight`` (K,) gives (...). Source: ``torch.nn.functional.linear``.

@@ -593,6 +593,15 @@ def test_adapters() -> None:
     same(found, gradients(model, loss_of(model)))
 
 
+def test_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script that times a model end to end, on a small one."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    import end_to_end
+
+    for row in ("optimize", "explicit"):
+        assert set(end_to_end.measure(row, "cpu", True, 1)) == {"prefill", "decode 1", "decode 32", "train"}
+
+
 # -- two processes --------------------------------------------------------------------------------------------------------
 
 

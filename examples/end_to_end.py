@@ -25,6 +25,7 @@ from decoder import Cache, Config, Decoder, loss_of
 from torch import Tensor
 
 import gemskit
+from gemskit import compat
 
 ROWS = ("eager", "compile", "optimize", "adapter", "explicit")
 #: Tokens that a cache holds behind the prompt.
@@ -79,7 +80,8 @@ class Transformers:
             rope_parameters={"rope_type": "default", "rope_theta": config.theta},
         )  # fmt: skip
         with torch.device(device):
-            self.model: Any = transformers.LlamaForCausalLM(settings).to(dtype)
+            self.model: Any = transformers.LlamaForCausalLM(settings)
+        self.model.to(dtype)
         if row == "optimize":
             from gemskit.compat.transformers import optimize
 
@@ -134,7 +136,7 @@ def measure(row: str, device: str, tiny: bool, repetitions: int) -> dict[str, fl
     model = Explicit(config, device, dtype) if row == "explicit" else Transformers(config, device, dtype, row)
     tokens = torch.randint(1, config.vocab, (32, prompt), device=device)
     found = {}
-    adapter = gemskit.compat.use_aten() if row == "adapter" else contextlib.nullcontext()  # type: ignore[attr-defined]
+    adapter = vars(compat)["use_aten"]() if row == "adapter" else contextlib.nullcontext()
     with adapter:
         model.model.eval()
         with torch.no_grad():
@@ -168,7 +170,7 @@ def main() -> int:
         print(json.dumps(measure(options.one, options.device, options.tiny, options.repetitions)))
         return 0
     print(f"{'tokens/s':10}" + "".join(f"{task:>12}" for task in TASKS) + f"{'GiB':>8}", flush=True)
-    rows = options.rows or [r for r in ROWS if r != "adapter" or hasattr(gemskit.compat, "use_aten")]
+    rows = options.rows or [r for r in ROWS if r != "adapter" or hasattr(compat, "use_aten")]
     failed = 0
     for row in rows:
         how = ["--one", row, "--device", options.device, "--repetitions", str(options.repetitions)]

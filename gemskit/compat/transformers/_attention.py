@@ -83,7 +83,8 @@ def attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if position_bias is not None:
         attention_mask, causal = _biased(position_bias, attention_mask, causal, query, key), False
-    if softcap is not None or query.shape[-1] > _WIDEST - _PAD or value.shape[-1] > _WIDEST:
+    width = max(query.shape[-1] + (_PAD if s_aux is not None else 0), value.shape[-1])
+    if softcap is not None or width > _WIDEST:
         out = _explicit(query, key, value, attention_mask, dropout, scale, causal, softcap, s_aux)
     elif s_aux is not None:
         out = _with_sinks(query, key, value, attention_mask, dropout, scale, causal, s_aux)

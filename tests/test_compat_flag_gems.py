@@ -350,11 +350,11 @@ CASES: list[tuple[str, Args, Reference]] = [
     ("apply_rotary_pos_emb", lambda: (t(2, 5, 3, 8), t(2, 5, 1, 8, seed=1), t(9, 4, seed=2), t(9, 4, seed=3)), rotated),
 ]  # fmt: skip
 
-#: Checked elsewhere: random numbers, products of float8, arguments that are written, and keywords that must be given.
+#: Checked elsewhere: random numbers, products of float8, arguments that are written, keywords that must be given, paged caches.
 ELSEWHERE = set(
     "bernoulli_ exponential_ normal_ normal_float_tensor normal_tensor_float normal_tensor_tensor uniform_ rand rand_like "
     "randn randn_like randperm multinomial dropout fp8_matmul w8a8_block_fp8_matmul cutlass_scaled_mm fused_add_rms_norm "
-    "_assert_async sort_stable".split()
+    "_assert_async sort_stable flash_mla concat_and_cache_mla".split()
 )
 CALLS = [(n, args, reference) for names, args, reference in CASES for n in names.split()]
 

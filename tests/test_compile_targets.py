@@ -60,6 +60,7 @@ SPILLS: dict[str, tuple[int, str]] = {
     "digamma": (256, "16 elements a thread; 415 instructions an element hide it"),
     "lgamma_grad": (256, "it is digamma"),
     "polar_complex": (16, "sine and cosine with the reduction of large arguments"),
+    "matmul": (8, "a small tile of float32 without tensor cores"),
     "cos_grad": (16, "sine with the reduction of large arguments"),
 }
 

@@ -260,7 +260,7 @@ def pow(x, y, precise):
     else:
         a = tl.abs(x)
         # Halves from 2**11 on are even. Adding 2**23 rounds to a whole number, whose parity is the last bit.
-        b = tl.minimum(tl.abs(y), 4096.0)
+        b = tl.minimum(tl.abs(y), 4096.0, propagate_nan=tl.PropagateNan.ALL)
         near = b + 2.0**23
         whole = near - 2.0**23 == b
         # The logarithm of a negative base is NaN, as is a power of it that is not whole; but not of -inf.

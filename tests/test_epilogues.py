@@ -179,7 +179,7 @@ def test_numbers_make_no_new_operator_and_few_are_kept() -> None:
             leaky_meaning(a @ b, rand(33), k / 4),
         )
     assert len(mm._derived) == 1
-    for _k in range(DERIVED + 3):
+    for _ in range(DERIVED + 3):
         mm(a, b, epilogue=Epilogue(doubled, lambda acc: 2 * acc))
     assert len(mm._derived) <= DERIVED
 

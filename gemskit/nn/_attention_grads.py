@@ -91,7 +91,10 @@ def _key_steps(
             scores, batch, head + member, across, down, mask_from, mask_at[2], mask_at[3], length, size, low, high, aux,
             MASK, SIDES, VISIBLE, EDGE,
         )  # fmt: skip
-        row_lse = line(lse + line_at, start, local, lse_at[2], length, float("inf"), EDGE)
+        if SCORE is None:
+            row_lse = line(lse + line_at, start, local, lse_at[2], length, 0.0, EDGE)
+        else:  # rows past the end have any score, and weight 0 (12 registers, which head size 128 has not)
+            row_lse = line(lse + line_at, start, local, lse_at[2], length, float("inf"), EDGE)
         weights = exponentials(scores, row_lse[None, :])
         grads = tile(grads_at, start, local[:, None], g_at[2], ev[None, :], g_at[3], length, VALUE, EV, EDGE, WIDE)
         used = weights

@@ -41,7 +41,7 @@ def blocks(head_size: int, config: Mapping[str, int], *, itemsize: int = 2, kern
     wide = max(16, _layout.next_power_of_2(head_size))
     m, n, warps, stages = config["m"], config["n"], config["warps"], config["stages"]
     if kernel == "few" and wide > 256:  # one key is a row of 576 numbers, whose first 512 are the value
-        return {"M": 16, "N": 32 if itemsize <= 2 else 16, "num_warps": 4, "num_stages": 1}
+        return {"M": 16, "N": 32 if itemsize <= 2 else 16, "num_warps": 8, "num_stages": 1}
     if itemsize > 2:  # no matrix unit takes these at full precision: operands live in registers
         side = max(16, min(32, 4096 // (wide * itemsize)))
         return {"M": min(m, side), "N": min(n, side), "num_warps": 4, "num_stages": 1}

@@ -354,7 +354,8 @@ CASES: list[tuple[str, Args, Reference]] = [
 ELSEWHERE = set(
     "bernoulli_ exponential_ normal_ normal_float_tensor normal_tensor_float normal_tensor_tensor uniform_ rand rand_like "
     "randn randn_like randperm multinomial dropout fp8_matmul w8a8_block_fp8_matmul cutlass_scaled_mm fused_add_rms_norm "
-    "_assert_async sort_stable flash_mla concat_and_cache_mla".split()
+    "_assert_async sort_stable flash_mla concat_and_cache_mla "
+    "reshape_and_cache reshape_and_cache_flash flash_attn_varlen_func".split()
 )
 CALLS = [(n, args, reference) for names, args, reference in CASES for n in names.split()]
 

@@ -25,6 +25,7 @@ from triton.language.extra.cuda import libdevice as cuda_libdevice
 from triton.runtime.autotuner import Autotuner, Heuristics
 from triton.runtime.jit import JITFunction
 
+from ._tensor_map import Descriptor
 from .errors import ArgumentError, DeclarationError, DeviceError, MissingExtra
 
 __all__ = ["active", "checking", "interpret", "run"]
@@ -144,7 +145,9 @@ def tensors(values: tuple[Any, ...] | list[Any]) -> list[torch.Tensor]:
             found.append(value)
         elif isinstance(value, (tuple, list)):
             found += tensors(value)
-        elif hasattr(value, "base") and (hasattr(value, "block_shape") or hasattr(value, "data_ptr")):
+        elif isinstance(value, Descriptor) or (
+            hasattr(value, "base") and (hasattr(value, "block_shape") or hasattr(value, "data_ptr"))
+        ):
             found += tensors([value.base])
     return found
 
@@ -287,7 +290,7 @@ class _Language:
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         self.functions: dict[int, FunctionType] = {}
-        self.running: int | None = None
+        self.running: set[int] = set()
         self.runtime = _Runtime(engine)
         self.replaced: dict[int, Any] = {}
         self.patches = list(self._patches())
@@ -343,10 +346,13 @@ class _Language:
         yield JITFunction, "__call__", self._device_call(JITFunction.__call__)
         if hasattr(tl, "condition"):
             yield tl.condition, "__bool__", lambda c: bool(c.condition)
+        for owner, name, value in importlib.import_module("._interpret_gluon", __package__).patches(self.running):
+            self.replaced[id(getattr(owner, name))] = value
+            yield owner, name, value
 
     def _device_call(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(function: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.running != threading.get_ident():
+            if threading.get_ident() not in self.running:
                 return original(function, *args, **kwargs)
             kwargs.pop("_semantic", None)
             kwargs.pop("_generator", None)
@@ -374,10 +380,10 @@ class _Language:
         except BaseException:
             self.__exit__()
             raise
-        self.running = threading.get_ident()
+        self.running.add(threading.get_ident())
 
     def __exit__(self, *_: object) -> None:
-        self.running = None
+        self.running.clear()
         self.functions.clear()
         while self.saved:
             owner, name, value = self.saved.pop()
@@ -446,6 +452,8 @@ def _convert(engine: Any, value: Any, name: str, declared: str, specialise: bool
     if isinstance(value, tuple):
         items = [_convert(engine, item, f"{name}[{i}]", "", True) for i, item in enumerate(value)]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, Descriptor):
+        value = value.triton(value.base)
     if hasattr(value, "block_shape"):
         return _descriptor(engine, value, name)
     if hasattr(value, "data_ptr"):
@@ -465,6 +473,8 @@ def _descriptor(engine: Any, value: Any, name: str) -> Any:
         **padding,
     )
     out.handle.round_f32_to_tf32 = getattr(value, "round_f32_to_tf32", False)
+    if hasattr(value, "layout"):
+        return importlib.import_module("._interpret_gluon", __package__).Matrix(out, value.layout)
     return out
 
 

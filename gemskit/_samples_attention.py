@@ -97,6 +97,9 @@ def _cache(make: Make) -> Iterator[Sample]:
 def _mla_cache(make: Make) -> Iterator[Sample]:
     slots = torch.tensor([3, 17, -1, 0, 8], dtype=torch.int64, device=make.device)
     yield Sample((make(5, 32), make(5, 8), make(3, 8, 40), slots, None))
+    cache = torch.zeros(3, 8, 40, dtype=torch.uint8, device=make.device)
+    scale = torch.tensor([0.5], dtype=torch.float32, device=make.device)
+    yield Sample((make(5, 32), make(5, 8), cache, slots, scale), dict(kv_cache_dtype="fp8"), "float8")
 
 
 @samples("_merge_attn_states")

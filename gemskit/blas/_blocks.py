@@ -72,6 +72,8 @@ def blocks(
     (M, K), N = a.shape, b.shape[1]
     config = backends.arch().config("gemm")
     bm, bn = (min(side, max(16, _layout.next_power_of_2(n))) for side, n in ((config["m"], M), (config["n"], N)))
+    # gfx942 spills 74 registers for 32 x 128, none for 32 x 64.
+    bn = min(bn, 64) if bm < 64 else bn
     # Matrix units take 32 bytes of K at a time; few rows go through those that want operands in registers.
     one, least, step = block[2] >= K, max(16, 32 // a.dtype.itemsize), config["k"] * 2 // a.dtype.itemsize
     step = step if bm >= 64 else step // 2

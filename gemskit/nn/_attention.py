@@ -22,6 +22,7 @@ from gemskit.nn._attention_tiles import (
     scaled,
     slope_of,
     span,
+    window,
 )
 
 
@@ -105,14 +106,7 @@ def attention_forward(
     batch, owner = (plane // owners).to(tl.int64), (plane % owners).to(tl.int64)
     first_q, tokens = span(bounds_q, steps[0], None, 0, batch, length)
     first_k, keys = span(bounds_k, steps[1], used, steps[2], batch, size)
-    shift = 0
-    if BOTTOM:
-        shift = keys - tokens
-    low, high = shift, shift
-    if SIDES % 2 == 1:
-        high = shift + right
-    if SIDES >= 2:
-        low = shift - left
+    shift, low, high = window(keys, tokens, left, right, SIDES, BOTTOM)
     local, e, ev = tl.arange(0, M), tl.arange(0, E), tl.arange(0, EV)
     if PACK:
         rows = (start + local) // group

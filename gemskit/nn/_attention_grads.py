@@ -24,6 +24,7 @@ from gemskit.nn._attention_tiles import (
     slope_of,
     span,
     tile,
+    window,
 )
 
 
@@ -139,14 +140,7 @@ def attention_grad_key_value(
     batch, head = (owner // owners).to(tl.int64), (owner % owners).to(tl.int64)
     first_q, tokens = span(bounds_q, steps[0], None, 0, batch, length)
     first_k, keys_here = span(bounds_k, steps[1], used, steps[2], batch, size)
-    shift = 0
-    if BOTTOM:
-        shift = keys_here - tokens
-    low, high = shift, shift
-    if SIDES % 2 == 1:
-        high = shift + right
-    if SIDES >= 2:
-        low = shift - left
+    shift, low, high = window(keys_here, tokens, left, right, SIDES, BOTTOM)
     local, e, ev = tl.arange(0, N), tl.arange(0, E), tl.arange(0, EV)
     cols = start + local
     key += batch * k_at[0] + head * k_at[1] + first_k * k_at[2]
@@ -312,14 +306,7 @@ def attention_grad_query(
     batch, head = (plane // heads).to(tl.int64), (plane % heads).to(tl.int64)
     first_q, tokens = span(bounds_q, steps[0], None, 0, batch, length)
     first_k, keys = span(bounds_k, steps[1], used, steps[2], batch, size)
-    shift = 0
-    if BOTTOM:
-        shift = keys - tokens
-    low, high = shift, shift
-    if SIDES % 2 == 1:
-        high = shift + right
-    if SIDES >= 2:
-        low = shift - left
+    shift, low, high = window(keys, tokens, left, right, SIDES, BOTTOM)
     key += batch * k_at[0] + head // group * k_at[1] + first_k * k_at[2]
     value += batch * v_at[0] + head // group * v_at[1] + first_k * v_at[2]
     if MASK != 0:
@@ -424,14 +411,7 @@ def attention_grad_mask(
     key_of_draws = 0
     if dropout is not None:
         key_of_draws = tl.load(seed)
-    shift = 0
-    if BOTTOM:
-        shift = size - length
-    low, high = shift, shift
-    if SIDES % 2 == 1:
-        high = shift + right
-    if SIDES >= 2:
-        low = shift - left
+    shift, low, high = window(size, length, left, right, SIDES, BOTTOM)
     factor = scaled(scale, scale_low, TYPE)
     m, n, e, ev = tl.arange(0, M), tl.arange(0, N), tl.arange(0, E), tl.arange(0, EV)
     acc = tl.zeros((M, N), TYPE)

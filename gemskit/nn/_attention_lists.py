@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from gemskit._jit import jit
-from gemskit.nn._attention_tiles import within
+from gemskit.nn._attention_tiles import window, within
 
 
 @jit
@@ -23,14 +23,7 @@ def attention_list(
     program = tl.program_id(0).to(tl.int64)
     plane, own = program // down, (program % down).to(tl.int32)
     batch, head = plane // heads, plane % heads
-    shift = 0
-    if BOTTOM:
-        shift = size - length
-    low, high = shift, shift
-    if SIDES % 2 == 1:
-        high = shift + right
-    if SIDES >= 2:
-        low = shift - left
+    _, low, high = window(size, length, left, right, SIDES, BOTTOM)
     place = listed + program * across
     count = own * 0
     for other in range(across):

@@ -73,6 +73,20 @@ def cached_tile(
 
 
 @jit
+def window(keys, tokens, left, right, SIDES: tl.constexpr, BOTTOM: tl.constexpr):
+    """The place of row 0 among the keys, and the first and last key that it sees where SIDES has a left (2) or right (1) one."""
+    shift = 0
+    if BOTTOM:
+        shift = keys - tokens
+    low, high = shift, shift
+    if SIDES % 2 == 1:
+        high = shift + right
+    if SIDES >= 2:
+        low = shift - left
+    return shift, low, high
+
+
+@jit
 def put(base, start, rows, row_stride, cols, col_stride, limit, values, WIDTH: tl.constexpr):
     """Store the part of ``values`` that `tile` would load."""
     at = base + tl.cast(start, tl.int64) * row_stride

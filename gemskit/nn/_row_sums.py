@@ -147,8 +147,10 @@ class RowSums(Rows):
             BN=bn,
             num_warps=min(config["warps"], max(1, bm * bn // 256)),
         )
-        if self._registers(meta["num_warps"]):
-            meta["maxnreg"] = self._registers(meta["num_warps"])
+        # Three operands of 4,096 columns would spill 28 bytes.
+        limit = self._registers(meta["num_warps"]) if sum(meta["OTHERS"]) <= 2 else 0
+        if limit:
+            meta["maxnreg"] = limit
         again = dict(BM=64, BN=32, num_warps=4)
 
         def run(outs: Sequence[Tensor], named: Named) -> None:

@@ -114,7 +114,12 @@ def sorted_words(x, LOG: tl.constexpr, RANK: tl.constexpr, V: tl.constexpr, LANE
 
 
 def neighbours(x: Tensor, step: int, words: int, warps: int) -> dict[str, int]:
-    """How a row is loaded: V elements by each of LANES threads in turns, 2**OWN in all, as :func:`smallest` takes it."""
+    """How a row is loaded: V elements by each of LANES threads in turns, 2**OWN in all, as :func:`smallest` takes it.
+
+    All zero where no thread has two words: :func:`in_order` starts within threads.
+    """
     lanes = 32 * warps
+    if words <= lanes:
+        return {"V": 0, "LANES": 0, "OWN": 0}
     each = min(16 // x.element_size() if step == 1 else 1, words // lanes)
     return {"V": each, "LANES": lanes, "OWN": log2(words // lanes)}

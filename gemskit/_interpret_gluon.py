@@ -1,4 +1,4 @@
-"""Gluon in the interpreter: shared memory, barriers, copies of blocks, asynchronous products, groups of warps. Layouts mean nothing.
+"""Gluon in the interpreter: shared memory, barriers, copies of blocks, asynchronous products, groups of warps, but no layouts.
 
 Groups of warps are threads of which one runs at a time, and which hand over at every barrier. What could come at any time comes
 at the worst one: a copied block is NaN until all groups wait, and a product reads its operands when it is issued and again when
@@ -84,7 +84,8 @@ class Groups:
     """The groups of warps of a program; in their absence the one that all of it is."""
 
     def __init__(self) -> None:
-        self.turn, self.failure = 0, None
+        self.turn = 0
+        self.failure: BaseException | None = None
         self.changed = threading.Condition()
         self.waiting: dict[int, Callable[[], bool]] = {}
         #: Blocks on their way: what delivers them.

@@ -23,6 +23,8 @@ from gemskit._op import REGISTRY
 from gemskit._tensor_map import Descriptor
 from gemskit.blas import _drive, _hopper, _rule
 from gemskit.errors import InterpreterError
+from gemskit.nn import _attention_hopper, _attention_host
+from gemskit.nn._attention_host import Problem
 
 PROCESSORS = 3
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -41,26 +43,35 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_rule.Choice]]:
         return found
 
     monkeypatch.setattr(_hopper.Kernels, "plan", noted)
-    row = backends.find_arch("sm_90")
-    config = {**row.config("gemm"), "wgmma": 1, "processors": PROCESSORS}
-    here = dataclasses.replace(row, launch={**row.launch, "gemm": config})
-    monkeypatch.setattr(backends, "arch", lambda device=None: here)
-    names = ("mm", "bmm", "addmm", "linear", "gated_linear")
-    for name in names:
-        REGISTRY[name]._plans.clear()
+    _on_hopper(monkeypatch)
     with interpret():
         yield taken
-    for name in names:
-        REGISTRY[name]._plans.clear()
+    _forget()
+
+
+def _on_hopper(monkeypatch: pytest.MonkeyPatch, **attention: int) -> None:
+    row = backends.find_arch("sm_90")
+    changed = {"gemm": {"wgmma": 1}, "attention": {"wgmma": 1, **attention}}
+    launch = {name: {**row.config(name), **config, "processors": PROCESSORS} for name, config in changed.items()}
+    here = dataclasses.replace(row, launch={**row.launch, **launch})
+    monkeypatch.setattr(backends, "arch", lambda device=None: here)
+    _forget()
+
+
+def _forget() -> None:
+    for name in ("mm", "bmm", "addmm", "linear", "gated_linear", "scaled_dot_product_attention", "flash_attention"):
+        for op in REGISTRY.values():
+            if op.name.lstrip("_").startswith(name):
+                op._plans.clear()
 
 
 def halves(*shape: int) -> Tensor:
     return torch.randn(shape).bfloat16()
 
 
-def close(got: Tensor, want: Tensor) -> None:
-    """To the rounding of the result, and what float32 sums in another order."""
-    torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-3 * want.abs().max().item())
+def close(got: Tensor, want: Tensor, least: float = 1e-3) -> None:
+    """To the rounding of the result, and ``least`` of the largest for what float32 sums in another order."""
+    torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=least * want.abs().max().item())
 
 
 def fixed(choice: _rule.Choice) -> Callable[..., _rule.Choice]:
@@ -123,6 +134,101 @@ def test_gated(split: bool, hopper: list[_rule.Choice], monkeypatch: pytest.Monk
             monkeypatch.setattr(_drive, "choose", fixed(choice))
             close(gemskit.gated_linear(x, gate, up), want)
     assert hopper and all(bool(c.split) is split for c in hopper)
+
+
+# -- attention ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[0, 1], ids=["free", "in turns"])
+def attending(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Interpreted kernels of sm_90; the launches of the attention kernel."""
+    taken: list[Any] = []
+    launch = _attention_hopper.launch
+
+    def noted(*args: Any) -> None:
+        taken.append(args)
+        launch(*args)
+
+    monkeypatch.setattr(_attention_hopper, "launch", noted)
+    _on_hopper(monkeypatch, turns=request.param)
+    with interpret():
+        yield taken
+    _forget()
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, left: int = -1, right: int = -1, shift: int = 0
+) -> tuple[Tensor, Tensor]:
+    """In float64, with a window around the diagonal that is ``shift`` columns to the right."""
+    k, v = (t.double().repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = q.double() @ k.mT / q.shape[-1] ** 0.5
+    row, col = torch.arange(q.shape[2])[:, None] + shift, torch.arange(k.shape[2])
+    hidden = ((col < row - left) if left >= 0 else False) | (
+        (col > row + right) if right >= 0 else torch.zeros_like(col > row)
+    )
+    scores = scores.masked_fill(hidden, -torch.inf)
+    return torch.softmax(scores, -1).nan_to_num(0) @ v, scores.logsumexp(-1)
+
+
+ATTENTION = [
+    # batch, query heads, key heads, rows, keys, head size, value's, window
+    (1, 2, 1, 200, 300, 64, 64, {}),
+    (2, 2, 2, 260, 260, 128, 128, dict(right=0)),
+    (1, 4, 2, 130, 300, 128, 64, dict(right=0, shift=170)),
+    (1, 1, 1, 300, 130, 80, 80, dict(right=0, shift=-170)),
+    (1, 2, 2, 400, 400, 64, 64, dict(right=0, left=70)),
+    (1, 1, 1, 130, 500, 32, 32, dict(right=40, left=30)),
+    (1, 1, 1, 140, 140, 256, 256, dict(right=0)),
+]
+
+
+@pytest.mark.parametrize(("batch", "heads", "owners", "rows", "keys", "size", "width", "how"), ATTENTION, ids=str)
+def test_attention(
+    batch: int, heads: int, owners: int, rows: int, keys: int, size: int, width: int, how: dict[str, int],
+    attending: list[Any],
+) -> None:  # fmt: skip
+    """Heads that share keys, windows, padded head sizes, rows that see nothing; tokens before heads in memory, or heads first."""
+    q, k, v = halves(batch, rows, heads, size), halves(batch, owners, keys, size), halves(batch, keys, owners, width)
+    q, v = q.transpose(1, 2), v.transpose(1, 2)
+    shift = how.get("shift", 0)
+    p = Problem(
+        q, k, v, batch, rows, keys, left=how.get("left"), right=how.get("right"), bottom=bool(shift), name="attention"
+    )
+    out, lse = torch.empty(batch, rows, heads, width, dtype=q.dtype).transpose(1, 2), torch.empty(batch, heads, rows)
+    _attention_host.run(p, out, lse, backends.arch().config("attention"))
+    want, want_lse = reference(q, k, v, **how)
+    assert len(attending) == 1
+    close(out, want, 2**-7)  # weights are rounded, too
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_operators_take_it(attending: list[Any]) -> None:
+    q, k, v = (halves(1, 2, 150, 64).requires_grad_() for _ in range(3))
+    got = gemskit.scaled_dot_product_attention(q, k, v, is_causal=True)
+    grads = torch.autograd.grad(got, (q, k, v), torch.ones_like(got))
+    assert len(attending) == 1
+    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    want = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True)
+    close(got.detach(), want.detach(), 2**-7)
+    for g, w in zip(grads, torch.autograd.grad(want, wide, torch.ones_like(want))):
+        torch.testing.assert_close(g.double(), w, rtol=2**-6, atol=0.02 * w.abs().max().item())
+    q, k, v = (t.detach().transpose(1, 2).contiguous() for t in (q, k, v))
+    close(gemskit.flash_attn_func(q, k, v, window_size=(20, 0)).transpose(1, 2),
+          reference(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 20, 0)[0], 2**-7)  # fmt: skip
+    assert len(attending) == 2
+
+
+def test_what_has_no_blocks_takes_the_plain_kernel(attending: list[Any]) -> None:
+    q = halves(1, 2, 40, 64)
+    mask = torch.ones(40, 40, dtype=torch.bool)
+    for given, how in (
+        ((q, q, q), dict(attn_mask=mask)), ((q[:, :1].expand(-1, 2, -1, -1),) * 3, {}), ((q[..., 1:33],) * 3, {}),
+        ((q.float(),) * 3, {}), ((q, q, q), dict(scale=-0.5)), ((q[:, :, :8], q, q), {}),
+    ):  # fmt: skip
+        got = gemskit.scaled_dot_product_attention(*given, **how)
+        want = torch.nn.functional.scaled_dot_product_attention(*(t.double() for t in given), **how)
+        close(got, want, 2**-7)
+    assert not attending
 
 
 # -- what the interpreter finds -------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def _multiply(
     COLS: gl.constexpr = BN // 2 if GATED else BN
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     final: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLS, 16])
-    lines: gl.constexpr = _lines(HALF, COLS) if COLS >= 32 else final
+    lines: gl.constexpr = lines_of(HALF, COLS) if COLS >= 32 else final
     i = 0
     for u in range(gl.program_id(0), units, gl.num_programs(0)):
         tile, start, last, part = _work(u, whole, split, part_steps, steps)
@@ -177,7 +177,7 @@ def _multiply(
 
 
 @gluon.constexpr_function
-def _lines(rows, cols):
+def lines_of(rows, cols):
     """The accumulator with 8 neighbours a thread, which moves within warps only: stores of 64 bytes a row, not of 16."""
     own = [
         [0, 1],

@@ -1,0 +1,312 @@
+"""Attention on Hopper's tensor cores (``wgmma``), in Gluon: one warp loads, two groups of four warps have half of the rows each.
+
+While a group's weights of one block of keys multiply its values, the scores of the next block become weights. With TURNS the
+groups begin their products in turns, so that one's products run while the other computes weights. Programs stay and take one
+tile of rows after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from gemskit import _layout
+from gemskit._dtypes import TRITON
+from gemskit._launch import launch
+from gemskit._tensor_map import Descriptor, loadable
+from gemskit.blas._hopper import _block_to_shared, lines_of
+from gemskit.nn._attention_tiles import LN2, window
+
+#: Bytes of keys and values that a section of heads may have, so that they stay in the L2 cache of 50 MB.
+SECTION = 24 << 20
+
+
+@gluon.jit
+def _tile(t, tiles_m, planes, section, SIDES: gl.constexpr):
+    """Head and rows of tile ``t``: sections of heads whose keys stay in the cache, in each the rows with most to do first."""
+    before = t // (section * tiles_m) * section
+    here = min(planes - before, section)
+    rest = t - before * tiles_m
+    m = rest // here
+    if SIDES == 1:
+        m = tiles_m - 1 - m
+    return before + rest % here, m
+
+
+@gluon.jit
+def _blocks(start, size, low, high, BM: gl.constexpr, BN: gl.constexpr, SIDES: gl.constexpr):
+    """The first block of keys that rows from ``start`` see, and how many; one at least, of which they may see nothing."""
+    first, last = 0, size
+    if SIDES % 2 == 1:
+        last = max(min(size, start + BM + high), 0)
+    if SIDES >= 2:
+        first = max(start + low, 0) // BN
+    return first, max(gl.cdiv(last, BN) - first, 1)
+
+
+@gluon.jit
+def _load(
+    query, key, value, queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    tiles, tiles_m, planes, section, heads, group, length, size, left, right,
+    BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, STAGES: gl.constexpr,
+    SIDES: gl.constexpr, BOTTOM: gl.constexpr,
+):  # fmt: skip
+    """The warp that loads: blocks of keys from the last to the first, which is never masked by a causal rule."""
+    HALF: gl.constexpr = BM // 2
+    _, low, high = window(size, length, left, right, SIDES, BOTTOM)
+    i = 0
+    turn = 0
+    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        plane, m = _tile(t, tiles_m, planes, section, SIDES)
+        batch, head = plane // heads, plane % heads
+        owner = head // group
+        first, count = _blocks(m * BM, size, low, high, BM, BN, SIDES)
+        mbarrier.wait(q_empty, (turn & 1) ^ 1)
+        mbarrier.expect(q_full, BM * E * 2)
+        for half in gl.static_range(2):
+            _block_to_shared(query, [batch, head, m * BM + half * HALF, 0], q_full, queries.index(half))
+        turn += 1
+        for j in range(count):
+            stage = i % STAGES
+            phase = ((i // STAGES) & 1) ^ 1
+            row = (first + count - 1 - j) * BN
+            mbarrier.wait(k_empty.index(stage), phase)
+            mbarrier.expect(k_full.index(stage), BN * E * 2)
+            _block_to_shared(key, [batch, owner, row, 0], k_full.index(stage), keys.index(stage))
+            mbarrier.wait(v_empty.index(stage), phase)
+            mbarrier.expect(v_full.index(stage), BN * EV * 2)
+            _block_to_shared(value, [batch, owner, row, 0], v_full.index(stage), values.index(stage))
+            i += 1
+
+
+@gluon.jit
+def _seen(scores, row, col, begin, start, size, low, high, HALF: gl.constexpr, BN: gl.constexpr, SIDES: gl.constexpr):
+    """Scores, -inf where the keys from ``begin`` on are not seen by the rows from ``start`` on."""
+    edge = begin + BN > size
+    if SIDES % 2 == 1:
+        edge = edge | (begin + BN - 1 > start + high)
+    if SIDES >= 2:
+        edge = edge | (begin < start + HALF - 1 + low)
+    if edge:
+        place = (begin + col)[None, :]
+        seen = place < size
+        if SIDES % 2 == 1:
+            seen = seen & (place <= row[:, None] + high)
+        if SIDES >= 2:
+            seen = seen & (place >= row[:, None] + low)
+        scores = gl.where(seen, scores, -float("inf"))
+    return scores
+
+
+@gluon.jit
+def _begin(turns, half: gl.constexpr, turn, TURNS: gl.constexpr):
+    """Wait until it is this group's turn to issue products."""
+    if TURNS:
+        mbarrier.wait(turns.index(half), (turn & 1) ^ (1 if half == 0 else 0))
+
+
+@gluon.jit
+def _pass_on(turns, half: gl.constexpr, TURNS: gl.constexpr):
+    if TURNS:
+        mbarrier.arrive(turns.index(1 - half), count=1)
+
+
+@gluon.jit
+def _multiply(
+    half: gl.constexpr, out, lse, queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+    out_at, lse_at, tiles, tiles_m, planes, section, heads, length, size, left, right, factor,
+    BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, VALUE: gl.constexpr, STAGES: gl.constexpr,
+    SIDES: gl.constexpr, BOTTOM: gl.constexpr, TURNS: gl.constexpr,
+):  # fmt: skip
+    """Four warps with one ``half`` of the rows of every tile. ``factor`` is positive, in base 2."""
+    HALF: gl.constexpr = BM // 2
+    over: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    wide: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, EV, 16])
+    left_hand: gl.constexpr = gl.DotOperandLayout(0, wide, k_width=2)
+    lines: gl.constexpr = lines_of(HALF, EV)
+    dtype: gl.constexpr = keys.dtype
+    _, low, high = window(size, length, left, right, SIDES, BOTTOM)
+    col = gl.arange(0, BN, gl.SliceLayout(0, over))
+    i = 0
+    turn = 0
+    count_of_turns = 0
+    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        plane, m = _tile(t, tiles_m, planes, section, SIDES)
+        first, count = _blocks(m * BM, size, low, high, BM, BN, SIDES)
+        start = m * BM + half * HALF
+        row = start + gl.arange(0, HALF, gl.SliceLayout(1, over))
+        mbarrier.wait(q_full, turn & 1)
+        rows = queries.index(half).reshape([HALF, E])
+        acc = gl.zeros([HALF, EV], gl.float32, wide)
+        none = gl.zeros([HALF, BN], gl.float32, over)
+        stage = i % STAGES
+        mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
+        _begin(turns, half, count_of_turns, TURNS)
+        scores = warpgroup_mma(
+            rows, keys.index(stage).reshape([BN, E]).permute((1, 0)), none, use_acc=False, is_async=True
+        )
+        _pass_on(turns, half, TURNS)
+        count_of_turns += 1
+        scores = warpgroup_mma_wait(0, deps=(scores,))
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        scores = _seen(scores, row, col, (first + count - 1) * BN, start, size, low, high, HALF, BN, SIDES)
+        peak = gl.max(scores, 1) * factor
+        base = gl.where(peak == -float("inf"), 0.0, peak)  # -inf - -inf would be NaN in a row that sees no key so far
+        weights = gl.exp2(scores * factor - base[:, None])
+        total = gl.sum(weights, 1)
+        weights = gl.convert_layout(weights.to(dtype), left_hand)
+        for j in range(1, count):
+            before = stage
+            phase = (i // STAGES) & 1
+            i += 1
+            stage = i % STAGES
+            mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
+            _begin(turns, half, count_of_turns, TURNS)
+            scores = warpgroup_mma(
+                rows, keys.index(stage).reshape([BN, E]).permute((1, 0)), none, use_acc=False, is_async=True
+            )
+            mbarrier.wait(v_full.index(before), phase)
+            acc = warpgroup_mma(weights, values.index(before).reshape([BN, EV]), acc, is_async=True)
+            _pass_on(turns, half, TURNS)
+            count_of_turns += 1
+            scores = warpgroup_mma_wait(1, deps=(scores,))
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            scores = _seen(scores, row, col, (first + count - 1 - j) * BN, start, size, low, high, HALF, BN, SIDES)
+            top = gl.maximum(peak, gl.max(scores, 1) * factor)
+            base = gl.where(top == -float("inf"), 0.0, top)
+            shrink = gl.exp2(peak - base)
+            following = gl.exp2(scores * factor - base[:, None])
+            total = total * shrink + gl.sum(following, 1)
+            peak = top
+            acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
+            mbarrier.arrive(v_empty.index(before), count=1)
+            acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, wide))[:, None]
+            weights = gl.convert_layout(following.to(dtype), left_hand)
+        mbarrier.arrive(q_empty, count=1)
+        mbarrier.wait(v_full.index(stage), (i // STAGES) & 1)
+        acc = warpgroup_mma(weights, values.index(stage).reshape([BN, EV]), acc, is_async=True)
+        acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
+        mbarrier.arrive(v_empty.index(stage), count=1)
+        i += 1
+        turn += 1
+        batch, head = (plane // heads).to(gl.int64), (plane % heads).to(gl.int64)
+        to = lse + batch * lse_at[0] + head * lse_at[1]
+        gl.store(to + row * lse_at[2], (peak + gl.log2(total)) * LN2, row < length)
+        safe = gl.where(total == 0.0, 1.0, total)  # a row that sees no key is 0
+        acc = acc * gl.convert_layout(1.0 / safe, gl.SliceLayout(1, wide))[:, None]
+        result = gl.convert_layout(acc.to(out.dtype.element_ty), lines)
+        r = start + gl.arange(0, HALF, gl.SliceLayout(1, lines))
+        d = gl.arange(0, EV, gl.SliceLayout(0, lines))
+        at = r.to(gl.int64)[:, None] * out_at[2] + d[None, :] * out_at[3]
+        gl.store(out + batch * out_at[0] + head * out_at[1] + at, result, (r < length)[:, None] & (d < VALUE)[None, :])
+
+
+@gluon.jit
+def attention_hopper(
+    query, key, value, out, lse, out_at, lse_at,
+    tiles, tiles_m, planes, section, heads, group, length, size, left, right, factor,
+    BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, VALUE: gl.constexpr, STAGES: gl.constexpr,
+    SIDES: gl.constexpr, BOTTOM: gl.constexpr, TURNS: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """``query``, ``key`` and ``value`` load blocks of (1, 1, rows, columns); ``out_at`` and ``lse_at`` are strides."""
+    queries = gl.allocate_shared_memory(query.dtype, [2] + query.block_type.shape, query.layout)
+    keys = gl.allocate_shared_memory(key.dtype, [STAGES] + key.block_type.shape, key.layout)
+    values = gl.allocate_shared_memory(value.dtype, [STAGES] + value.block_type.shape, value.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=2)
+    for s in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(s), count=1)
+        mbarrier.init(v_full.index(s), count=1)
+        mbarrier.init(k_empty.index(s), count=2)
+        mbarrier.init(v_empty.index(s), count=2)
+    for half in gl.static_range(2):
+        mbarrier.init(turns.index(half), count=1)
+    fence_async_shared()
+    upper: gl.constexpr = 0
+    lower: gl.constexpr = 1
+    gl.warp_specialize([
+        (_multiply, (upper, out, lse, queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+                     out_at, lse_at, tiles, tiles_m, planes, section, heads, length, size, left, right, factor,
+                     BM, BN, E, EV, VALUE, STAGES, SIDES, BOTTOM, TURNS)),
+        (_multiply, (lower, out, lse, queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+                     out_at, lse_at, tiles, tiles_m, planes, section, heads, length, size, left, right, factor,
+                     BM, BN, E, EV, VALUE, STAGES, SIDES, BOTTOM, TURNS)),
+        (_load, (query, key, value, queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                 tiles, tiles_m, planes, section, heads, group, length, size, left, right,
+                 BM, BN, E, EV, STAGES, SIDES, BOTTOM)),
+    ], [4, 1], [232, 32])  # fmt: skip
+
+
+# ---- the host's part -----------------------------------------------------------------------------------------------
+
+
+def _descriptor(t: Tensor, rows: int, width: int) -> Descriptor | None:
+    """Blocks of ``rows`` by ``width`` of each (batch, head); None where the copy engine cannot load them."""
+    # A dimension of one element has any stride: that of all after it keeps the rule.
+    strides, after = [1], 8 * _layout.cdiv(t.shape[3], 8)
+    for n, s in zip(reversed(t.shape[:3]), reversed(t.stride()[:3])):
+        strides.insert(0, s if n > 1 else after)
+        after = max(after, strides[0] * n)
+    if (t.shape[3] > 1 and t.stride(3) != 1) or t.data_ptr() % 16 or not loadable(t.shape, strides, t.element_size()):
+        return None
+    block = (1, 1, rows, width)
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), TRITON[t.dtype])
+    return Descriptor(t, tuple(t.shape), tuple(strides), block, layout)
+
+
+def run(p: Any, out: Tensor, lse: Tensor, config: Mapping[str, int]) -> bool:
+    """Launch for the problem ``p``; False, with nothing launched, where it is none for this kernel."""
+    extras = (
+        p.mask,
+        p.slopes,
+        p.sinks,
+        p.bounds_q,
+        p.bounds_k,
+        p.used,
+        p.table,
+        p.mods.score,
+        p.mods.visible,
+        *p.descale,
+    )
+    halves = {p.query.dtype, p.key.dtype, p.value.dtype} in ({torch.bfloat16}, {torch.float16})
+    short, rest, dropout, _ = p.numbers
+    if any(e is not None for e in extras) or p.split[0] or p.cap or dropout or not halves or p.wide(out):
+        return False
+    factor = (short + rest) * 1.4426950408889634
+    e, ev = (max(64, n) for n in (p.shape["E"], p.shape["EV"]))
+    if not factor > 0 or p.empty or max(e, ev) > 256:
+        return False
+    bm, bn, stages = 128, 128 if max(e, ev) <= 128 else 64, 2
+    described = [
+        _descriptor(t, rows, width) for t, rows, width in ((p.query, bm // 2, e), (p.key, bn, e), (p.value, bn, ev))
+    ]
+    if None in described:
+        return False
+    planes, tiles_m = p.batch * p.heads, _layout.cdiv(p.length, bm)
+    section = max(1, min(planes, SECTION // (p.size * (e + ev) * 2) * p.group))
+    launch(
+        attention_hopper, (min(config["processors"], planes * tiles_m),),
+        (*described, out, lse, out.stride(), lse.stride(), planes * tiles_m, tiles_m, planes, section, p.heads, p.group,
+         p.length, p.size, *p.sides, factor),
+        dict(BM=bm, BN=bn, E=e, EV=ev, VALUE=p.shape["VALUE"], STAGES=stages, SIDES=p.shape["SIDES"], BOTTOM=p.bottom,
+             TURNS=bool(config["turns"]), num_warps=4),
+    )  # fmt: skip
+    return True

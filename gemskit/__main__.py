@@ -1,4 +1,4 @@
-"""``python -m gemskit``: info, ops, check, bench, demo."""
+"""``python -m gemskit``: info, ops, check, bench, tune, demo."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ COMMANDS = """usage: python -m gemskit COMMAND [options]
   ops     every operator: signature, variants, gradient
   check   conformance of every operator on this machine's accelerator (or --interpret), with a report
   bench   time operators against torch eager and torch.compile, with the roofline; report and plots
+  tune    time all tiles of given products and keep those that beat the rule
   demo    embed sentences with all-MiniLM-L6-v2 on gemskit kernels and compare with plain torch
 
 python -m gemskit COMMAND --help tells the options."""
@@ -55,6 +56,8 @@ def main(argv: list[str]) -> int:
         from gemskit._check import main as run
     elif command == "bench":
         from gemskit._bench import main as run
+    elif command == "tune":
+        from gemskit._tune import main as run
     elif command == "demo":
         from gemskit._demo import main as run
     else:

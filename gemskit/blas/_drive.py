@@ -26,7 +26,7 @@ from gemskit._op import Named, P, R
 from gemskit.blas import _few
 from gemskit.blas._epilogue import Fused, Step, formula
 from gemskit.blas._integers import Integers
-from gemskit.blas._rule import choose
+from gemskit.blas._rule import Choice, choose
 from gemskit.blas._space import Space, read
 from gemskit.errors import DtypeError, NoKernel
 
@@ -164,12 +164,19 @@ class Product:
 
     def _wgmma(self, space: Space, a: Tensor, bound: Bound) -> Run | None:
         """The kernel for Hopper's tensor cores, where the row of the table and the factors permit it."""
-        config = backends.arch().config("gemm")
-        if not config.get("wgmma") or a.dtype not in (torch.bfloat16, torch.float16) or not space.K:
+        row = backends.arch()
+        config = row.config("gemm")
+        if not config["wgmma"] or a.dtype not in (torch.bfloat16, torch.float16) or not space.K:
             return None
-        choice = choose(space.M, space.N, space.K, space.batches, config["processors"], self.gated)
+        choice = choose(space.M, space.N, space.K, space.batches, config["processors"], self.gated, row.name)
         found: Run | None = bound.wgmma.plan(space, a.dtype, choice, self.gated)
         return found
+
+    def with_choice(self, a: Tensor, b: Tensor, out: Tensor, choice: Choice) -> Callable[[], None] | None:
+        """The launch of Hopper's kernel with a choice that the rule might not take; None where it has none."""
+        bound = self._bind({}, [], ACCUMULATORS[a.dtype])
+        run: Run | None = bound.wgmma.plan(Space.of(out, a, b, []), a.dtype, choice)
+        return None if run is None else lambda: run(out, a, b, None, (), slots([]))
 
     def _plain(self, space: Space, a: Tensor, bound: Bound) -> Run:
         """The kernel that runs everywhere."""

@@ -1,12 +1,16 @@
-"""Which tiles a product takes: a model of its time, no measurement at the call."""
+"""Which tiles a product takes: a model of its time, no measurement at the call, or what ``python -m gemskit tune`` found."""
 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from gemskit._layout import cdiv
+from gemskit._native import cache_dir
 
 #: Tiles (M, N), stages of K = 64 that fit into 227 KiB, and the time of one step of K in us when all programs work (H200).
 TILES = (
@@ -63,7 +67,45 @@ def choices(M: int, N: int, K: int, batches: int, processors: int, gated: bool =
                 )
 
 
-@functools.lru_cache(maxsize=4096)
-def choose(M: int, N: int, K: int, batches: int, processors: int, gated: bool = False) -> Choice:
+def best(M: int, N: int, K: int, batches: int, processors: int, gated: bool = False) -> Choice:
     """The fastest by the model."""
     return min(choices(M, N, K, batches, processors, gated), key=lambda c: c.time)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(M: int, N: int, K: int, batches: int, processors: int, gated: bool = False, arch: str = "") -> Choice:
+    """The one that was tuned for these sizes on ``arch``, else the fastest by the model."""
+    pick = tuned(arch).get(name_of(batches, M, N, K, gated))
+    if pick is not None:
+        for choice in choices(M, N, K, batches, processors, gated):
+            if pick_of(choice) == tuple(pick):
+                return choice
+    return best(M, N, K, batches, processors, gated)
+
+
+# -- tuned choices --------------------------------------------------------------------------------------------------------
+
+
+def name_of(batches: int, M: int, N: int, K: int, gated: bool = False) -> str:
+    """A product in a table: ``MxNxK``, with ``B x`` before it for batches and ``gated`` after it."""
+    return "x".join(str(n) for n in ((batches, M, N, K) if batches > 1 else (M, N, K))) + (" gated" if gated else "")
+
+
+def pick_of(choice: Choice) -> tuple[int, int, bool, bool]:
+    """What a table says of a choice: its tile, whether it is transposed, whether tiles are split."""
+    return choice.BM, choice.BN, choice.transposed, choice.split > 0
+
+
+def user_table() -> Path:
+    """Where ``python -m gemskit tune`` writes."""
+    return cache_dir() / "tuned.json"
+
+
+@functools.cache
+def tuned(arch: str) -> dict[str, Any]:
+    """Picks by name for a row of the vendor table: those shipped with the package, then the user's."""
+    found: dict[str, Any] = {}
+    for path in (Path(__file__).with_name("tuned.json"), user_table()):
+        if arch and path.is_file():
+            found |= json.loads(path.read_text()).get(arch, {})
+    return found

@@ -244,7 +244,7 @@ def run(p: Problem, out: Tensor, lse: Tensor, config: Mapping[str, int], *, part
     A few query rows (decoding) are too few programs: those of the heads that share a key head then stand in one tile, and
     keys are read in ``parts``, by default as many as make the device busy.
     """
-    if config["wgmma"] and p.length > FEW and parts <= 1:
+    if config.get("wgmma") and p.length > FEW and parts <= 1:
         # Gluon takes 0.1 s to import.
         from gemskit.nn import _attention_hopper
 

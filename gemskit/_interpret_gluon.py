@@ -314,4 +314,5 @@ def patches(running: set[int]) -> Iterator[tuple[Any, str, Any]]:
             yield hopper.tma, name, _copy
     yield hopper, "fence_async_shared", _nothing
     yield hopper, "warpgroup_mma", _product
+    yield hopper, "warpgroup_mma_init", _same
     yield hopper, "warpgroup_mma_wait", _product_wait

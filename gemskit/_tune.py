@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,14 @@ def _close(got: Tensor, want: Tensor) -> bool:
 
 
 def time_shape(
-    batches: int, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device,
+    sizes: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device,
     timer: Callable[[Callable[[], Any]], float] = milliseconds,
 ) -> Timed:  # fmt: skip
     """Every choice that launches, with its time in ms: the rule's first. One whose result is wrong raises."""
     config = backends.arch(device if device.type != "cpu" else None).config("gemm")
     if not config["wgmma"]:
         raise DeviceError(f"tune: {backends.arch().name} has one tile for all products; there is nothing to choose")
+    batches, M, N, K = sizes
     a = torch.randn(batches, M, K, device=device, dtype=dtype)
     b = torch.randn(batches, N, K, device=device, dtype=dtype).mT
     want = a.double() @ b.double()
@@ -99,7 +100,7 @@ def main(argv: list[str]) -> int:
     device = torch.device(backends.vendor.device_type, torch.accelerator.current_device_index())
     found = {}
     for sizes in options.shapes:
-        timed = time_shape(*sizes, getattr(torch, options.dtype), device)
+        timed = time_shape(sizes, getattr(torch, options.dtype), device)
         better = improvements(timed)
         for line in _lines(sizes, timed, better):
             print(line, flush=True)
@@ -111,7 +112,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _lines(sizes: Sequence[int], timed: Timed, better: Choice | None) -> Iterator[str]:
+def _lines(sizes: tuple[int, int, int, int], timed: Timed, better: Choice | None) -> Iterator[str]:
     flops = 2 * math.prod(sizes)
     yield f"{_rule.name_of(*sizes)}  {len(timed)} choices"
     for choice, ms in sorted(timed, key=lambda pair: pair[1])[:5]:

@@ -19,15 +19,17 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 import gemskit
 from gemskit import _tune, backends, epilogues
+from gemskit._driver import kernel_name
 from gemskit._interpret import interpret, run
 from gemskit._op import REGISTRY
 from gemskit._tensor_map import Descriptor
 from gemskit.blas import _drive, _hopper, _rule
 from gemskit.errors import ArgumentError, InterpreterError
-from gemskit.nn import _attention_hopper, _attention_host
+from gemskit.nn import _attention_hopper, _attention_hopper_grads, _attention_host
 from gemskit.nn._attention_host import Problem
 
 PROCESSORS = 3
+BF16 = torch.bfloat16
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
@@ -151,6 +153,7 @@ def attending(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         launch(*args)
 
     monkeypatch.setattr(_attention_hopper, "launch", noted)
+    monkeypatch.setattr(_attention_hopper_grads, "launch", noted)
     _on_hopper(monkeypatch, turns=request.param)
     with interpret():
         yield taken
@@ -168,7 +171,8 @@ def reference(
         (col > row + right) if right >= 0 else torch.zeros_like(col > row)
     )
     scores = scores.masked_fill(hidden, -torch.inf)
-    return torch.softmax(scores, -1).nan_to_num(0) @ v, scores.logsumexp(-1)
+    weights = torch.softmax(scores, -1).masked_fill(torch.as_tensor(hidden), 0)
+    return weights @ v, scores.logsumexp(-1)
 
 
 ATTENTION = [
@@ -183,31 +187,74 @@ ATTENTION = [
 ]
 
 
-@pytest.mark.parametrize(("batch", "heads", "owners", "rows", "keys", "size", "width", "how"), ATTENTION, ids=str)
+def placed(
+    batch: int, heads: int, owners: int, rows: int, keys: int, size: int, width: int, how: dict[str, int]
+) -> Problem:
+    """Queries and values with tokens before heads in memory, keys with heads first."""
+    q, k, v = halves(batch, rows, heads, size), halves(batch, owners, keys, size), halves(batch, keys, owners, width)
+    return Problem(
+        q.transpose(1, 2), k, v.transpose(1, 2), batch, rows, keys, left=how.get("left"), right=how.get("right"),
+        bottom="shift" in how, name="attention",
+    )  # fmt: skip
+
+
+WALK = pytest.mark.parametrize(("batch", "heads", "owners", "rows", "keys", "size", "width", "how"), ATTENTION, ids=str)
+
+
+@WALK
 def test_attention(
     batch: int, heads: int, owners: int, rows: int, keys: int, size: int, width: int, how: dict[str, int],
     attending: list[Any],
 ) -> None:  # fmt: skip
-    """Heads that share keys, windows, padded head sizes, rows that see nothing; tokens before heads in memory, or heads first."""
-    q, k, v = halves(batch, rows, heads, size), halves(batch, owners, keys, size), halves(batch, keys, owners, width)
-    q, v = q.transpose(1, 2), v.transpose(1, 2)
-    shift = how.get("shift", 0)
-    p = Problem(
-        q, k, v, batch, rows, keys, left=how.get("left"), right=how.get("right"), bottom=bool(shift), name="attention"
-    )
-    out, lse = torch.empty(batch, rows, heads, width, dtype=q.dtype).transpose(1, 2), torch.empty(batch, heads, rows)
+    """Heads that share keys, windows, padded head sizes, rows that see nothing."""
+    p = placed(batch, heads, owners, rows, keys, size, width, how)
+    out, lse = torch.empty(batch, rows, heads, width, dtype=BF16).transpose(1, 2), torch.empty(batch, heads, rows)
     _attention_host.run(p, out, lse, backends.arch().config("attention"))
-    want, want_lse = reference(q, k, v, **how)
+    want, want_lse = reference(p.query, p.key, p.value, **how)
     assert len(attending) == 1
     close(out, want, 2**-7)  # weights are rounded, too
     torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+
+
+@WALK
+def test_attention_gradients(
+    batch: int, heads: int, owners: int, rows: int, keys: int, size: int, width: int, how: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Also where the log-sum-exp has a gradient; a row that sees nothing has none."""
+    if size > 128:
+        pytest.skip("the sums of both gradients would not fit into registers: the plain kernels have these")
+    p = placed(batch, heads, owners, rows, keys, size, width, how)
+    leaves = [t.double().requires_grad_() for t in (p.query, p.key, p.value)]
+    out, lse = reference(*leaves, **how)
+    grad, grad_lse = halves(*out.shape), torch.randn(lse.shape)
+    sees = ~lse.detach().isinf()
+    want = torch.autograd.grad((out * grad.double()).sum() + (lse * grad_lse.double())[sees].sum(), leaves)
+    _on_hopper(monkeypatch)
+    found = [torch.full_like(t, torch.nan) for t in (p.query, p.key, p.value)]
+    with interpret():
+        assert _attention_hopper_grads.run(
+            p,
+            grad,
+            grad_lse,
+            out.detach().bfloat16(),
+            lse.detach().float(),
+            backends.arch().config("attention"),
+            *found,
+        )
+    _forget()
+    for got, expected in zip(found, want):
+        close(got, expected.nan_to_num(0), 2**-7)
 
 
 def test_attention_operators_take_it(attending: list[Any]) -> None:
     q, k, v = (halves(1, 2, 150, 64).requires_grad_() for _ in range(3))
     got = gemskit.scaled_dot_product_attention(q, k, v, is_causal=True)
     grads = torch.autograd.grad(got, (q, k, v), torch.ones_like(got))
-    assert len(attending) == 1
+    names = [kernel_name(args[0]) for args in attending]
+    assert names == [
+        "attention_hopper", "attention_row_numbers", "attention_hopper_grad_key_value", "attention_hopper_grad_query"
+    ]  # fmt: skip
     wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
     want = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True)
     close(got.detach(), want.detach(), 2**-7)
@@ -216,7 +263,7 @@ def test_attention_operators_take_it(attending: list[Any]) -> None:
     q, k, v = (t.detach().transpose(1, 2).contiguous() for t in (q, k, v))
     close(gemskit.flash_attn_func(q, k, v, window_size=(20, 0)).transpose(1, 2),
           reference(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 20, 0)[0], 2**-7)  # fmt: skip
-    assert len(attending) == 2
+    assert len(attending) == 5
 
 
 def test_what_has_no_blocks_takes_the_plain_kernel(attending: list[Any]) -> None:
@@ -305,7 +352,7 @@ def test_tuned_products_are_obeyed(
     """What is kept is faster than the rule's choice by the timer, and taken from then on, for these sizes alone."""
     monkeypatch.setenv("GEMSKIT_CACHE_DIR", str(tmp_path))
     times = iter(range(100, 0, -1))
-    timed = _tune.time_shape(1, 200, 264, 512, torch.bfloat16, torch.device("cpu"), lambda run: float(next(times)))
+    timed = _tune.time_shape((1, 200, 264, 512), torch.bfloat16, torch.device("cpu"), lambda run: float(next(times)))
     assert timed[0][0] == _rule.best(200, 264, 512, 1, PROCESSORS) and len(timed) > 10
     better = _tune.improvements(timed)
     assert better is not None and better == timed[-1][0] != timed[0][0]

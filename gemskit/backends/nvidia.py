@@ -14,7 +14,7 @@ NO_E4M3 = FNUZ | {"float8_e4m3fn"}
 # of that backward. "wide" are the warps of the backward above head size 128.
 # Products of halves: gemskit/blas/_hopper.py.
 HOPPER = {
-    # wgmma 1 takes the Gluon kernel: it is interpreted and compiles without a spill, but has not run on a device yet.
+    # wgmma 1 takes the kernels in Gluon: they are interpreted and compile, but have not run on a device yet.
     "attention": {"m": 64, "n": 64, "warps": 4, "wide": 8, "stages": 3, "wgmma": 0, "turns": 0, "processors": 132},
     "gemm": {"wgmma": 1, "processors": 132},
 }

@@ -26,20 +26,20 @@ from gemskit._dtypes import TRITON
 from gemskit._launch import launch
 from gemskit._tensor_map import Descriptor, loadable
 from gemskit.blas._hopper import _block_to_shared, lines_of
-from gemskit.nn._attention_tiles import LN2, window
+from gemskit.nn._attention_tiles import LN2, LOG2E, window
 
 #: Bytes of keys and values that a section of heads may have, so that they stay in the L2 cache of 50 MB.
 SECTION = 24 << 20
 
 
 @gluon.jit
-def _tile(t, tiles_m, planes, section, SIDES: gl.constexpr):
+def _tile(t, tiles_m, planes, section, REVERSED: gl.constexpr):
     """Head and rows of tile ``t``: sections of heads whose keys stay in the cache, in each the rows with most to do first."""
     before = t // (section * tiles_m) * section
     here = min(planes - before, section)
     rest = t - before * tiles_m
     m = rest // here
-    if SIDES == 1:
+    if REVERSED:
         m = tiles_m - 1 - m
     return before + rest % here, m
 
@@ -68,7 +68,7 @@ def _load(
     i = 0
     turn = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        plane, m = _tile(t, tiles_m, planes, section, SIDES)
+        plane, m = _tile(t, tiles_m, planes, section, SIDES == 1)
         batch, head = plane // heads, plane % heads
         owner = head // group
         first, count = _blocks(m * BM, size, low, high, BM, BN, SIDES)
@@ -142,7 +142,7 @@ def _multiply(
     turn = 0
     count_of_turns = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        plane, m = _tile(t, tiles_m, planes, section, SIDES)
+        plane, m = _tile(t, tiles_m, planes, section, SIDES == 1)
         first, count = _blocks(m * BM, size, low, high, BM, BN, SIDES)
         start = m * BM + half * HALF
         row = start + gl.arange(0, HALF, gl.SliceLayout(1, over))
@@ -272,8 +272,8 @@ def _descriptor(t: Tensor, rows: int, width: int) -> Descriptor | None:
     return Descriptor(t, tuple(t.shape), tuple(strides), block, layout)
 
 
-def run(p: Any, out: Tensor, lse: Tensor, config: Mapping[str, int]) -> bool:
-    """Launch for the problem ``p``; False, with nothing launched, where it is none for this kernel."""
+def served(p: Any, *others: Tensor) -> tuple[int, int] | None:
+    """The widths of blocks of keys and values; None where the problem, with ``others`` to read and write, is none for Hopper."""
     extras = (
         p.mask,
         p.slopes,
@@ -288,12 +288,25 @@ def run(p: Any, out: Tensor, lse: Tensor, config: Mapping[str, int]) -> bool:
     )
     halves = {p.query.dtype, p.key.dtype, p.value.dtype} in ({torch.bfloat16}, {torch.float16})
     short, rest, dropout, _ = p.numbers
-    if any(e is not None for e in extras) or p.split[0] or p.cap or dropout or not halves or p.wide(out):
-        return False
-    factor = (short + rest) * 1.4426950408889634
+    plain = any(e is not None for e in extras) or p.split[0] or p.cap or dropout or p.empty
+    # The largest score becomes the largest exponent only by a positive factor.
+    if plain or not halves or p.wide(*others) or not short + rest > 0:
+        return None
     e, ev = (max(64, n) for n in (p.shape["E"], p.shape["EV"]))
-    if not factor > 0 or p.empty or max(e, ev) > 256:
+    return (e, ev) if max(e, ev) <= 256 else None
+
+
+def sections(planes: int, lines: int, width: int, group: int) -> int:
+    """How many planes, of which ``group`` share ``lines`` of ``width`` halves, have theirs in the cache together."""
+    return max(1, min(planes, SECTION // (lines * width * 2) * group))
+
+
+def run(p: Any, out: Tensor, lse: Tensor, config: Mapping[str, int]) -> bool:
+    """Launch for the problem ``p``; False, with nothing launched, where it is none for this kernel."""
+    widths = served(p, out)
+    if widths is None:
         return False
+    e, ev = widths
     bm, bn, stages = 128, 128 if max(e, ev) <= 128 else 64, 2
     described = [
         _descriptor(t, rows, width) for t, rows, width in ((p.query, bm // 2, e), (p.key, bn, e), (p.value, bn, ev))
@@ -301,12 +314,19 @@ def run(p: Any, out: Tensor, lse: Tensor, config: Mapping[str, int]) -> bool:
     if None in described:
         return False
     planes, tiles_m = p.batch * p.heads, _layout.cdiv(p.length, bm)
-    section = max(1, min(planes, SECTION // (p.size * (e + ev) * 2) * p.group))
+    numbers = (
+        p.batch * p.heads * tiles_m,
+        tiles_m,
+        planes,
+        sections(planes, p.size, e + ev, p.group),
+        p.heads,
+        p.group,
+    )
+    factor = (p.numbers[0] + p.numbers[1]) * LOG2E.value
     launch(
         attention_hopper, (min(config["processors"], planes * tiles_m),),
-        (*described, out, lse, out.stride(), lse.stride(), planes * tiles_m, tiles_m, planes, section, p.heads, p.group,
-         p.length, p.size, *p.sides, factor),
+        (*described, out, lse, out.stride(), lse.stride(), *numbers, p.length, p.size, *p.sides, factor),
         dict(BM=bm, BN=bn, E=e, EV=ev, VALUE=p.shape["VALUE"], STAGES=stages, SIDES=p.shape["SIDES"], BOTTOM=p.bottom,
-             TURNS=bool(config["turns"]), num_warps=4),
+             TURNS=bool(config.get("turns")), num_warps=4),
     )  # fmt: skip
     return True

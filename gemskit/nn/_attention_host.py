@@ -324,8 +324,15 @@ def run_backward(
 ) -> Tensor:
     """Write the gradients that are not None, each (batch, heads, rows, columns) with any strides; returns delta (as lse).
 
+    With ``sinks`` delta is what their gradient needs; without, it may be empty.
+
     ``to_mask`` is that of an added mask, with size 1 where it broadcasts.
     """
+    if config.get("wgmma") and to_mask is None:
+        from gemskit.nn import _attention_hopper_grads
+
+        if _attention_hopper_grads.run(p, grad, grad_lse, out, lse, config, to_query, to_key, to_value):
+            return torch.empty(0, device=grad.device)
     delta = torch.empty_like(lse)
     wide = p.wide(grad, out)
     launch(

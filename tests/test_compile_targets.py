@@ -242,8 +242,8 @@ def _title(column: tuple[Arch, torch.dtype, str, int]) -> str:
     return f"{column[0].name}-{str(column[1]).removeprefix('torch.')}"
 
 
-#: One of so many operators is compiled for sm_90 and gfx942 in bfloat16, for which there are figures or more launches, and for the
-#: rest: elementwise ones, which share a driver, and others. A kernel takes a second, and there are 3,000.
+#: One of so many operators is compiled for sm_90 in bfloat16, for gfx942, and for each other column: elementwise ones, which
+#: share a driver, and others. A kernel takes a second, and there are 3,000.
 EVERY = {True: (6, 12, 24), False: (1, 3, 24)}
 
 

@@ -56,6 +56,18 @@ def _blocks(start, size, low, high, BM: gl.constexpr, BN: gl.constexpr, SIDES: g
 
 
 @gluon.jit
+def _place(
+    t, tiles_m, planes, section, heads, length, size, left, right,
+    BM: gl.constexpr, BN: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr,
+):  # fmt: skip
+    """Batch, head and rows of tile ``t``, and its blocks of keys."""
+    _, low, high = window(size, length, left, right, SIDES, BOTTOM)
+    plane, m = _tile(t, tiles_m, planes, section, SIDES == 1)
+    first, count = _blocks(m * BM, size, low, high, BM, BN, SIDES)
+    return plane // heads, plane % heads, m, first, count
+
+
+@gluon.jit
 def _load(
     query, key, value, queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     tiles, tiles_m, planes, section, heads, group, length, size, left, right,
@@ -64,14 +76,13 @@ def _load(
 ):  # fmt: skip
     """The warp that loads: blocks of keys from the last to the first, which is never masked by a causal rule."""
     HALF: gl.constexpr = BM // 2
-    _, low, high = window(size, length, left, right, SIDES, BOTTOM)
     i = 0
     turn = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        plane, m = _tile(t, tiles_m, planes, section, SIDES == 1)
-        batch, head = plane // heads, plane % heads
+        batch, head, m, first, count = _place(
+            t, tiles_m, planes, section, heads, length, size, left, right, BM, BN, SIDES, BOTTOM
+        )
         owner = head // group
-        first, count = _blocks(m * BM, size, low, high, BM, BN, SIDES)
         mbarrier.wait(q_empty, (turn & 1) ^ 1)
         mbarrier.expect(q_full, BM * E * 2)
         for half in gl.static_range(2):
@@ -142,8 +153,9 @@ def _multiply(
     turn = 0
     count_of_turns = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        plane, m = _tile(t, tiles_m, planes, section, SIDES == 1)
-        first, count = _blocks(m * BM, size, low, high, BM, BN, SIDES)
+        batch, head, m, first, count = _place(
+            t, tiles_m, planes, section, heads, length, size, left, right, BM, BN, SIDES, BOTTOM
+        )
         start = m * BM + half * HALF
         row = start + gl.arange(0, HALF, gl.SliceLayout(1, over))
         mbarrier.wait(q_full, turn & 1)
@@ -200,7 +212,7 @@ def _multiply(
         mbarrier.arrive(v_empty.index(stage), count=1)
         i += 1
         turn += 1
-        batch, head = (plane // heads).to(gl.int64), (plane % heads).to(gl.int64)
+        batch, head = batch.to(gl.int64), head.to(gl.int64)
         to = lse + batch * lse_at[0] + head * lse_at[1]
         gl.store(to + row * lse_at[2], (peak + gl.log2(total)) * LN2, row < length)
         safe = gl.where(total == 0.0, 1.0, total)  # a row that sees no key is 0

@@ -25,7 +25,7 @@ from gemskit import _layout
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit.blas._hopper import _block_to_shared, lines_of
-from gemskit.nn._attention_hopper import _blocks, _descriptor, _seen, _tile, sections, served
+from gemskit.nn._attention_hopper import _descriptor, _place, _seen, _tile, sections, served
 from gemskit.nn._attention_tiles import LOG2E, tile, window
 
 #: Rows whose two numbers (lse and delta) lie side by side.
@@ -247,19 +247,18 @@ def _load_keys(
     SIDES: gl.constexpr, BOTTOM: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads for queries: their rows once, then blocks of keys and values."""
-    HALF: gl.constexpr = BM // 2
-    _, low, high = window(size, length, left, right, SIDES, BOTTOM)
     i = 0
     turn = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        plane, m = _tile(t, tiles_m, planes, section, SIDES == 1)
-        batch, head = plane // heads, plane % heads
-        first, count = _blocks(m * BM, size, low, high, BM, BN, SIDES)
+        batch, head, m, first, count = _place(
+            t, tiles_m, planes, section, heads, length, size, left, right, BM, BN, SIDES, BOTTOM
+        )
         mbarrier.wait(q_empty, (turn & 1) ^ 1)
         mbarrier.expect(q_full, BM * (E + EV) * 2)
         for half in gl.static_range(2):
-            _block_to_shared(query, [batch, head, m * BM + half * HALF, 0], q_full, queries.index(half))
-            _block_to_shared(grad, [batch, head, m * BM + half * HALF, 0], q_full, grads.index(half))
+            at = [batch, head, m * BM + half * (BM // 2), 0]
+            _block_to_shared(query, at, q_full, queries.index(half))
+            _block_to_shared(grad, at, q_full, grads.index(half))
         turn += 1
         for j in range(count):
             stage = i % STAGES
@@ -292,12 +291,12 @@ def _sum_keys(
     i = 0
     turn = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        plane, m = _tile(t, tiles_m, planes, section, SIDES == 1)
-        batch, head = plane // heads, plane % heads
-        first, count = _blocks(m * BM, size, low, high, BM, BN, SIDES)
+        batch, head, m, first, count = _place(
+            t, tiles_m, planes, section, heads, length, size, left, right, BM, BN, SIDES, BOTTOM
+        )
         start = m * BM + half * HALF
         row = start + local
-        at = numbers + (plane.to(gl.int64) * blocks + start // HALF) * (2 * HALF) + local
+        at = numbers + ((batch * heads + head).to(gl.int64) * blocks + start // HALF) * (2 * HALF) + local
         lse = gl.load(at, row < length, float("inf"))
         delta = gl.load(at + HALF, row < length, 0.0)
         mbarrier.wait(q_full, turn & 1)

@@ -60,6 +60,7 @@ from gemskit.nn import add_rms_norm as add_rms_norm
 from gemskit.nn import apply_rotary_pos_emb as apply_rotary_pos_emb
 from gemskit.nn import apply_rotary_pos_emb_ as apply_rotary_pos_emb_
 from gemskit.nn import attention as attention
+from gemskit.nn import batch_norm as batch_norm
 from gemskit.nn import concat_and_cache_mla as concat_and_cache_mla
 from gemskit.nn import cross_entropy as cross_entropy
 from gemskit.nn import embedding as embedding
@@ -75,6 +76,8 @@ from gemskit.nn import geglu as geglu
 from gemskit.nn import gelu_and_mul as gelu_and_mul
 from gemskit.nn import gelu_tanh_and_mul as gelu_tanh_and_mul
 from gemskit.nn import get_scheduler_metadata as get_scheduler_metadata
+from gemskit.nn import group_norm as group_norm
+from gemskit.nn import instance_norm as instance_norm
 from gemskit.nn import layer_norm as layer_norm
 from gemskit.nn import log_softmax as log_softmax
 from gemskit.nn import log_softmax_backward as log_softmax_backward
@@ -97,6 +100,7 @@ from gemskit.nn import skip_layer_norm as skip_layer_norm
 from gemskit.nn import softmax as softmax
 from gemskit.nn import softmax_backward as softmax_backward
 from gemskit.nn import swiglu as swiglu
+from gemskit.nn import weight_norm as weight_norm
 from gemskit.pointwise import __ior__ as __ior__
 from gemskit.pointwise import __or__ as __or__
 from gemskit.pointwise import abs as abs

@@ -90,6 +90,76 @@ def _(make: Make) -> Iterator[Sample]:
         yield Sample((make(0, 5), make(0, 5), (5,), make(5), make(5)), note="no rows")
 
 
+def _finite(make: Make, n: int) -> Tensor:
+    """A weight or a bias of channels: for an infinite one torch's ``x * (rstd * weight) - mean * (rstd * weight)`` is NaN."""
+    return make(1, n, low=-2, high=2)[0]
+
+
+@samples("group_norm")
+def _(make: Make) -> Iterator[Sample]:
+    def vectors(n: int) -> tuple[Tensor, Tensor]:
+        return _finite(make, n), _finite(make, n)
+
+    for shape, groups in (((2, 6, 4, 5), 3), ((3, 8, 33), 4), ((2, 6, 7, 3), 6), ((2, 5, 3, 4), 1), ((5, 12), 4)):
+        yield Sample((make(*shape), groups, *vectors(shape[1])))
+    yield Sample((make(2, 6, 4, 5).to(memory_format=torch.channels_last), 2, *vectors(6)), note="channels last")
+    yield Sample((make(2, 4, 5, 6), 2), {"eps": 0.1})
+    yield Sample((make(2, 4, 5, 6), 2, _finite(make, 4)))
+    yield Sample((make(2, 4, 5, 6), 2, None, _finite(make, 4)))
+    yield Sample((make(2, 4, 17001), 2, *vectors(4)), note="long")
+    yield Sample((make(2, 3, 183, 184), 3, *vectors(3)), note="long")
+    yield Sample((make(1, 2, 40000), 2), note="long without weights")
+    yield Sample((make(2, 6, 60, 301).mT, 2, None, _finite(make, 6)), note="long transposed")
+    if make.dtype.is_floating_point:
+        yield Sample((make(0, 6, 4), 3, *vectors(6)), note="no samples")
+        yield Sample((make(2, 6, 0), 3), note="no positions")
+        yield Sample((make(64, 256, 56, 56), 32, *vectors(256)), note="big")
+        yield Sample((make(64, 256, 64, 32), 32, *vectors(256)), note="big")
+
+
+@samples("_batch_norm")
+def _batch(make: Make) -> Iterator[Sample]:
+    for shape in ((4, 6, 4, 5), (33, 7), (3, 5, 41), (5, 1, 3, 4)):
+        yield Sample((make(*shape), _finite(make, shape[1]), _finite(make, shape[1])))
+    yield Sample((make(3, 6, 4, 5).to(memory_format=torch.channels_last), _finite(make, 6), _finite(make, 6)))
+    yield Sample((make(4, 4, 5, 6),), {"eps": 0.1})
+    yield Sample((make(4, 4, 5, 6), _finite(make, 4)))
+    yield Sample((make(4, 4, 5, 6), None, _finite(make, 4)))
+    yield Sample((make(3, 2, 20001), _finite(make, 2), _finite(make, 2)), note="long")
+    yield Sample((make(20001, 3), _finite(make, 3), _finite(make, 3)), note="long")
+    if make.dtype.is_floating_point:
+        yield Sample((make(64, 256, 56, 56), _finite(make, 256), _finite(make, 256)), note="big")
+
+
+@samples("_batch_norm_fixed")
+def _(make: Make) -> Iterator[Sample]:
+    for sample in _batch(make):
+        n = sample.args[0].shape[1]
+        given = _finite(make, n), make(1, n, low=0.5, high=2)[0]
+        yield Sample((sample.args[0], *given, *sample.args[1:]), sample.kwargs, sample.note)
+    if make.dtype.is_floating_point:
+        yield Sample((make(0, 3, 4), make(3), make(3, low=0.5, high=2), make(3), make(3)), note="no samples")
+
+
+@samples("_track")
+def _(make: Make) -> Iterator[Sample]:
+    for n in (1, 33):
+        yield Sample((make(n), make(n), make(n), make(n), 0.1))
+
+
+@samples("weight_norm")
+def _(make: Make) -> Iterator[Sample]:
+    yield Sample((make(6, 33), make(6, 1)))
+    for dim, shape in ((0, (3, 1, 1)), (1, (1, 4, 1)), (2, (1, 1, 5)), (-3, (3, 1, 1)), (-1, ()), (-1, (1, 1, 1))):
+        yield Sample((make(3, 4, 5), make(*shape), dim))
+    yield Sample((make(7), make(7), 0), note="one dimension")
+    yield Sample((make(2, 40001), make(2, 1)), note="long")
+    yield Sample((make(3, 20001), make(), -1), note="long, all")
+    yield Sample((make(20001, 3), make(1, 3), 1), note="long columns")
+    if make.dtype.is_floating_point:
+        yield Sample((make(3, 0), make(3, 1)), note="no columns")
+
+
 @samples("cross_entropy")
 def _(make: Make) -> Iterator[Sample]:
     def classes(*shape: int, n: int) -> Tensor:

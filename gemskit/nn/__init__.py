@@ -2,6 +2,8 @@
 
 from gemskit.nn.attention import scaled_dot_product_attention as scaled_dot_product_attention
 from gemskit.nn.attention import scaled_dot_product_attention_lse as scaled_dot_product_attention_lse
+from gemskit.nn.batch_norm import batch_norm as batch_norm
+from gemskit.nn.batch_norm import instance_norm as instance_norm
 from gemskit.nn.embedding import embedding as embedding
 from gemskit.nn.flash import flash_attention as flash_attention
 from gemskit.nn.flash import flash_attn_func as flash_attn_func
@@ -15,6 +17,7 @@ from gemskit.nn.gates import reglu as reglu
 from gemskit.nn.gates import relu_and_mul as relu_and_mul
 from gemskit.nn.gates import silu_and_mul as silu_and_mul
 from gemskit.nn.gates import swiglu as swiglu
+from gemskit.nn.group_norm import group_norm as group_norm
 from gemskit.nn.kv_cache import concat_and_cache_mla as concat_and_cache_mla
 from gemskit.nn.kv_cache import merge_attn_states as merge_attn_states
 from gemskit.nn.kv_cache import reshape_and_cache as reshape_and_cache
@@ -45,3 +48,4 @@ from gemskit.nn.softmax import scaled_softmax_backward as scaled_softmax_backwar
 from gemskit.nn.softmax import scaled_softmax_forward as scaled_softmax_forward
 from gemskit.nn.softmax import softmax as softmax
 from gemskit.nn.softmax import softmax_backward as softmax_backward
+from gemskit.nn.weight_norm import weight_norm as weight_norm

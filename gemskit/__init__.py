@@ -52,6 +52,13 @@ from gemskit.blas import tensordot as tensordot
 from gemskit.blas import vdot as vdot
 from gemskit.blas import w8a8_block_fp8_matmul as w8a8_block_fp8_matmul
 from gemskit.blas import weight_int8pack_mm as weight_int8pack_mm
+from gemskit.nn import BatchNorm1d as BatchNorm1d
+from gemskit.nn import BatchNorm2d as BatchNorm2d
+from gemskit.nn import BatchNorm3d as BatchNorm3d
+from gemskit.nn import GroupNorm as GroupNorm
+from gemskit.nn import InstanceNorm1d as InstanceNorm1d
+from gemskit.nn import InstanceNorm2d as InstanceNorm2d
+from gemskit.nn import InstanceNorm3d as InstanceNorm3d
 from gemskit.nn import LayerNorm as LayerNorm
 from gemskit.nn import RMSNorm as RMSNorm
 from gemskit.nn import RotaryEmbedding as RotaryEmbedding

@@ -23,6 +23,13 @@ from gemskit.nn.kv_cache import merge_attn_states as merge_attn_states
 from gemskit.nn.kv_cache import reshape_and_cache as reshape_and_cache
 from gemskit.nn.kv_cache import reshape_and_cache_flash as reshape_and_cache_flash
 from gemskit.nn.loss import cross_entropy as cross_entropy
+from gemskit.nn.modules import BatchNorm1d as BatchNorm1d
+from gemskit.nn.modules import BatchNorm2d as BatchNorm2d
+from gemskit.nn.modules import BatchNorm3d as BatchNorm3d
+from gemskit.nn.modules import GroupNorm as GroupNorm
+from gemskit.nn.modules import InstanceNorm1d as InstanceNorm1d
+from gemskit.nn.modules import InstanceNorm2d as InstanceNorm2d
+from gemskit.nn.modules import InstanceNorm3d as InstanceNorm3d
 from gemskit.nn.modules import LayerNorm as LayerNorm
 from gemskit.nn.modules import RMSNorm as RMSNorm
 from gemskit.nn.modules import RotaryEmbedding as RotaryEmbedding

@@ -82,6 +82,7 @@ from gemskit.nn import fused_add_rms_norm_ as fused_add_rms_norm_
 from gemskit.nn import geglu as geglu
 from gemskit.nn import gelu_and_mul as gelu_and_mul
 from gemskit.nn import gelu_tanh_and_mul as gelu_tanh_and_mul
+from gemskit.nn import gemma_rms_norm as gemma_rms_norm
 from gemskit.nn import get_scheduler_metadata as get_scheduler_metadata
 from gemskit.nn import group_norm as group_norm
 from gemskit.nn import instance_norm as instance_norm
@@ -91,6 +92,7 @@ from gemskit.nn import log_softmax_backward as log_softmax_backward
 from gemskit.nn import merge_attn_states as merge_attn_states
 from gemskit.nn import mla_decode as mla_decode
 from gemskit.nn import mul_and_silu as mul_and_silu
+from gemskit.nn import normalize as normalize
 from gemskit.nn import paged_attention as paged_attention
 from gemskit.nn import reglu as reglu
 from gemskit.nn import relu_and_mul as relu_and_mul
@@ -103,10 +105,12 @@ from gemskit.nn import scaled_dot_product_attention_lse as scaled_dot_product_at
 from gemskit.nn import scaled_softmax_backward as scaled_softmax_backward
 from gemskit.nn import scaled_softmax_forward as scaled_softmax_forward
 from gemskit.nn import silu_and_mul as silu_and_mul
+from gemskit.nn import silu_and_mul_with_clamp as silu_and_mul_with_clamp
 from gemskit.nn import skip_layer_norm as skip_layer_norm
 from gemskit.nn import softmax as softmax
 from gemskit.nn import softmax_backward as softmax_backward
 from gemskit.nn import swiglu as swiglu
+from gemskit.nn import swigluoai_and_mul as swigluoai_and_mul
 from gemskit.nn import weight_norm as weight_norm
 from gemskit.pointwise import __ior__ as __ior__
 from gemskit.pointwise import __or__ as __or__

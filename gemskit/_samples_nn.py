@@ -25,6 +25,15 @@ def _gelu(make: Make) -> Iterator[Sample]:
         yield Sample((make(3, 1, 9), make(5, 9)), {"approximate": approximate}, note=f"broadcast {approximate}")
 
 
+@samples("silu_and_mul_with_clamp", "swigluoai_and_mul")
+def _(make: Make) -> Iterator[Sample]:
+    for shape in ((4, 6), (3, 5, 34), (2,), (0, 8), (3, 0)):
+        yield Sample((make(*shape),), {"limit": 0.75}, note="packed")
+    yield Sample((make(3, 70), make(3, 70)), note="two operands")
+    yield Sample((make(3, 1, 9), make(5, 9)), {"limit": 0.5}, note="broadcast")
+    yield Sample((make(), make()), note="0-dim")
+
+
 @samples("apply_rotary_pos_emb")
 def _(make: Make) -> Iterator[Sample]:
     def table(*shape: int) -> torch.Tensor:

@@ -160,6 +160,25 @@ def _(make: Make) -> Iterator[Sample]:
         yield Sample((make(3, 0), make(3, 1)), note="no columns")
 
 
+@samples("_normalize")
+def _(make: Make) -> Iterator[Sample]:
+    for n in (3, 33, 20001):
+        yield Sample((make(3, n), -1, 1e-12), note=_long(n))
+    yield Sample((make(3, 33, 5), 1, 0.1))
+    yield Sample((make(2, 9), 1, 100.0), note="short vectors")
+    if make.dtype.is_floating_point:
+        yield Sample((make(0, 5), 1, 1e-12), note="no rows")
+
+
+@samples("_gemma_rms_norm")
+def _(make: Make) -> Iterator[Sample]:
+    for n in (3, 33, 20001):
+        yield Sample((make(3, n), (n,), make(n), 1e-6), note=_long(n))
+    yield Sample((make(3, 2, 5, 26), (5, 26), make(5, 26), 0.1), note="two dimensions")
+    if make.dtype.is_floating_point:
+        yield Sample((make(0, 5), (5,), make(5), 1e-6), note="no rows")
+
+
 @samples("cross_entropy")
 def _(make: Make) -> Iterator[Sample]:
     def classes(*shape: int, n: int) -> Tensor:

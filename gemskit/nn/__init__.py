@@ -16,7 +16,9 @@ from gemskit.nn.gates import mul_and_silu as mul_and_silu
 from gemskit.nn.gates import reglu as reglu
 from gemskit.nn.gates import relu_and_mul as relu_and_mul
 from gemskit.nn.gates import silu_and_mul as silu_and_mul
+from gemskit.nn.gates import silu_and_mul_with_clamp as silu_and_mul_with_clamp
 from gemskit.nn.gates import swiglu as swiglu
+from gemskit.nn.gates import swigluoai_and_mul as swigluoai_and_mul
 from gemskit.nn.group_norm import group_norm as group_norm
 from gemskit.nn.kv_cache import concat_and_cache_mla as concat_and_cache_mla
 from gemskit.nn.kv_cache import merge_attn_states as merge_attn_states
@@ -55,4 +57,6 @@ from gemskit.nn.softmax import scaled_softmax_backward as scaled_softmax_backwar
 from gemskit.nn.softmax import scaled_softmax_forward as scaled_softmax_forward
 from gemskit.nn.softmax import softmax as softmax
 from gemskit.nn.softmax import softmax_backward as softmax_backward
+from gemskit.nn.unit_norm import gemma_rms_norm as gemma_rms_norm
+from gemskit.nn.unit_norm import normalize as normalize
 from gemskit.nn.weight_norm import weight_norm as weight_norm

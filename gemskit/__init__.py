@@ -68,6 +68,7 @@ from gemskit.nn import apply_rotary_pos_emb as apply_rotary_pos_emb
 from gemskit.nn import apply_rotary_pos_emb_ as apply_rotary_pos_emb_
 from gemskit.nn import attention as attention
 from gemskit.nn import batch_norm as batch_norm
+from gemskit.nn import batch_norm_backward as batch_norm_backward
 from gemskit.nn import concat_and_cache_mla as concat_and_cache_mla
 from gemskit.nn import cross_entropy as cross_entropy
 from gemskit.nn import embedding as embedding
@@ -85,8 +86,10 @@ from gemskit.nn import gelu_tanh_and_mul as gelu_tanh_and_mul
 from gemskit.nn import gemma_rms_norm as gemma_rms_norm
 from gemskit.nn import get_scheduler_metadata as get_scheduler_metadata
 from gemskit.nn import group_norm as group_norm
+from gemskit.nn import group_norm_backward as group_norm_backward
 from gemskit.nn import instance_norm as instance_norm
 from gemskit.nn import layer_norm as layer_norm
+from gemskit.nn import layer_norm_backward as layer_norm_backward
 from gemskit.nn import log_softmax as log_softmax
 from gemskit.nn import log_softmax_backward as log_softmax_backward
 from gemskit.nn import merge_attn_states as merge_attn_states
@@ -99,6 +102,7 @@ from gemskit.nn import relu_and_mul as relu_and_mul
 from gemskit.nn import reshape_and_cache as reshape_and_cache
 from gemskit.nn import reshape_and_cache_flash as reshape_and_cache_flash
 from gemskit.nn import rms_norm as rms_norm
+from gemskit.nn import rms_norm_backward as rms_norm_backward
 from gemskit.nn import safe_softmax as safe_softmax
 from gemskit.nn import scaled_dot_product_attention as scaled_dot_product_attention
 from gemskit.nn import scaled_dot_product_attention_lse as scaled_dot_product_attention_lse
@@ -112,6 +116,7 @@ from gemskit.nn import softmax_backward as softmax_backward
 from gemskit.nn import swiglu as swiglu
 from gemskit.nn import swigluoai_and_mul as swigluoai_and_mul
 from gemskit.nn import weight_norm as weight_norm
+from gemskit.nn import weight_norm_backward as weight_norm_backward
 from gemskit.pointwise import __ior__ as __ior__
 from gemskit.pointwise import __or__ as __or__
 from gemskit.pointwise import abs as abs

@@ -179,6 +179,50 @@ def _(make: Make) -> Iterator[Sample]:
         yield Sample((make(0, 5), (5,), make(5), 1e-6), note="no rows")
 
 
+def _positive(make: Make, *shape: int) -> Tensor:
+    return make(*shape, low=0.5, high=2)
+
+
+@samples("_layer_norm_backward")
+def _(make: Make) -> Iterator[Sample]:
+    for n in (3, 33, 20001):
+        rows = make(3, 1), _positive(make, 3, 1)
+        yield Sample((make(3, n), make(3, n), (n,), *rows, _vector(make, n)), note=_long(n))
+    yield Sample((make(4, 5, 26), make(4, 5, 26), (5, 26), make(4, 1, 1), _positive(make, 4, 1, 1), None))
+
+
+@samples("_rms_norm_backward")
+def _(make: Make) -> Iterator[Sample]:
+    for n in (3, 33, 20001):
+        yield Sample((make(3, n), make(3, n), (n,), _positive(make, 3, 1), make(n)), note=_long(n))
+    yield Sample((make(4, 5, 26), make(4, 5, 26), (5, 26), _positive(make, 4, 1, 1), None))
+
+
+@samples("_group_norm_backward")
+def _(make: Make) -> Iterator[Sample]:
+    for shape, groups in (((2, 6, 4, 5), 3), ((5, 12), 4), ((2, 4, 17001), 2)):
+        rows = make(shape[0], groups), _positive(make, shape[0], groups)
+        note = _long(shape[-1])
+        yield Sample((make(*shape), make(*shape), *rows, _finite(make, shape[1]), groups), note=note)
+    yield Sample((make(2, 4, 5, 6), make(2, 4, 5, 6), make(2, 2), _positive(make, 2, 2), None, 2))
+
+
+@samples("_batch_norm_backward")
+def _(make: Make) -> Iterator[Sample]:
+    for shape in ((4, 6, 4, 5), (33, 7)):
+        for train in (True, False):
+            rows = make(shape[1]), _positive(make, shape[1])
+            yield Sample((make(*shape), make(*shape), _finite(make, shape[1]), *rows, train))
+    yield Sample((make(4, 6, 5), make(4, 6, 5), None, make(6), _positive(make, 6), True))
+
+
+@samples("weight_norm_backward")
+def _(make: Make) -> Iterator[Sample]:
+    yield Sample((make(6, 33), make(6, 33), make(6, 1), _positive(make, 6, 1), 0))
+    yield Sample((make(3, 4, 5), make(3, 4, 5), make(1, 1, 5), _positive(make, 1, 1, 5), 2))
+    yield Sample((make(2, 40001), make(2, 40001), make(2, 1), _positive(make, 2, 1), 0), note="long")
+
+
 @samples("cross_entropy")
 def _(make: Make) -> Iterator[Sample]:
     def classes(*shape: int, n: int) -> Tensor:

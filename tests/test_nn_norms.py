@@ -113,6 +113,52 @@ def test_a_row_that_fits_is_read_once() -> None:
     assert [c.kernel for c in backward] == ["group_norm_grad", "norm_vector_sums"]
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gradients_from_saved_statistics_are_atens(channels_last: bool) -> None:
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    x, grad = (rand(4, 6, 5, 3, seed=k).to(memory_format=form) for k in range(2))
+    w, A = rand(6), torch.ops.aten
+    _, mean, rstd = torch.native_group_norm(x, w, w, 4, 6, 15, 3, 1e-5)
+    _, center, scale = torch.native_batch_norm(x, w, w, None, None, True, 0.1, 1e-5)
+    var = rand(6).abs()
+    with interpret():
+        group = gemskit.group_norm_backward(grad, x, mean, rstd, w, 4, 6, 15, 3, [True, True, False])
+        batch = gemskit.batch_norm_backward(grad, x, w, None, None, center, scale, True)
+        fixed = gemskit.batch_norm_backward(grad, x, w, center, var, None, None, False, 0.1)
+    assert group[2] is None
+    wanted = A.native_group_norm_backward(
+        grad.contiguous(), x.contiguous(), mean, rstd, w, 4, 6, 15, 3, [True, True, False]
+    )
+    others = A.native_batch_norm_backward(grad, x, w, None, None, center, scale, True, 1e-5, [True] * 3)
+    fixeds = A.native_batch_norm_backward(grad, x, w, center, var, None, None, False, 0.1, [True] * 3)
+    for a, b in zip((*group[:2], *batch, *fixed), (*wanted[:2], *others, *fixeds)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_refuse_what_is_missing() -> None:
+    x, v = rand(4, 6, 5), rand(6)
+    for bad in (
+        lambda: gemskit.batch_norm_backward(x, x, v, train=True),
+        lambda: gemskit.batch_norm_backward(x, x, v, v, None),
+        lambda: gemskit.group_norm_backward(x, x, rand(4, 3), rand(4, 3), v, 4, 5, 5, 3),
+    ):
+        with pytest.raises(GemskitError):
+            bad()
+
+
+@pytest.mark.parametrize("p, dim", [(2.0, 1), (2.0, -1), (1.0, 0), (2.0, (0, 2)), (3.0, 2)])
+def test_normalize(p: float, dim: Any) -> None:
+    x, y = (rand(4, 6, 5).requires_grad_() for _ in range(2))
+    grad = rand(4, 6, 5, seed=3)
+    with interpret():
+        found = gemskit.normalize(x, p, dim, 0.5)
+        found.backward(grad)
+    wanted = F.normalize(y, p, dim, 0.5)
+    wanted.backward(grad)
+    close(found, wanted)
+    close(x.grad, y.grad)
+
+
 CASES = [
     (nn.GroupNorm, gemskit.GroupNorm, (3, 6), (2, 6, 5)),
     (nn.BatchNorm1d, gemskit.BatchNorm1d, (6,), (4, 6)),

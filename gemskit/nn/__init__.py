@@ -42,6 +42,10 @@ from gemskit.nn.norm import fused_add_rms_norm_ as fused_add_rms_norm_
 from gemskit.nn.norm import layer_norm as layer_norm
 from gemskit.nn.norm import rms_norm as rms_norm
 from gemskit.nn.norm import skip_layer_norm as skip_layer_norm
+from gemskit.nn.norm_backward import batch_norm_backward as batch_norm_backward
+from gemskit.nn.norm_backward import group_norm_backward as group_norm_backward
+from gemskit.nn.norm_backward import layer_norm_backward as layer_norm_backward
+from gemskit.nn.norm_backward import rms_norm_backward as rms_norm_backward
 from gemskit.nn.paged import flash_attn_with_kvcache as flash_attn_with_kvcache
 from gemskit.nn.paged import flash_mla as flash_mla
 from gemskit.nn.paged import flash_mla_with_kvcache as flash_mla_with_kvcache
@@ -60,3 +64,4 @@ from gemskit.nn.softmax import softmax_backward as softmax_backward
 from gemskit.nn.unit_norm import gemma_rms_norm as gemma_rms_norm
 from gemskit.nn.unit_norm import normalize as normalize
 from gemskit.nn.weight_norm import weight_norm as weight_norm
+from gemskit.nn.weight_norm import weight_norm_backward as weight_norm_backward

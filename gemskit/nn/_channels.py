@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemskit import language
+from gemskit._dtypes import compute_type
 from gemskit._jit import jit
 from gemskit._op import Op, P, R
 from gemskit.nn._drive import row_shape
@@ -131,18 +132,24 @@ def along(v: Tensor | None, ndim: int) -> Tensor | None:
 
 def sums_of(grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The sums of ``grad`` and of ``grad * (input - mean) * rstd`` over ``dims``."""
-    kept = row_shape(grad.shape, dims)
-    total, dot = (torch.empty(kept, dtype=mean.dtype, device=grad.device) for _ in range(2))
+    kept, compute = row_shape(grad.shape, dims), compute_type(input.dtype)
+    total, dot = (torch.empty(kept, dtype=compute, device=grad.device) for _ in range(2))
     named = {"grad": grad, "input": input, "mean": mean, "rstd": rstd}
-    SUMS(named, (total, dot), tuple(grad.shape), tuple(dims), mean.dtype)
+    SUMS(named, (total, dot), tuple(grad.shape), tuple(dims), compute)
     return total, dot
 
 
-def vectors_of(total: Tensor, dot: Tensor, needs: set[str], like: Mapping[str, Any]) -> dict[str, Tensor]:
+def target(n: str, like: Mapping[str, Any], into: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """Where the gradient of ``n`` is written."""
+    return into[n] if n in into else torch.empty(like[n][0], dtype=like[n][1], device=device)
+
+
+def vectors_of(
+    total: Tensor, dot: Tensor, needs: set[str], like: Mapping[str, Any], into: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The gradients of bias and weight that are in ``needs``, from those of every sample, (N, C)."""
-    size, outs = tuple(total.shape), {}
-    for name, sums in (("bias", total), ("weight", dot)):
-        dtype = like[name][1] if name in needs else sums.dtype
-        outs[name] = torch.empty(size[1:], dtype=dtype, device=sums.device)
+    size = tuple(total.shape)
+    other = {n: (size[1:], total.dtype) for n in ("bias", "weight") if n not in needs}
+    outs = {n: target(n, {**like, **other}, into, total.device) for n in ("bias", "weight")}
     BOTH({"total": total, "dot": dot}, [v.unsqueeze(0) for v in outs.values()], size, (0,), total.dtype)
     return {n: v for n, v in outs.items() if n in needs}

@@ -91,15 +91,15 @@ def _forward(
 
 @jit
 def _backward(
-    out, bias_sums, weight_sums, grad, input, mean, rstd, weight, out_strides, grad_strides, in_strides, weight_stride,
-    spot_sizes, rows, groups, channels, spots,
+    out, bias_sums, weight_sums, grad, input, mean, rstd, weight, out_strides, grad_strides, in_strides, mean_strides,
+    rstd_strides, weight_stride, spot_sizes, rows, groups, channels, spots,
     COMPUTE: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     row, chan, spot, live = _place(rows, channels, spots, BM, BC, BS, WIDE)
     g = _load(grad, _where(row, chan, spot, grad_strides, groups, channels, spot_sizes), live, COMPUTE, EVEN)
     x = _load(input, _where(row, chan, spot, in_strides, groups, channels, spot_sizes), live, COMPUTE, EVEN)
-    m = tl.load(mean + row, row < rows, other=0)
-    r = tl.load(rstd + row, row < rows, other=0)
+    m = _load(mean, row // groups * mean_strides[0] + row % groups * mean_strides[1], row < rows, COMPUTE, False)
+    r = _load(rstd, row // groups * rstd_strides[0] + row % groups * rstd_strides[1], row < rows, COMPUTE, False)
     some = (row < rows) & (chan < channels)
     x = (x - m) * r
     if not EVEN:
@@ -188,11 +188,11 @@ def forward(
 
 def backward(
     how: Tile, out: Tensor, sums: tuple[Tensor | None, Tensor | None], grad: Tensor, input: Tensor, mean: Tensor,
-    rstd: Tensor, weight: Tensor | None,
+    rstd: Tensor, weight: Tensor | None, compute: torch.dtype,
 ) -> None:  # fmt: skip
     """The gradient of the input into ``out``, and those of bias and weight of every sample and channel into ``sums``."""
     arguments = (
-        out, *sums, grad, input, mean, rstd, weight, *how.strides, 0 if weight is None else weight.stride(0), how.spot_sizes,
-        how.rows, how.groups, how.channels, how.spots,
+        out, *sums, grad, input, mean, rstd, weight, *how.strides, tuple(mean.stride()[:2]), tuple(rstd.stride()[:2]),
+        0 if weight is None else weight.stride(0), how.spot_sizes, how.rows, how.groups, how.channels, how.spots,
     )  # fmt: skip
-    launch(_filled(_backward, "group_norm_grad", mean.dtype), (how.grid,), arguments, how.meta)
+    launch(_filled(_backward, "group_norm_grad", compute), (how.grid,), arguments, how.meta)

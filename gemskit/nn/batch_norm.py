@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from gemskit._dtypes import compute_type
 from gemskit._jit import jit
 from gemskit._layout import contiguous
 from gemskit.errors import ArgumentError, ShapeError
-from gemskit.nn._channels import BY_VARIANCE, NORMAL, RSTD, SLOPE, STATISTICS, SUMS, along, norm
+from gemskit.nn._channels import BY_VARIANCE, NORMAL, RSTD, SLOPE, STATISTICS, SUMS, along, norm, target
 from gemskit.nn._drive import row_shape
 from gemskit.nn.group_norm import group_norm
 from gemskit.pointwise._drive import Elementwise
@@ -76,22 +76,23 @@ def _(
     NORMAL(named, (out,), compute)
 
 
-def _gradient(
-    grads: tuple[Tensor, ...], input: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, training: bool,
-    needs: set[str], like: Like,
+def gradient(
+    grads: Sequence[Tensor], input: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, training: bool,
+    needs: set[str], like: Like, into: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Both sums are gradients of vectors; they are results twice, where those have another dtype than sums."""
-    grad, ndim, compute = grads[0], input.ndim, rstd.dtype
+    """The gradients that are in ``needs``, written ``into`` tensors where there are some.
+
+    Both sums are gradients of vectors; they are results twice, where those have another dtype than sums.
+    """
+    grad, ndim, compute = grads[0], input.ndim, compute_type(input.dtype)
     named: dict[str, Any] = {"grad": grad, "input": input, "mean": _flat(mean, ndim), "rstd": _flat(rstd, ndim)}
     found: dict[str, Tensor] = {}
     total = dot = None
     if training or needs & {"weight", "bias"}:
         dims = _dims(ndim)
         kept = row_shape(input.shape, dims)
-        vectors = {
-            n: torch.empty(input.shape[1], dtype=like[n][1] if n in needs else compute, device=grad.device)
-            for n in ("bias", "weight")
-        }
+        other = {n: (input.shape[1:2], compute) for n in ("bias", "weight") if n not in needs}
+        vectors = {n: target(n, {**like, **other}, into, grad.device) for n in ("bias", "weight")}
         rows = [_flat(v, ndim) for v in vectors.values()]
         if training and not all(v.dtype == compute for v in rows):
             rows = [torch.empty(kept, dtype=compute, device=grad.device) for _ in range(2)] + rows
@@ -100,7 +101,7 @@ def _gradient(
         if training:
             total, dot = rows[0], rows[1]
     if "input" in needs:
-        found["input"] = torch.empty_like(input)
+        found["input"] = into["input"] if into else torch.empty_like(input)
         count = math.prod(input.shape) // max(input.shape[1], 1)
         of = dict.fromkeys(("grad_mean", "grad_var"))
         if len(grads) == 3:
@@ -121,7 +122,7 @@ def _(
     needs: set[str],
     like: Like,
 ) -> dict[str, Tensor]:
-    return _gradient(grads, input, out1, rstd, weight, True, needs, like)
+    return gradient(grads, input, out1, rstd, weight, True, needs, like, {})
 
 
 # -- by running statistics ------------------------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ def _fixed_gradient(
 ) -> dict[str, Tensor]:  # fmt: skip
     rstd = torch.empty_like(running_var, dtype=compute_type(input.dtype))
     RSTD({"var": running_var, "eps": eps}, (rstd,), rstd.dtype)
-    return _gradient((grad,), input, running_mean, rstd, weight, False, needs, like)
+    return gradient((grad,), input, running_mean, rstd, weight, False, needs, like, {})
 
 
 _batch_norm_fixed.set_gradient(

@@ -78,37 +78,46 @@ def _(
     NORMAL({"input": x, "mean": mean, "rstd": rstd, **vectors}, (_grouped(out, num_groups),), compute)
 
 
-@group_norm.gradient_by
-def _(
+def gradient(
     grad: Tensor, input: Tensor, num_groups: int, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs: set[str],
-    like: Mapping[str, Any],
+    like: Mapping[str, Any], into: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:  # fmt: skip
+    """The gradients that are in ``needs``, written ``into`` tensors where there are some. Statistics are (N, groups, 1, ...)."""
     found: dict[str, Tensor] = {}
-    compute, size = mean.dtype, (input.shape[0], input.shape[1])
+    compute, size = compute_type(input.dtype), (input.shape[0], input.shape[1])
     vectors = bool(needs & {"weight", "bias"})
     if "input" in needs:
-        found["input"] = torch.empty_like(input)
+        found["input"] = into["input"] if into else torch.empty_like(input)
         how = _group_rows.tile((found["input"], grad, input), num_groups, compute, HELD_GRAD)
         if how is not None:
             sums = torch.empty((2, *size), dtype=compute, device=grad.device) if vectors else None
             each = (None, None) if sums is None else (sums[0], sums[1])
-            _group_rows.backward(how, found["input"], each, grad, input, mean, rstd, weight)
-            return found if sums is None else found | vectors_of(sums[0], sums[1], needs, like)
+            _group_rows.backward(how, found["input"], each, grad, input, mean, rstd, weight, compute)
+            return found if sums is None else found | vectors_of(sums[0], sums[1], needs, like, into)
     g, x, w = _grouped(grad, num_groups), _grouped(input, num_groups), _vector(weight, num_groups, input.ndim)
     dims = tuple(range(2, x.ndim))
     if vectors or w is not None:
         total, dot = sums_of(g, x, mean, rstd, dims[1:])
         if vectors:
-            found |= vectors_of(total.reshape(size), dot.reshape(size), needs, like)
+            found |= vectors_of(total.reshape(size), dot.reshape(size), needs, like, into)
     if "input" in needs and input.numel():
         if w is None:
             total, dot = sums_of(g, x, mean, rstd, dims)
         else:
             by_channel = {"total": total, "dot": dot, "weight": w}
-            total, dot = (torch.empty_like(mean) for _ in range(2))
+            kept = row_shape(x.shape, dims)
+            total, dot = (torch.empty(kept, dtype=compute, device=grad.device) for _ in range(2))
             WEIGHTED(by_channel, (total, dot), tuple(by_channel["total"].shape), (2,), compute)
         share = 1.0 / math.prod(x.shape[2:])
         rows = {"mean": mean, "rstd": rstd, "total": total, "dot": dot, "share": share}
         named = {"grad": g, "input": x, "weight": w, **rows}
         WEIGHTED_SLOPE(named, (_grouped(found["input"], num_groups),), compute)
     return found
+
+
+@group_norm.gradient_by
+def _(
+    grad: Tensor, input: Tensor, num_groups: int, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs: set[str],
+    like: Mapping[str, Any],
+) -> dict[str, Tensor]:  # fmt: skip
+    return gradient(grad, input, num_groups, weight, mean, rstd, needs, like, {})

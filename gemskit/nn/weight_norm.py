@@ -120,17 +120,53 @@ def _(outs: tuple[Tensor, ...], keep: dict[str, Any] | None, v: Tensor, g: Tenso
     _SCALED({**named, "length": length}, (out,), compute)
 
 
-@weight_norm.gradient_by
-def _(grad: Tensor, v: Tensor, g: Tensor, dim: int, length: Tensor, needs: set[str]) -> dict[str, Tensor]:
-    dims, compute, shape = _dims(v.ndim, dim), length.dtype, tuple(v.shape)
-    named = {"grad": grad, "v": v, "g": g.reshape(length.shape), "length": length}
-    dv, dg = torch.empty_like(v), torch.empty_like(g)
-    row = dg.reshape(length.shape)
+def _gradient(grad: Tensor, v: Tensor, g: Tensor, dim: int, length: Tensor, dv: Tensor, dg: Tensor) -> None:
+    dims, compute, shape = _dims(v.ndim, dim), compute_type(v.dtype), tuple(v.shape)
+    kept = row_shape(shape, dims)
+    named = {"grad": grad, "v": v, "g": g.reshape(kept), "length": length}
+    row = dg.reshape(kept)
     if not _few(v, dims):
         _GRAD_ROWS(named, (dv, row), shape, dims, compute)
-    else:
-        dot = torch.empty_like(length)
-        _DOT(named, (dot,), shape, dims, compute)
-        _SLOPE({**named, "dot": dot}, (dv,), compute)
-        _LENGTH_GRAD({"dot": dot, "length": length}, (row,), compute)
-    return {n: t for n, t in (("v", dv), ("g", dg)) if n in needs}
+        return
+    dot = torch.empty(kept, dtype=compute, device=v.device)
+    _DOT(named, (dot,), shape, dims, compute)
+    _SLOPE({**named, "dot": dot}, (dv,), compute)
+    _LENGTH_GRAD({"dot": dot, "length": length}, (row,), compute)
+
+
+@weight_norm.gradient_by
+def _(grad: Tensor, v: Tensor, g: Tensor, dim: int, length: Tensor, needs: set[str]) -> dict[str, Tensor]:
+    found = {"v": torch.empty_like(v), "g": torch.empty_like(g)}
+    _gradient(grad, v, g, dim, length, found["v"], found["g"])
+    return {n: t for n, t in found.items() if n in needs}
+
+
+@operator()
+def weight_norm_backward(
+    grad_w: Tensor, saved_v: Tensor, saved_g: Tensor, saved_norms: Tensor, dim: int
+) -> tuple[Tensor, Tensor]:
+    """The gradients of :func:`weight_norm` with respect to ``v`` and ``g``, from the norms that it divided by."""
+    if not grad_w.dtype.is_floating_point or not saved_v.dtype.is_floating_point:
+        raise DtypeError(
+            f"weight_norm_backward: takes floating point tensors, given {describe(grad_w)}, {describe(saved_v)}"
+        )
+    dims = _dims(saved_v.ndim, dim)
+    kept = row_shape(saved_v.shape, dims)
+    wide = compute_type(saved_v.dtype)
+    grad, v, g, length = (
+        grad_w.to(wide),
+        saved_v.to(wide),
+        saved_g.to(wide).reshape(kept),
+        saved_norms.to(wide).reshape(kept),
+    )
+    unit = ((grad * v).sum(dims, keepdim=True) if dims else grad * v) / length
+    dv = (grad - v / length * unit) * (g / length)
+    return dv.to(saved_v.dtype), unit.reshape(saved_g.shape).to(saved_g.dtype)
+
+
+@weight_norm_backward.kernel
+def _(
+    outs: tuple[Tensor, ...], keep: Any, grad_w: Tensor, saved_v: Tensor, saved_g: Tensor, saved_norms: Tensor, dim: int
+) -> None:
+    length = saved_norms.reshape(row_shape(saved_v.shape, _dims(saved_v.ndim, dim)))
+    _gradient(grad_w, saved_v, saved_g, dim, length, *outs)

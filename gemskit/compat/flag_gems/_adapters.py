@@ -30,6 +30,7 @@ __all__ = [
     "log_softmax",
     "max_dim",
     "min_dim",
+    "rms_norm_backward",
     "rms_norm_forward",
     "softmax",
     "unique_consecutive",
@@ -103,6 +104,13 @@ def weight_norm_interface(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, T
     with torch.no_grad():
         norms = gemskit.vector_norm(v.detach(), 2, others, True, dtype=torch.promote_types(v.dtype, torch.float32))
     return gemskit.weight_norm(v, g, dim), norms
+
+
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, inv_rms: Tensor, normalized_shape: Sequence[int], weight: Tensor, eps: float = 1e-5
+) -> tuple[Tensor | None, ...]:
+    """:func:`gemskit.rms_norm_backward`; ``eps`` is in ``inv_rms``."""
+    return gemskit.rms_norm_backward(dy, x, normalized_shape, inv_rms, weight)
 
 
 def rms_norm_forward(

@@ -30,6 +30,7 @@ _TARGETS = {
     "true_divide": "div",
     "true_divide_": "div_",
     "true_divide_out": "div",
+    "weight_norm_interface_backward": "weight_norm_backward",
 }
 #: Parameters that neither name nor position leads to.
 _RENAMED = {

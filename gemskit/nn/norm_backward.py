@@ -41,7 +41,7 @@ def floating(op: str, *tensors: Tensor) -> None:
         raise DtypeError(f"{op}: takes floating point tensors, given {', '.join(map(describe, tensors))}")
 
 
-def _meaning(grad: Tensor, x: Tensor, weight: Tensor | None, dims: Sequence[int], centred: bool = True) -> Tensor:
+def _meaning(grad: Tensor, x: Tensor, weight: Tensor | None, dims: tuple[int, ...], centred: bool = True) -> Tensor:
     """The gradient of ``x``, the normalised input, times the deviation, in the type computed in."""
     g = grad if weight is None else grad * weight
     n = max(math.prod(x.shape[d] for d in dims), 1)
@@ -60,7 +60,7 @@ def _layer_norm_backward(
     floating("layer_norm_backward", grad_out, input)
     wide, dtype = compute_type(input.dtype), input.dtype if weight is None else weight.dtype
     first = input.ndim - len(normalized_shape)
-    dims, rest = list(range(first, input.ndim)), list(range(first))
+    dims, rest = tuple(range(first, input.ndim)), tuple(range(first))
     grad, r = grad_out.to(wide), rstd.to(wide)
     x = (input.to(wide) - mean.to(wide)) * r
     dx = _meaning(grad, x, None if weight is None else weight.to(wide), dims) * r
@@ -105,7 +105,7 @@ def _rms_norm_backward(
     floating("rms_norm_backward", grad_out, input)
     wide, dtype = compute_type(input.dtype), input.dtype if weight is None else weight.dtype
     first = input.ndim - len(normalized_shape)
-    dims, rest = list(range(first, input.ndim)), list(range(first))
+    dims, rest = tuple(range(first, input.ndim)), tuple(range(first))
     grad, r = grad_out.to(wide), rstd.to(wide)
     x = input.to(wide) * r
     dx = _meaning(grad, x, None if weight is None else weight.to(wide), dims, False) * r

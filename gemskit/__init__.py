@@ -72,6 +72,8 @@ from gemskit.nn import batch_norm_backward as batch_norm_backward
 from gemskit.nn import concat_and_cache_mla as concat_and_cache_mla
 from gemskit.nn import cross_entropy as cross_entropy
 from gemskit.nn import embedding as embedding
+from gemskit.nn import embedding_backward as embedding_backward
+from gemskit.nn import embedding_dense_backward as embedding_dense_backward
 from gemskit.nn import flash_attention as flash_attention
 from gemskit.nn import flash_attn_func as flash_attn_func
 from gemskit.nn import flash_attn_varlen_func as flash_attn_varlen_func

@@ -65,3 +65,15 @@ def _(make: Make) -> Iterator[Sample]:
     yield Sample((index, make(6, 20)), {"padding_idx": -2, "scale_grad_by_freq": True}, note="padding and frequency")
     yield Sample((make(dtype=torch.int64, low=0, high=4), make(4, 3)), note="one index")
     yield Sample((make(0, dtype=torch.int64, low=0, high=4), make(4, 3)), note="no index")
+
+
+@samples("embedding_dense_backward")
+def _(make: Make) -> Iterator[Sample]:
+    def index(*shape: int) -> torch.Tensor:
+        return make(*shape, dtype=torch.int64, low=0, high=11)
+
+    yield Sample((make(3, 5, 33), index(3, 5), 11))
+    yield Sample((make(40, 20), index(40), 11, 4, True), note="padding and frequency")
+    yield Sample((make(3), index(), 11), note="one index")
+    if make.dtype.is_floating_point:
+        yield Sample((make(0, 3), index(0), 11), note="no index")

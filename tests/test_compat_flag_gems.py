@@ -362,6 +362,7 @@ CASES: list[tuple[str, Args, Reference]] = [
     ("weight_norm_interface", lambda: (t(4, 6), t(4, 1)), torch._weight_norm_interface),
     ("skip_layer_norm", lambda: (*XY(), [4], t(4), t(4, seed=1)), lambda x, r, *a: F.layer_norm(x + r, *a)),
     ("embedding", lambda: (t(6, 4), i(3), -1), A.embedding),
+    ("embedding_backward embedding_dense_backward", lambda: (t(3, 4), i(3), 6, -1, False), A.embedding_dense_backward),
     ("cross_entropy_loss", lambda: (t(5, 7), i(5, high=7), t(7, low=0.1), "sum", 2, 0.1),
      lambda x, y, w, how, ignored, smooth: F.cross_entropy(
          x, y, w, reduction=how, ignore_index=ignored, label_smoothing=smooth)),

@@ -5,6 +5,8 @@ from gemskit.nn.attention import scaled_dot_product_attention_lse as scaled_dot_
 from gemskit.nn.batch_norm import batch_norm as batch_norm
 from gemskit.nn.batch_norm import instance_norm as instance_norm
 from gemskit.nn.embedding import embedding as embedding
+from gemskit.nn.embedding import embedding_backward as embedding_backward
+from gemskit.nn.embedding import embedding_dense_backward as embedding_dense_backward
 from gemskit.nn.flash import flash_attention as flash_attention
 from gemskit.nn.flash import flash_attn_func as flash_attn_func
 from gemskit.nn.flash import flash_attn_varlen_func as flash_attn_varlen_func

@@ -49,10 +49,27 @@ def _cross_entropy(op: Op[..., Any], named: Mapping[str, Any], out: Tensor) -> d
     return kept
 
 
+def _group_norm(op: Op[..., Any], named: Mapping[str, Any], out: Tensor) -> dict[str, Spec]:
+    shape = (out.shape[0], named["num_groups"], *(1,) * (out.ndim - 1))
+    return dict.fromkeys(("mean", "rstd"), (shape, compute_type(out.dtype)))
+
+
+def _batch_norm(op: Op[..., Any], named: Mapping[str, Any], out: Tensor) -> dict[str, Spec]:
+    return {"rstd": ((out.shape[1],), compute_type(out.dtype))}
+
+
+def _weight_norm(op: Op[..., Any], named: Mapping[str, Any], out: Tensor) -> dict[str, Spec]:
+    shape = tuple([n if named["dim"] != -1 and d == named["dim"] % out.ndim else 1 for d, n in enumerate(out.shape)])
+    return {"length": (shape, compute_type(out.dtype))}
+
+
 #: The rule of operators that are not of the row-wise family, by name.
 KEPT: dict[str, Callable[[Op[..., Any], Mapping[str, Any], Tensor], dict[str, Spec]]] = {
     "scaled_dot_product_attention": _attention,
     "scaled_dot_product_attention_lse": _seed,
     "flash_attention": _seed,
     "cross_entropy": _cross_entropy,
+    "group_norm": _group_norm,
+    "_batch_norm": _batch_norm,
+    "weight_norm": _weight_norm,
 }

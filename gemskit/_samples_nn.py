@@ -25,6 +25,15 @@ def _gelu(make: Make) -> Iterator[Sample]:
         yield Sample((make(3, 1, 9), make(5, 9)), {"approximate": approximate}, note=f"broadcast {approximate}")
 
 
+@samples("silu_and_mul_with_clamp", "swigluoai_and_mul")
+def _(make: Make) -> Iterator[Sample]:
+    for shape in ((4, 6), (3, 5, 34), (2,), (0, 8), (3, 0)):
+        yield Sample((make(*shape),), {"limit": 0.75}, note="packed")
+    yield Sample((make(3, 70), make(3, 70)), note="two operands")
+    yield Sample((make(3, 1, 9), make(5, 9)), {"limit": 0.5}, note="broadcast")
+    yield Sample((make(), make()), note="0-dim")
+
+
 @samples("apply_rotary_pos_emb")
 def _(make: Make) -> Iterator[Sample]:
     def table(*shape: int) -> torch.Tensor:
@@ -56,3 +65,15 @@ def _(make: Make) -> Iterator[Sample]:
     yield Sample((index, make(6, 20)), {"padding_idx": -2, "scale_grad_by_freq": True}, note="padding and frequency")
     yield Sample((make(dtype=torch.int64, low=0, high=4), make(4, 3)), note="one index")
     yield Sample((make(0, dtype=torch.int64, low=0, high=4), make(4, 3)), note="no index")
+
+
+@samples("embedding_dense_backward")
+def _(make: Make) -> Iterator[Sample]:
+    def index(*shape: int) -> torch.Tensor:
+        return make(*shape, dtype=torch.int64, low=0, high=11)
+
+    yield Sample((make(3, 5, 33), index(3, 5), 11))
+    yield Sample((make(40, 20), index(40), 11, 4, True), note="padding and frequency")
+    yield Sample((make(3), index(), 11), note="one index")
+    if make.dtype.is_floating_point:
+        yield Sample((make(0, 3), index(0), 11), note="no index")

@@ -90,6 +90,139 @@ def _(make: Make) -> Iterator[Sample]:
         yield Sample((make(0, 5), make(0, 5), (5,), make(5), make(5)), note="no rows")
 
 
+def _finite(make: Make, n: int) -> Tensor:
+    """A weight or a bias of channels: for an infinite one torch's ``x * (rstd * weight) - mean * (rstd * weight)`` is NaN."""
+    return make(1, n, low=-2, high=2)[0]
+
+
+@samples("group_norm")
+def _(make: Make) -> Iterator[Sample]:
+    def vectors(n: int) -> tuple[Tensor, Tensor]:
+        return _finite(make, n), _finite(make, n)
+
+    for shape, groups in (((2, 6, 4, 5), 3), ((3, 8, 33), 4), ((2, 6, 7, 3), 6), ((2, 5, 3, 4), 1), ((5, 12), 4)):
+        yield Sample((make(*shape), groups, *vectors(shape[1])))
+    yield Sample((make(2, 6, 4, 5).to(memory_format=torch.channels_last), 2, *vectors(6)), note="channels last")
+    yield Sample((make(2, 4, 5, 6), 2), {"eps": 0.1})
+    yield Sample((make(2, 4, 5, 6), 2, _finite(make, 4)))
+    yield Sample((make(2, 4, 5, 6), 2, None, _finite(make, 4)))
+    yield Sample((make(2, 4, 17001), 2, *vectors(4)), note="long")
+    yield Sample((make(2, 3, 183, 184), 3, *vectors(3)), note="long")
+    yield Sample((make(1, 2, 40000), 2), note="long without weights")
+    yield Sample((make(2, 6, 60, 301).mT, 2, None, _finite(make, 6)), note="long transposed")
+    if make.dtype.is_floating_point:
+        yield Sample((make(0, 6, 4), 3, *vectors(6)), note="no samples")
+        yield Sample((make(2, 6, 0), 3), note="no positions")
+        yield Sample((make(64, 256, 56, 56), 32, *vectors(256)), note="big")
+        yield Sample((make(64, 256, 64, 32), 32, *vectors(256)), note="big")
+
+
+@samples("_batch_norm")
+def _batch(make: Make) -> Iterator[Sample]:
+    for shape in ((4, 6, 4, 5), (33, 7), (3, 5, 41), (5, 1, 3, 4)):
+        yield Sample((make(*shape), _finite(make, shape[1]), _finite(make, shape[1])))
+    yield Sample((make(3, 6, 4, 5).to(memory_format=torch.channels_last), _finite(make, 6), _finite(make, 6)))
+    yield Sample((make(4, 4, 5, 6),), {"eps": 0.1})
+    yield Sample((make(4, 4, 5, 6), _finite(make, 4)))
+    yield Sample((make(4, 4, 5, 6), None, _finite(make, 4)))
+    yield Sample((make(3, 2, 20001), _finite(make, 2), _finite(make, 2)), note="long")
+    yield Sample((make(20001, 3), _finite(make, 3), _finite(make, 3)), note="long")
+    if make.dtype.is_floating_point:
+        yield Sample((make(64, 256, 56, 56), _finite(make, 256), _finite(make, 256)), note="big")
+
+
+@samples("_batch_norm_fixed")
+def _(make: Make) -> Iterator[Sample]:
+    for sample in _batch(make):
+        n = sample.args[0].shape[1]
+        given = _finite(make, n), make(1, n, low=0.5, high=2)[0]
+        yield Sample((sample.args[0], *given, *sample.args[1:]), sample.kwargs, sample.note)
+    if make.dtype.is_floating_point:
+        yield Sample((make(0, 3, 4), make(3), make(3, low=0.5, high=2), make(3), make(3)), note="no samples")
+
+
+@samples("_track")
+def _(make: Make) -> Iterator[Sample]:
+    for n in (1, 33):
+        yield Sample((make(n), make(n), make(n), make(n), 0.1))
+
+
+@samples("weight_norm")
+def _(make: Make) -> Iterator[Sample]:
+    yield Sample((make(6, 33), make(6, 1)))
+    for dim, shape in ((0, (3, 1, 1)), (1, (1, 4, 1)), (2, (1, 1, 5)), (-3, (3, 1, 1)), (-1, ()), (-1, (1, 1, 1))):
+        yield Sample((make(3, 4, 5), make(*shape), dim))
+    yield Sample((make(7), make(7), 0), note="one dimension")
+    yield Sample((make(2, 40001), make(2, 1)), note="long")
+    yield Sample((make(3, 20001), make(), -1), note="long, all")
+    yield Sample((make(20001, 3), make(1, 3), 1), note="long columns")
+    if make.dtype.is_floating_point:
+        yield Sample((make(3, 0), make(3, 1)), note="no columns")
+
+
+@samples("_normalize")
+def _(make: Make) -> Iterator[Sample]:
+    for n in (3, 33, 20001):
+        yield Sample((make(3, n), -1, 1e-12), note=_long(n))
+    yield Sample((make(3, 33, 5), 1, 0.1))
+    yield Sample((make(2, 9), 1, 100.0), note="short vectors")
+    if make.dtype.is_floating_point:
+        yield Sample((make(0, 5), 1, 1e-12), note="no rows")
+
+
+@samples("_gemma_rms_norm")
+def _(make: Make) -> Iterator[Sample]:
+    for n in (3, 33, 20001):
+        yield Sample((make(3, n), (n,), make(n), 1e-6), note=_long(n))
+    yield Sample((make(3, 2, 5, 26), (5, 26), make(5, 26), 0.1), note="two dimensions")
+    if make.dtype.is_floating_point:
+        yield Sample((make(0, 5), (5,), make(5), 1e-6), note="no rows")
+
+
+def _positive(make: Make, *shape: int) -> Tensor:
+    return make(*shape, low=0.5, high=2)
+
+
+@samples("_layer_norm_backward")
+def _(make: Make) -> Iterator[Sample]:
+    for n in (3, 33, 4097):
+        rows = make(3, 1), _positive(make, 3, 1)
+        yield Sample((make(3, n), make(3, n), (n,), *rows, _vector(make, n)), note=_long(n))
+    yield Sample((make(4, 5, 26), make(4, 5, 26), (5, 26), make(4, 1, 1), _positive(make, 4, 1, 1), None))
+
+
+@samples("_rms_norm_backward")
+def _(make: Make) -> Iterator[Sample]:
+    for n in (3, 33, 4097):
+        yield Sample((make(3, n), make(3, n), (n,), _positive(make, 3, 1), make(n)), note=_long(n))
+    yield Sample((make(4, 5, 26), make(4, 5, 26), (5, 26), _positive(make, 4, 1, 1), None))
+
+
+@samples("_group_norm_backward")
+def _(make: Make) -> Iterator[Sample]:
+    for shape, groups in (((2, 6, 4, 5), 3), ((5, 12), 4), ((2, 4, 17001), 2)):
+        rows = make(shape[0], groups), _positive(make, shape[0], groups)
+        note = _long(shape[-1])
+        yield Sample((make(*shape), make(*shape), *rows, _finite(make, shape[1]), groups), note=note)
+    yield Sample((make(2, 4, 5, 6), make(2, 4, 5, 6), make(2, 2), _positive(make, 2, 2), None, 2))
+
+
+@samples("_batch_norm_backward")
+def _(make: Make) -> Iterator[Sample]:
+    for shape in ((4, 6, 4, 5), (33, 7)):
+        for train in (True, False):
+            rows = make(shape[1]), _positive(make, shape[1])
+            yield Sample((make(*shape), make(*shape), _finite(make, shape[1]), *rows, train))
+    yield Sample((make(4, 6, 5), make(4, 6, 5), None, make(6), _positive(make, 6), True))
+
+
+@samples("weight_norm_backward")
+def _(make: Make) -> Iterator[Sample]:
+    yield Sample((make(6, 33), make(6, 33), make(6, 1), _positive(make, 6, 1), 0))
+    yield Sample((make(3, 4, 5), make(3, 4, 5), make(1, 1, 5), _positive(make, 1, 1, 5), 2))
+    yield Sample((make(2, 40001), make(2, 40001), make(2, 1), _positive(make, 2, 1), 0), note="long")
+
+
 @samples("cross_entropy")
 def _(make: Make) -> Iterator[Sample]:
     def classes(*shape: int, n: int) -> Tensor:

@@ -78,7 +78,7 @@ def test_operators_that_flag_gems_got_later_are_gemskits() -> None:
     "name, hint",
     [
         ("rms_nrm", "no such operator; the nearest: rms_norm"),
-        ("batch_norm", "statistics"),
+        ("mse_loss", "reduction"),
         ("interpret", "no such"),
         ("set_configs", "no configurations"),
         ("utils", "pointwise"),
@@ -340,8 +340,29 @@ CASES: list[tuple[str, Args, Reference]] = [
      lambda x, n, w: (rms(x, n, w), torch.rsqrt(x.square().mean(-1) + 1e-5).flatten())),
     ("layer_norm", lambda: (t(6, 4), [4], t(4), t(4, seed=1), 0.1),
      lambda *a: tuple(s.flatten() if n else s for n, s in enumerate(torch.native_layer_norm(*a)))),
+    ("group_norm", lambda: (t(2, 6, 5), t(6), t(6, seed=1), 2, 6, 5, 3, 0.1), torch.native_group_norm),
+    ("batch_norm", lambda: (t(4, 6, 5), t(6), t(6, seed=1), None, None, True, 0.1, 0.1), torch.native_batch_norm),
+    ("instance_norm", lambda: (t(4, 6, 5), t(6), t(6, seed=1), None, None, True, 0.1, 0.1),
+     lambda x, w, b, m, v, *rest: F.instance_norm(x, m, v, w, b, *rest)),
+    ("group_norm_backward",
+     lambda: (t(2, 6, 5), t(2, 6, 5, seed=1), t(2, 3), t(2, 3, low=0.5), t(6), 2, 6, 5, 3, [True, True, True]),
+     A.native_group_norm_backward),
+    ("batch_norm_backward",
+     lambda: (t(4, 6, 5), t(4, 6, 5, seed=1), t(6), None, None, t(6), t(6, low=0.5), True, 0.1, [True, True, True]),
+     A.native_batch_norm_backward),
+    ("layer_norm_backward",
+     lambda: (t(3, 4), t(3, 4, seed=1), [4], t(3, 1), t(3, 1, low=0.5), t(4), t(4), [True, True, True]),
+     A.native_layer_norm_backward),
+    ("rms_norm_backward",
+     lambda: (t(3, 4), t(3, 4, seed=1), torch.rsqrt(t(3, 4, seed=1).square().mean(-1) + 1e-5), [4], t(4, seed=2)),
+     lambda g, x, r, n, w: torch.func.vjp(lambda x, w: F.rms_norm(x, n, w, 1e-5), x, w)[1](g)),
+    ("weight_norm_interface_backward", lambda: (t(4, 6), t(4, 6, seed=1), t(4, 1), t(4, 1, low=0.5), 0),
+     A._weight_norm_interface_backward),
+    ("weight_norm", lambda: (t(4, 6), t(4, 1)), torch._weight_norm),
+    ("weight_norm_interface", lambda: (t(4, 6), t(4, 1)), torch._weight_norm_interface),
     ("skip_layer_norm", lambda: (*XY(), [4], t(4), t(4, seed=1)), lambda x, r, *a: F.layer_norm(x + r, *a)),
     ("embedding", lambda: (t(6, 4), i(3), -1), A.embedding),
+    ("embedding_backward embedding_dense_backward", lambda: (t(3, 4), i(3), 6, -1, False), A.embedding_dense_backward),
     ("cross_entropy_loss", lambda: (t(5, 7), i(5, high=7), t(7, low=0.1), "sum", 2, 0.1),
      lambda x, y, w, how, ignored, smooth: F.cross_entropy(
          x, y, w, reduction=how, ignore_index=ignored, label_smoothing=smooth)),
@@ -403,7 +424,8 @@ def test_results_are_torchs(name: str, args: Args, reference: Reference, by_name
 
 INTERPRETED = (
     "add bitwise_and_scalar_tensor clamp exp_out mm addcdiv sum_dim rms_norm layer_norm silu_and_mul apply_rotary_pos_emb "
-    "softmax where_self cat geglu dswiglu skip_layer_norm cross_entropy_loss embedding gather"
+    "softmax where_self cat geglu dswiglu skip_layer_norm cross_entropy_loss embedding gather group_norm batch_norm "
+    "instance_norm weight_norm weight_norm_interface"
 )
 
 

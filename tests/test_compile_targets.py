@@ -63,6 +63,8 @@ SPILLS: dict[str, tuple[int, str]] = {
     "attention_hopper_grad_key_value": (88, "numbers of a tile, outside of the loop over rows"),
     "matmul": (8, "a small tile of float32 without tensor cores"),
     "cos_grad": (16, "sine with the reduction of large arguments"),
+    "group_norm": (8, "32 masked elements a thread; a row that is not held would be read twice"),
+    "norm_vector_sums_part": (8, "it adds the gradients of a batch's samples, a thousandth of what was read for them"),
 }
 
 #: (operator, row, dtype) that is known to fail, with the reason. One that passes fails the run.

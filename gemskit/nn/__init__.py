@@ -2,7 +2,11 @@
 
 from gemskit.nn.attention import scaled_dot_product_attention as scaled_dot_product_attention
 from gemskit.nn.attention import scaled_dot_product_attention_lse as scaled_dot_product_attention_lse
+from gemskit.nn.batch_norm import batch_norm as batch_norm
+from gemskit.nn.batch_norm import instance_norm as instance_norm
 from gemskit.nn.embedding import embedding as embedding
+from gemskit.nn.embedding import embedding_backward as embedding_backward
+from gemskit.nn.embedding import embedding_dense_backward as embedding_dense_backward
 from gemskit.nn.flash import flash_attention as flash_attention
 from gemskit.nn.flash import flash_attn_func as flash_attn_func
 from gemskit.nn.flash import flash_attn_varlen_func as flash_attn_varlen_func
@@ -14,12 +18,22 @@ from gemskit.nn.gates import mul_and_silu as mul_and_silu
 from gemskit.nn.gates import reglu as reglu
 from gemskit.nn.gates import relu_and_mul as relu_and_mul
 from gemskit.nn.gates import silu_and_mul as silu_and_mul
+from gemskit.nn.gates import silu_and_mul_with_clamp as silu_and_mul_with_clamp
 from gemskit.nn.gates import swiglu as swiglu
+from gemskit.nn.gates import swigluoai_and_mul as swigluoai_and_mul
+from gemskit.nn.group_norm import group_norm as group_norm
 from gemskit.nn.kv_cache import concat_and_cache_mla as concat_and_cache_mla
 from gemskit.nn.kv_cache import merge_attn_states as merge_attn_states
 from gemskit.nn.kv_cache import reshape_and_cache as reshape_and_cache
 from gemskit.nn.kv_cache import reshape_and_cache_flash as reshape_and_cache_flash
 from gemskit.nn.loss import cross_entropy as cross_entropy
+from gemskit.nn.modules import BatchNorm1d as BatchNorm1d
+from gemskit.nn.modules import BatchNorm2d as BatchNorm2d
+from gemskit.nn.modules import BatchNorm3d as BatchNorm3d
+from gemskit.nn.modules import GroupNorm as GroupNorm
+from gemskit.nn.modules import InstanceNorm1d as InstanceNorm1d
+from gemskit.nn.modules import InstanceNorm2d as InstanceNorm2d
+from gemskit.nn.modules import InstanceNorm3d as InstanceNorm3d
 from gemskit.nn.modules import LayerNorm as LayerNorm
 from gemskit.nn.modules import RMSNorm as RMSNorm
 from gemskit.nn.modules import RotaryEmbedding as RotaryEmbedding
@@ -30,6 +44,10 @@ from gemskit.nn.norm import fused_add_rms_norm_ as fused_add_rms_norm_
 from gemskit.nn.norm import layer_norm as layer_norm
 from gemskit.nn.norm import rms_norm as rms_norm
 from gemskit.nn.norm import skip_layer_norm as skip_layer_norm
+from gemskit.nn.norm_backward import batch_norm_backward as batch_norm_backward
+from gemskit.nn.norm_backward import group_norm_backward as group_norm_backward
+from gemskit.nn.norm_backward import layer_norm_backward as layer_norm_backward
+from gemskit.nn.norm_backward import rms_norm_backward as rms_norm_backward
 from gemskit.nn.paged import flash_attn_with_kvcache as flash_attn_with_kvcache
 from gemskit.nn.paged import flash_mla as flash_mla
 from gemskit.nn.paged import flash_mla_with_kvcache as flash_mla_with_kvcache
@@ -45,3 +63,7 @@ from gemskit.nn.softmax import scaled_softmax_backward as scaled_softmax_backwar
 from gemskit.nn.softmax import scaled_softmax_forward as scaled_softmax_forward
 from gemskit.nn.softmax import softmax as softmax
 from gemskit.nn.softmax import softmax_backward as softmax_backward
+from gemskit.nn.unit_norm import gemma_rms_norm as gemma_rms_norm
+from gemskit.nn.unit_norm import normalize as normalize
+from gemskit.nn.weight_norm import weight_norm as weight_norm
+from gemskit.nn.weight_norm import weight_norm_backward as weight_norm_backward

@@ -131,22 +131,27 @@ class RowGradient:
         }  # fmt: skip
 
     def __call__(
-        self, named: Mapping[str, Any], elements: Sequence[str], needs: set[str], like: Mapping[str, Any]
-    ) -> dict[str, Tensor]:
+        self, named: Mapping[str, Any], elements: Sequence[str], needs: set[str], like: Mapping[str, Any],
+        into: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """The gradients that are in ``needs``: of ``elements``, which all have the same one, and of the vectors.
 
-        ``like`` has the shape and dtype of every tensor.
+        ``like`` has the shape and dtype of every tensor, ``into`` those that are to be written.
         """
         found: dict[str, Tensor] = {}
         grad: Tensor = named["grad"]
         shape = tuple(grad.shape)
         dims, compute = columns(named, grad.ndim), compute_type(grad.dtype)
-        outs = {like[n][1]: torch.empty(shape, dtype=like[n][1], device=grad.device) for n in elements if n in needs}
+
+        def target(n: str) -> Tensor:
+            return into[n] if into else torch.empty(like[n][0], dtype=like[n][1], device=grad.device)
+
+        outs = {like[n][1]: target(n) for n in elements if n in needs}
         found.update({n: outs[like[n][1]] for n in elements if n in needs})
         vectors = tuple(n for n in self.folds if n in needs)
         both = self.together.get(vectors) if outs and grad.numel() else None
         if both is not None and both.fits(math.prod(shape[d] for d in dims), compute):
-            found.update({n: torch.empty(like[n][0], dtype=like[n][1], device=grad.device) for n in vectors})
+            found.update({n: target(n) for n in vectors})
             both(
                 named, (*outs.values(), *(found[n] for n in vectors)), shape, dims, compute, (0,) * len(outs)
             )  # fmt: skip
@@ -154,12 +159,12 @@ class RowGradient:
         if outs:
             self.rows(named, tuple(outs.values()), shape, dims, compute, (0,) * len(outs))
         if self.pair is not None and len(vectors) == 2 and grad.numel():
-            pair = [torch.empty(like[n][0], dtype=like[n][1], device=grad.device) for n in vectors]
+            pair = [target(n) for n in vectors]
             kept = [v.reshape([1] * (len(shape) - v.ndim) + list(v.shape)) for v in pair]
             self.pair(named, kept, shape, tuple(d for d in range(len(shape)) if d not in dims), compute)
             return found | dict(zip(vectors, pair))
         for n in vectors:
-            found[n] = self.folds[n].to_shape(named, shape, like[n], compute)
+            found[n] = self.folds[n].to_shape(named, shape, like[n], compute, into[n] if into else None)
         return found
 
 

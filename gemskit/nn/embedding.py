@@ -11,12 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from gemskit import _layout, backends
+from gemskit._checks import describe
 from gemskit._dtypes import TRITON, compute_type
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
-from gemskit._op import Named, Op, P, R
-from gemskit.errors import ArgumentError, NoKernel
+from gemskit._op import Named, Op, P, R, operator
+from gemskit.errors import ArgumentError, DtypeError, NoKernel
 from gemskit.pointwise._drive import Elementwise
 
 
@@ -114,8 +115,8 @@ _ZEROS = Elementwise("zeros", _zero)
 _CAST = Elementwise("cast", _value)
 
 
-def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    out = torch.empty(tuple(shape), dtype=dtype, device=device)
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device, into: Tensor | None = None) -> Tensor:
+    out = torch.empty(tuple(shape), dtype=dtype, device=device) if into is None else into
     _ZEROS({}, [out], torch.int64)
     return out
 
@@ -180,8 +181,9 @@ def embedding(
 
 
 def _gradient(
-    grad: Tensor, input: Tensor, padding_idx: int | None, scale_grad_by_freq: bool, like: Mapping[str, Any]
-) -> dict[str, Tensor]:
+    grad: Tensor, input: Tensor, padding_idx: int | None, scale_grad_by_freq: bool, like: Mapping[str, Any],
+    into: Tensor | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     (size, cols), dtype = like["weight"]
     rows, acc, device = input.numel(), compute_type(dtype), grad.device
     strides = [tuple(input.stride()), tuple(grad.stride()[:-1])]
@@ -196,20 +198,20 @@ def _gradient(
             launch(embedding_count, (_layout.cdiv(rows, 256),), (count, input, sizes, index_rows, rows, size), meta)
     strided = (grad, input, count, sizes, grad_rows, index_rows, grad.stride(-1), rows, cols, size, padding)
     if torch.are_deterministic_algorithms_enabled():
-        out = torch.empty((size, cols), dtype=dtype, device=device)
+        out = torch.empty((size, cols), dtype=dtype, device=device) if into is None else into
         bn = min(1024, _layout.next_power_of_2(max(cols, 1)))
         meta = dict(ACC=TRITON[acc], BM=1024, BN=bn, WIDE=wide or _layout.is_wide((size, cols), []), num_warps=4)
         if out.numel():
             launch(embedding_grad_ordered, (size * _layout.cdiv(cols, bn),), (out, *strided), meta)
         return {"weight": out}
-    out = _zeros((size, cols), acc, device)
+    out = _zeros((size, cols), acc, device, into if acc == dtype else None)
     meta = dict(_tile(cols, rows, grad.element_size()), ACC=TRITON[acc], WIDE=wide)
     grid = _layout.cdiv(rows, meta["BM"]) * _layout.cdiv(cols, meta["BN"])
     if grid and out.numel():
         launch(embedding_grad, (grid,), (out, *strided), meta)
     if acc == dtype:
         return {"weight": out}
-    narrow = torch.empty((size, cols), dtype=dtype, device=device)
+    narrow = torch.empty((size, cols), dtype=dtype, device=device) if into is None else into
     _CAST({"value": out}, [narrow], acc)
     return {"weight": narrow}
 
@@ -222,3 +224,39 @@ def _(input: Tensor, weight: Tensor, *rest: Any) -> list[tuple[int, ...]] | None
 
 
 embedding.set_gradient(_gradient, ("grad", "input", "padding_idx", "scale_grad_by_freq", "like"), of=("weight",))
+
+
+@operator()
+def embedding_dense_backward(
+    grad_output: Tensor, indices: Tensor, num_weights: int, padding_idx: int = -1, scale_grad_by_freq: bool = False
+) -> Tensor:
+    """The gradient of :func:`embedding` with respect to the table of ``num_weights`` rows: rows of ``grad_output``, added.
+
+    A negative ``padding_idx`` is none. Added in the order that :func:`embedding` describes.
+    """
+    if not grad_output.dtype.is_floating_point:
+        raise DtypeError(f"embedding_dense_backward: grad_output must be floating point, given {describe(grad_output)}")
+    found: Tensor = torch.ops.aten.embedding_dense_backward(
+        grad_output, indices, num_weights, padding_idx, scale_grad_by_freq
+    )
+    return found
+
+
+@embedding_dense_backward.kernel
+def _(
+    outs: tuple[Tensor, ...], keep: Any, grad_output: Tensor, indices: Tensor, num_weights: int, padding_idx: int,
+    scale_grad_by_freq: bool,
+) -> None:  # fmt: skip
+    (out,) = outs
+    padding = padding_idx if 0 <= padding_idx < num_weights else None
+    _gradient(grad_output, indices, padding, scale_grad_by_freq, {"weight": (tuple(out.shape), out.dtype)}, out)
+
+
+def embedding_backward(
+    grad: Tensor, indices: Tensor, num_weights: int, padding_idx: int = -1, scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:  # fmt: skip
+    """:func:`embedding_dense_backward`; ``sparse`` gradients have no kernel."""
+    if sparse:
+        raise NoKernel("embedding_backward: sparse gradients have no kernel; accepted: sparse=False")
+    return embedding_dense_backward(grad, indices, num_weights, padding_idx, scale_grad_by_freq)

@@ -25,8 +25,16 @@ def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.narrow(-1, 0, d), x.narrow(-1, d, d)
 
 
+def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The elements at even and at odd places of the last dimension, as views."""
+    first, second = x.unflatten(-1, (x.shape[-1] // 2, 2)).unbind(-1)  # type: ignore[no-untyped-call]
+    return first, second
+
+
 class _Gate(Pointwise[P, R]):
     """An elementwise operator of ``x`` and ``y``, which are the halves of ``x`` where ``y`` is None."""
+
+    parts = staticmethod(halves)
 
     # A packed input has another shape than the result: it cannot be overwritten.
     elementwise = False
@@ -41,8 +49,12 @@ class _Gate(Pointwise[P, R]):
     def plan(self, named: Named, outs: tuple[Tensor, ...]) -> Callable[..., None]:
         if named["y"] is not None:
             return super().plan(named, outs)
-        run = super().plan(_unpacked(named), outs)
-        return lambda outs, keep, arguments: run(outs, keep, _unpacked(arguments))
+        run = super().plan(self._unpacked(named), outs)
+        return lambda outs, keep, arguments: run(outs, keep, self._unpacked(arguments))
+
+    def _unpacked(self, named: Named) -> dict[str, Any]:
+        x, y = self.parts(named["x"])
+        return {**named, "x": x, "y": y}
 
     def gradient(self, fn: Any) -> Any:
         super().gradient(fn)
@@ -55,8 +67,8 @@ class _Gate(Pointwise[P, R]):
                 return two(**named)
             grad, x = named["grad"], named["x"]
             dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            outs: Sequence[Tensor] = halves(dx)
-            named = _unpacked(named)
+            outs: Sequence[Tensor] = self.parts(dx)
+            named = self._unpacked(named)
             kernel(named, outs, compute_type(grad.dtype))
             return {"x": dx}
 
@@ -64,17 +76,20 @@ class _Gate(Pointwise[P, R]):
         return fn
 
 
-def _unpacked(named: Named) -> dict[str, Any]:
-    x, y = halves(named["x"])
-    return {**named, "x": x, "y": y}
+class _Interleaved(_Gate[P, R]):
+    """The same of the elements at even and at odd places."""
+
+    parts = staticmethod(pairs)
 
 
-def _operands(name: str, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, torch.dtype]:
+def _operands(
+    name: str, x: Tensor, y: Tensor | None, parts: Callable[[Tensor], tuple[Tensor, Tensor]] = halves
+) -> tuple[Tensor, Tensor, torch.dtype]:
     """Gate and factor in the type computed in, and the dtype of the result."""
     if y is None:
         if not x.ndim or x.shape[-1] % 2:
             raise ShapeError(f"{name}: packed x must have a last dimension of even size, given shape {list(x.shape)}")
-        x, y = halves(x)
+        x, y = parts(x)
     dtype = torch.result_type(x, y)
     if not x.is_floating_point() or not y.is_floating_point():
         raise DtypeError(f"{name}: x and y must be floating point, given {x.dtype} and {y.dtype}")
@@ -198,3 +213,74 @@ def _(grad, x, y):
 def reglu(input: Tensor) -> Tensor:
     """``relu(input[..., :d]) * input[..., d:]`` for packed ``input`` (..., 2d). Source: Shazeer 2020."""
     return relu_and_mul(input)
+
+
+# -- gates with bounds ----------------------------------------------------------------------------------------------------
+
+
+@jit
+def _below(x, limit):
+    return tl.where(x > limit, limit, x)
+
+
+@jit
+def _within(x, limit):
+    return tl.where(x < -limit, -limit, tl.where(x > limit, limit, x))
+
+
+@_gate
+def silu_and_mul_with_clamp(
+    x: Tensor, y: Tensor | None = None, limit: float = 7.0, *, out: Tensor | None = None
+) -> Tensor:
+    """``silu(min(x, limit)) * clamp(y, -limit, limit)``; without ``y`` the last dimension of ``x`` holds both as halves.
+
+    Computed in float32 (float64 for float64) and rounded once; ``x`` and ``y`` broadcast. No gradient beyond the bounds.
+    """
+    gate, up, dtype = _operands("silu_and_mul_with_clamp", x, y)
+    return (F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)).to(dtype)
+
+
+@silu_and_mul_with_clamp.formula
+@jit
+def _(x, y, limit):
+    x = _below(x, limit)
+    return x * language.sigmoid(x) * _within(y, limit)
+
+
+@silu_and_mul_with_clamp.gradient
+@jit
+def _(grad, x, y, limit):
+    gate, up = _below(x, limit), _within(y, limit)
+    s = language.sigmoid(gate)
+    dx = tl.where(x > limit, 0, grad * up * (s * (1 + gate * (1 - s))))
+    return dx, tl.where(tl.abs(y) > limit, 0, grad * (gate * s))
+
+
+@_Interleaved
+def swigluoai_and_mul(
+    x: Tensor, y: Tensor | None = None, alpha: float = 1.702, limit: float = 7.0, *, out: Tensor | None = None
+) -> Tensor:
+    """``(u + 1) * g * sigmoid(alpha * g)`` with ``g = min(x, limit)`` and ``u = clamp(y, -limit, limit)``.
+
+    Without ``y`` the last dimension of ``x`` holds both in turn: ``x[..., 0::2]`` and ``x[..., 1::2]``. Computed in float32
+    (float64 for float64) and rounded once; ``x`` and ``y`` broadcast. No gradient beyond the bounds. Source: gpt-oss.
+    """
+    gate, up, dtype = _operands("swigluoai_and_mul", x, y, pairs)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return ((up + 1) * (gate * torch.sigmoid(alpha * gate))).to(dtype)
+
+
+@swigluoai_and_mul.formula
+@jit
+def _(x, y, alpha, limit):
+    x = _below(x, limit)
+    return (_within(y, limit) + 1) * (x * language.sigmoid(alpha * x))
+
+
+@swigluoai_and_mul.gradient
+@jit
+def _(grad, x, y, alpha, limit):
+    gate, up = _below(x, limit), _within(y, limit) + 1
+    s = language.sigmoid(alpha * gate)
+    dx = tl.where(x > limit, 0, grad * up * (s * (1 + alpha * gate * (1 - s))))
+    return dx, tl.where(tl.abs(y) > limit, 0, grad * (gate * s))

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from gemskit.errors import ArgumentError
+from gemskit.nn.batch_norm import batch_norm, instance_norm
 from gemskit.nn.gates import silu_and_mul
+from gemskit.nn.group_norm import group_norm
 from gemskit.nn.norm import layer_norm, rms_norm
 from gemskit.nn.rotary import apply_rotary_pos_emb
 
@@ -29,6 +31,66 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         """The norm of ``input`` (..., *normalized_shape)."""
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class GroupNorm(nn.GroupNorm):
+    """``torch.nn.GroupNorm`` by :func:`gemskit.nn.group_norm`: the same arguments and state."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The norm of ``input`` (N, C, ...)."""
+        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class _BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """What the modules of 1, 2 and 3 dimensions have in common."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The norm of ``input`` (N, C, ...); in training the running statistics are moved."""
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        momentum = 0.0 if self.momentum is None else self.momentum
+        tracks = self.training and self.track_running_stats
+        if tracks and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        mean, var = (self.running_mean, self.running_var) if tracks or not self.training else (None, None)
+        by_batch = self.training or (mean is None and var is None)
+        return batch_norm(input, mean, var, self.weight, self.bias, by_batch, momentum, self.eps)
+
+
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    """``torch.nn.BatchNorm1d`` by :func:`gemskit.nn.batch_norm`: the same arguments and state."""
+
+
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    """``torch.nn.BatchNorm2d`` by :func:`gemskit.nn.batch_norm`: the same arguments and state."""
+
+
+class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+    """``torch.nn.BatchNorm3d`` by :func:`gemskit.nn.batch_norm`: the same arguments and state."""
+
+
+class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
+    """What the modules of 1, 2 and 3 dimensions have in common; torch's looks at the dimensions and calls this."""
+
+    def _apply_instance_norm(self, input: Tensor) -> Tensor:
+        by_input = self.training or not self.track_running_stats
+        momentum = 0.0 if self.momentum is None else self.momentum
+        return instance_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, by_input, momentum, self.eps
+        )
+
+
+class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
+    """``torch.nn.InstanceNorm1d`` by :func:`gemskit.nn.instance_norm`: the same arguments and state."""
+
+
+class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
+    """``torch.nn.InstanceNorm2d`` by :func:`gemskit.nn.instance_norm`: the same arguments and state."""
+
+
+class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
+    """``torch.nn.InstanceNorm3d`` by :func:`gemskit.nn.instance_norm`: the same arguments and state."""
 
 
 class SiluAndMul(nn.Module):

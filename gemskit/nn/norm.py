@@ -131,7 +131,7 @@ def _layer_norm_vectors(grad, input, mean, rstd):
     return grad * (input - mean) * rstd, grad
 
 
-_LAYER_NORM_GRAD = RowGradient(
+LAYER_NORM_GRAD = RowGradient(
     "layer_norm_grad", _layer_norm_grad, [Statistic(("total", "dot"), _layer_norm_dots, add_pairs, (0, 0))],
     {"weight": _layer_norm_weight, "bias": _only_grad}, _layer_norm_vectors,
 )  # fmt: skip
@@ -143,7 +143,7 @@ def _(
     needs: set[str], like: Like,
 ) -> dict[str, Tensor]:  # fmt: skip
     named = dict(grad=grad, input=input, normalized_shape=normalized_shape, weight=weight, mean=mean, rstd=rstd)
-    return _LAYER_NORM_GRAD(named, ("input",), needs, like)
+    return LAYER_NORM_GRAD(named, ("input",), needs, like)
 
 
 # -- layer norm of a sum --------------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def _rms_norm_weight(grad, input, rstd):
     return grad * input * rstd
 
 
-_RMS_NORM_GRAD = RowGradient(
+RMS_NORM_GRAD = RowGradient(
     "rms_norm_grad",
     _rms_norm_grad,
     [Statistic(("dot",), _rms_norm_dot, language.add, (0,))],
@@ -287,7 +287,7 @@ def _(
     like: Like,
 ) -> dict[str, Tensor]:
     named = dict(grad=grad, input=input, normalized_shape=normalized_shape, weight=weight, rstd=rstd, grad_sum=None)
-    return _RMS_NORM_GRAD(named, ("input",), needs, like)
+    return RMS_NORM_GRAD(named, ("input",), needs, like)
 
 
 # -- rms norm of a sum ----------------------------------------------------------------------------------------------------
@@ -383,7 +383,7 @@ def _(
     named = dict(
         grad=grads[0], input=out1, normalized_shape=normalized_shape, weight=weight, rstd=rstd, grad_sum=grads[1]
     )
-    return _RMS_NORM_GRAD(named, ("x", "residual"), needs, like)
+    return RMS_NORM_GRAD(named, ("x", "residual"), needs, like)
 
 
 fused_add_rms_norm_ = fused_add_rms_norm.inplace

@@ -15,6 +15,7 @@ __all__ = [
     "_unique2",
     "alias_copy_out",
     "apply_rotary_pos_emb",
+    "batch_norm",
     "constant_pad_nd",
     "cutlass_scaled_mm",
     "dgeglu",
@@ -22,14 +23,18 @@ __all__ = [
     "dropout",
     "dswiglu",
     "embedding",
+    "group_norm",
+    "instance_norm",
     "layer_norm",
     "lift_fresh_copy_out",
     "log_softmax",
     "max_dim",
     "min_dim",
+    "rms_norm_backward",
     "rms_norm_forward",
     "softmax",
     "unique_consecutive",
+    "weight_norm_interface",
 ]
 
 
@@ -54,6 +59,58 @@ def layer_norm(
         var, mean = gemskit.var_mean(input, _last(normalized_shape), correction=0)
         rstd = gemskit.rsqrt(gemskit.add(var, eps))
     return gemskit.layer_norm(input, normalized_shape, weight, bias, eps), mean.reshape(-1), rstd.reshape(-1)
+
+
+def group_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, N: int, C: int, HxW: int, group: int, eps: float = 1e-5
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`gemskit.group_norm`, and mean and ``1 / sqrt(var + eps)`` (N, group); these as in :func:`layer_norm`."""
+    with torch.no_grad():
+        var, mean = gemskit.var_mean(input.detach().reshape(N, group, C // max(group, 1) * HxW), 2, correction=0)
+        rstd = gemskit.rsqrt(gemskit.add(var, eps))
+    return gemskit.group_norm(input, group, weight, bias, eps), mean, rstd
+
+
+def batch_norm(
+    input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, running_mean: Tensor | None = None,
+    running_var: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """:func:`gemskit.batch_norm`, and the mean and ``1 / sqrt(var + eps)`` it used, which have no gradient.
+
+    They cost kernels of their own in training, as in :func:`layer_norm`.
+    """
+    with torch.no_grad():
+        mean, var = running_mean, running_var
+        if training or mean is None or var is None:
+            var, mean = gemskit.var_mean(input.detach(), (0, *range(2, input.ndim)), correction=0)
+        else:
+            mean = gemskit.clone(mean.detach())
+        rstd = gemskit.rsqrt(gemskit.add(var, eps))
+    return gemskit.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps), mean, rstd
+
+
+def instance_norm(
+    input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, running_mean: Tensor | None = None,
+    running_var: Tensor | None = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+    cudnn_enable: bool = False,
+) -> Tensor:  # fmt: skip
+    """:func:`gemskit.instance_norm`; ``cudnn_enable`` says nothing."""
+    return gemskit.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+def weight_norm_interface(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """:func:`gemskit.weight_norm`, and the norms in float32, which have no gradient and cost a kernel of their own."""
+    others = [d for d in range(v.ndim) if dim == -1 or d != dim % v.ndim]
+    with torch.no_grad():
+        norms = gemskit.vector_norm(v.detach(), 2, others, True, dtype=torch.promote_types(v.dtype, torch.float32))
+    return gemskit.weight_norm(v, g, dim), norms
+
+
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, inv_rms: Tensor, normalized_shape: Sequence[int], weight: Tensor, eps: float = 1e-5
+) -> tuple[Tensor | None, ...]:
+    """:func:`gemskit.rms_norm_backward`; ``eps`` is in ``inv_rms``."""
+    return gemskit.rms_norm_backward(dy, x, normalized_shape, inv_rms, weight)
 
 
 def rms_norm_forward(

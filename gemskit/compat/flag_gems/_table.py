@@ -30,6 +30,7 @@ _TARGETS = {
     "true_divide": "div",
     "true_divide_": "div_",
     "true_divide_out": "div",
+    "weight_norm_interface_backward": "weight_norm_backward",
 }
 #: Parameters that neither name nor position leads to.
 _RENAMED = {
@@ -39,8 +40,6 @@ _RENAMED = {
 }
 #: Names that are refused, and why: gemskit has, or may get, something else under them.
 _REFUSED = {
-    "batch_norm": "FlagGems' returns the batch's statistics too",
-    "group_norm": "FlagGems' returns the statistics too",
     "mse_loss": "FlagGems' takes its reduction as a number",
     "runtime": "the vendor is `gemskit.vendor`, the architecture's table `gemskit.backends.arch()`",
     "set_configs": "launches follow from rules, there are no configurations to set",

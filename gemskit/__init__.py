@@ -76,6 +76,7 @@ from gemskit.nn import gelu_and_mul as gelu_and_mul
 from gemskit.nn import gelu_tanh_and_mul as gelu_tanh_and_mul
 from gemskit.nn import get_scheduler_metadata as get_scheduler_metadata
 from gemskit.nn import layer_norm as layer_norm
+from gemskit.nn import linear_cross_entropy as linear_cross_entropy
 from gemskit.nn import log_softmax as log_softmax
 from gemskit.nn import log_softmax_backward as log_softmax_backward
 from gemskit.nn import merge_attn_states as merge_attn_states

@@ -19,6 +19,7 @@ from gemskit.nn.kv_cache import concat_and_cache_mla as concat_and_cache_mla
 from gemskit.nn.kv_cache import merge_attn_states as merge_attn_states
 from gemskit.nn.kv_cache import reshape_and_cache as reshape_and_cache
 from gemskit.nn.kv_cache import reshape_and_cache_flash as reshape_and_cache_flash
+from gemskit.nn.linear_loss import linear_cross_entropy as linear_cross_entropy
 from gemskit.nn.loss import cross_entropy as cross_entropy
 from gemskit.nn.modules import LayerNorm as LayerNorm
 from gemskit.nn.modules import RMSNorm as RMSNorm

@@ -173,7 +173,15 @@ def _reduced(
     hidden = hidden.reshape(-1, hidden.shape[-1])
     fused = getattr(gemskit, "linear_cross_entropy", None)
     if fused is not None:
-        found: Tensor = fused(hidden, weight, targets, linear_bias=bias, ignore_index=ignore_index, reduction=reduction)
+        kind = hidden.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        # The loss of logits that were rounded to halves is float32.
+        wide = torch.float32 if hidden.dtype.itemsize == 2 else None
+        found: Tensor = fused(
+            hidden, weight, targets, linear_bias=bias, ignore_index=ignore_index, reduction=reduction, out_dtype=wide
+        )
         return found.float()
     rows = max(1, _HELD // weight.shape[0])
     if len(hidden) <= rows or torch.compiler.is_compiling():

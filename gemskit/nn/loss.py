@@ -59,11 +59,11 @@ def cross_entropy(
         share = (share if weight is None else weight[target.long().where(counts, 0)]).where(counts, 0)
         lse = lse.where(counts, 0)
     loss = loss + z_loss * share * lse.square()
-    reduction = _reduction(size_average, reduce, reduction)
+    reduction = reduction_of(size_average, reduce, reduction)
     return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.sum() / share.sum()
 
 
-def _reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+def reduction_of(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
     """What the deprecated arguments mean where they are given."""
     if size_average is None and reduce is None:
         return reduction
@@ -312,7 +312,7 @@ def _(
     z_loss: float,
 ) -> None:  # fmt: skip
     scalars = numbers("cross_entropy", ignore_index, label_smoothing, z_loss)
-    reduction = _reduction(size_average, reduce, reduction)
+    reduction = reduction_of(size_average, reduce, reduction)
     (out,) = outs
     dim, named = operands(input, target, weight)
     compute = compute_type(out.dtype)
@@ -353,3 +353,61 @@ def _gradient(
 
 
 cross_entropy.set_gradient(_gradient, parameters(_gradient), ("input", "target"))
+
+
+# -- the gradient as an operator ------------------------------------------------------------------------------------------
+
+
+@operator(writes=("input",), floats=("input",))
+def cross_entropy_backward(
+    grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None = None, ignore_index: int = -100,
+    reduction: str = "mean", label_smoothing: float = 0.0, *, z_loss: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """The gradient of :func:`cross_entropy` with respect to ``input``; ``cross_entropy_backward_`` overwrites the logits.
+
+    ``grad_output`` has the shape of the loss. For training loops that write their own backward pass and have no memory for a
+    second tensor of that size.
+    """
+    dim = min(1, input.ndim - 1)
+    x = input.to(compute_type(input.dtype))
+    log_p = torch.log_softmax(x, dim)
+    share: Any = torch.ones_like(x.select(dim, 0)).unsqueeze(dim)
+    counts = torch.ones_like(share, dtype=torch.bool)
+    by_class = None if weight is None else weight.reshape(-1, *(1,) * (input.ndim - 1 - dim)).to(x.dtype)
+    if input.shape == target.shape:
+        q = target.to(x.dtype)
+    else:
+        index = target.long().unsqueeze(dim)
+        counts = index != ignore_index
+        q = torch.zeros_like(x).scatter(dim, index.where(counts, 0), 1.0)
+        share = (share if by_class is None else (q * by_class).sum(dim, keepdim=True)).where(counts, 0)
+    q = (1 - label_smoothing) * q + label_smoothing / x.shape[dim]
+    q = q if by_class is None else q * by_class
+    mass = q.sum(dim, keepdim=True) + 2 * z_loss * share * torch.logsumexp(x, dim, keepdim=True)
+    grad = grad_output.to(x.dtype)
+    grad = grad.unsqueeze(dim) if reduction == "none" else grad / share.sum() if reduction == "mean" else grad
+    found: Tensor = ((log_p.exp() * mass - q) * grad).where(counts, 0).to(input.dtype)
+    return found
+
+
+cross_entropy_backward_ = cross_entropy_backward.inplace
+
+
+@cross_entropy_backward.kernel
+def _(
+    outs: tuple[Tensor, ...], keep: object, grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None,
+    ignore_index: int, reduction: str, label_smoothing: float, z_loss: float,
+) -> None:  # fmt: skip
+    dim, named = operands(input, target, weight)
+    named |= numbers("cross_entropy_backward", ignore_index, label_smoothing, z_loss)
+    compute, kept = compute_type(input.dtype), row_shape(input.shape, (dim,))
+    picked = (1, 2, 3, 4) if reduction == "mean" else (2, 3, 4)
+    rows = {k: torch.empty(kept, dtype=compute, device=input.device) for k in picked}
+    observe(named, rows, input.shape, dim, compute)
+    named |= {"peak": rows[2], "log_total": rows[3], "mass": rows[4], "grad": grad_output, "denominator": None}
+    if reduction == "none":
+        named["grad"] = grad_output.unsqueeze(dim)
+    elif reduction == "mean":
+        named["denominator"] = torch.empty((1,) * len(kept), dtype=compute, device=input.device)
+        _SUM({"loss": rows[1]}, [named["denominator"]], tuple(kept), tuple(range(len(kept))), compute)
+    INPUT_GRAD(named, outs, input.shape, (dim,), compute)

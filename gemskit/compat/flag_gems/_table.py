@@ -41,7 +41,6 @@ _RENAMED = {
 _REFUSED = {
     "batch_norm": "FlagGems' returns the batch's statistics too",
     "group_norm": "FlagGems' returns the statistics too",
-    "mse_loss": "FlagGems' takes its reduction as a number",
     "runtime": "the vendor is `gemskit.vendor`, the architecture's table `gemskit.backends.arch()`",
     "set_configs": "launches follow from rules, there are no configurations to set",
     "testing": "samples and checks are in `gemskit.testing` and `python -m gemskit check`",

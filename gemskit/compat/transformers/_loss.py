@@ -171,7 +171,9 @@ def causal_loss(
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     reduction = "mean" if num_items_in_batch is None else "sum"
     targets = shift_labels.reshape(-1).to(logits.device)
-    if isinstance(logits, DeferredLogits) and (logits.softcap is None or logits.softcap > 0):
+    if isinstance(logits, DeferredLogits) and logits.softcap is not None and logits.softcap <= 0:
+        logits = logits.materialize()
+    if isinstance(logits, DeferredLogits):
         cap = logits.softcap
         how = functools.partial(_reduced, targets=targets, ignore_index=ignore_index, reduction=reduction, softcap=cap)
         # cap * tanh(x) of the logits x that the head gives, where linear_cross_entropy takes cap * tanh(x / cap).

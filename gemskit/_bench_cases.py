@@ -132,6 +132,13 @@ def cases() -> Iterator[BenchCase]:
         "cross_entropy", "8192x128256 backward",
         lambda make: Sample((make(8192, 128256), make(8192, dtype=torch.int64, low=0, high=128256))), backward=True,
     )  # fmt: skip
+    yield BenchCase(
+        "fused_linear_cross_entropy", "8192x4096x128256",
+        lambda make: Sample(
+            (make(8192, 4096), make(128256, 4096), make(8192, dtype=torch.int64, low=0, high=128256)),
+            flops=2.0 * 8192 * 4096 * 128256,
+        ),
+    )  # fmt: skip
     for m, n, k in (
         (8192, 8192, 8192),
         (4096, 4096, 4096),

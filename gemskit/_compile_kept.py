@@ -63,6 +63,20 @@ def _weight_norm(op: Op[..., Any], named: Mapping[str, Any], out: Tensor) -> dic
     return {"length": (shape, compute_type(out.dtype))}
 
 
+def _linear_cross_entropy(op: Op[..., Any], named: Mapping[str, Any], out: Tensor) -> dict[str, Spec]:
+    if named["reduction"] == "none":
+        return {}
+    input, weight = named["input"], named["linear_weight"]
+    size, compute = tuple(weight.shape), compute_type(input.dtype)
+    specs: dict[str, Spec] = {
+        "input": ((1,) * (2 - input.ndim) + tuple(input.shape), input.dtype),
+        "linear_weight": (size, named["acc_dtype"] or compute),
+        "linear_bias": (size[:1], compute),
+    }
+    kept = {f"d_{n}": spec for n, spec in specs.items() if n in named["prepare"].split()}
+    return kept | ({"denominator": ((1, 1), compute)} if named["reduction"] == "mean" else {})
+
+
 #: The rule of operators that are not of the row-wise family, by name.
 KEPT: dict[str, Callable[[Op[..., Any], Mapping[str, Any], Tensor], dict[str, Spec]]] = {
     "scaled_dot_product_attention": _attention,
@@ -72,4 +86,5 @@ KEPT: dict[str, Callable[[Op[..., Any], Mapping[str, Any], Tensor], dict[str, Sp
     "group_norm": _group_norm,
     "_batch_norm": _batch_norm,
     "weight_norm": _weight_norm,
+    "fused_linear_cross_entropy": _linear_cross_entropy,
 }

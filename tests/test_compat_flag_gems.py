@@ -366,6 +366,8 @@ CASES: list[tuple[str, Args, Reference]] = [
     ("cross_entropy_loss", lambda: (t(5, 7), i(5, high=7), t(7, low=0.1), "sum", 2, 0.1),
      lambda x, y, w, how, ignored, smooth: F.cross_entropy(
          x, y, w, reduction=how, ignore_index=ignored, label_smoothing=smooth)),
+    ("mse_loss", lambda: (t(5, 7), t(5, 7, seed=1)), F.mse_loss),
+    ("mse_loss", lambda: (t(5, 7), t(5, 7, seed=1), 2), lambda x, y, _: F.mse_loss(x, y, reduction="sum")),
     ("scaled_dot_product_attention", lambda: (t(1, 2, 5, 8), t(1, 2, 5, 8, seed=1), t(1, 2, 5, 8, seed=2), None, 0.0, True),
      None),
     ("apply_rotary_pos_emb", lambda: (t(2, 5, 3, 8), t(2, 5, 1, 8, seed=1), t(9, 4, seed=2), t(9, 4, seed=3)), rotated),

@@ -105,9 +105,8 @@ OPERATORS = [
     ("attention", "softmax"),
     ("experts", "grouped_mm"),
     ("loss", "cross_entropy"),
+    ("loss", "linear_cross_entropy"),
 ]
-if hasattr(gemskit, "linear_cross_entropy"):
-    OPERATORS.append(("loss", "linear_cross_entropy"))
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers_models import IDS, SIZES, compat, gradients, hf, loss_of, same, tiny
 
-import gemskit
 from gemskit.errors import ArgumentError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -24,15 +23,23 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 # -- the loss without logits ----------------------------------------------------------------------------------------------
 
 
-def test_loss_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat._loss, "_HELD", 128 * 5)
-    monkeypatch.delattr(gemskit, "linear_cross_entropy", raising=False)
+def test_loss_of_shifted_and_counted_labels() -> None:
     model = tiny("llama").train()
     labels = IDS.masked_fill(IDS % 3 == 0, -100)
     for extra in ({}, {"num_items_in_batch": torch.tensor(17)}, {"shift_labels": IDS.roll(-1, 1)}):
         expected = gradients(model, model(input_ids=IDS, labels=labels, **extra).loss)
         with compat.optimized(model):
             same(gradients(model, model(input_ids=IDS, labels=labels, **extra).loss), expected)
+
+
+def test_capped_logits_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma's ``cap * tanh(logits / cap)`` is a part of the loss."""
+    model = tiny("gemma2", final_logit_softcapping=0.5).train()
+    expected = gradients(model, loss_of(model))
+    compat.optimize(model)
+    with monkeypatch.context() as patched:
+        patched.setattr(compat.DeferredLogits, "materialize", lambda self: pytest.fail("the logits were computed"))
+        same(gradients(model, loss_of(model)), expected)
 
 
 def test_deferred_logits_are_tensors_when_touched() -> None:
@@ -45,7 +52,8 @@ def test_deferred_logits_are_tensors_when_touched() -> None:
         lambda x: torch.log_softmax(x, -1),
         lambda x: torch.stack([x, x]),
         lambda x: 2 * x / 4 + 1,
-        lambda x: torch.tanh(x / 30.0) * 30.0,
+        lambda x: (torch.tanh(x / 30.0) * 30.0 / 2).sum(-1),
+        lambda x: torch.tanh(torch.tanh(x)),
         lambda x: x > 0.1,
         lambda x: x.shape,
         lambda x: (x.dtype, x.device, x.ndim, len(x)),

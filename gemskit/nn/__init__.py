@@ -4,6 +4,12 @@ from gemskit.nn.attention import scaled_dot_product_attention as scaled_dot_prod
 from gemskit.nn.attention import scaled_dot_product_attention_lse as scaled_dot_product_attention_lse
 from gemskit.nn.batch_norm import batch_norm as batch_norm
 from gemskit.nn.batch_norm import instance_norm as instance_norm
+from gemskit.nn.element_loss import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
+from gemskit.nn.element_loss import huber_loss as huber_loss
+from gemskit.nn.element_loss import kl_div as kl_div
+from gemskit.nn.element_loss import l1_loss as l1_loss
+from gemskit.nn.element_loss import mse_loss as mse_loss
+from gemskit.nn.element_loss import smooth_l1_loss as smooth_l1_loss
 from gemskit.nn.embedding import embedding as embedding
 from gemskit.nn.embedding import embedding_backward as embedding_backward
 from gemskit.nn.embedding import embedding_dense_backward as embedding_dense_backward
@@ -26,7 +32,10 @@ from gemskit.nn.kv_cache import concat_and_cache_mla as concat_and_cache_mla
 from gemskit.nn.kv_cache import merge_attn_states as merge_attn_states
 from gemskit.nn.kv_cache import reshape_and_cache as reshape_and_cache
 from gemskit.nn.kv_cache import reshape_and_cache_flash as reshape_and_cache_flash
+from gemskit.nn.linear_loss import linear_cross_entropy as linear_cross_entropy
 from gemskit.nn.loss import cross_entropy as cross_entropy
+from gemskit.nn.loss import cross_entropy_backward as cross_entropy_backward
+from gemskit.nn.loss import cross_entropy_backward_ as cross_entropy_backward_
 from gemskit.nn.modules import BatchNorm1d as BatchNorm1d
 from gemskit.nn.modules import BatchNorm2d as BatchNorm2d
 from gemskit.nn.modules import BatchNorm3d as BatchNorm3d
@@ -38,6 +47,7 @@ from gemskit.nn.modules import LayerNorm as LayerNorm
 from gemskit.nn.modules import RMSNorm as RMSNorm
 from gemskit.nn.modules import RotaryEmbedding as RotaryEmbedding
 from gemskit.nn.modules import SiluAndMul as SiluAndMul
+from gemskit.nn.nll_loss import nll_loss as nll_loss
 from gemskit.nn.norm import add_rms_norm as add_rms_norm
 from gemskit.nn.norm import fused_add_rms_norm as fused_add_rms_norm
 from gemskit.nn.norm import fused_add_rms_norm_ as fused_add_rms_norm_

@@ -454,7 +454,9 @@ class Rows(Planned):
         bn = min(bn, max(16, loop_tile // bm))
         if max((len(s.identity) for s in self.statistics["loop"]), default=1) > 2:
             bn = max(16, bn // 2)  # four states of 16 elements a thread would spill
-        return Tiles(bm, bn, warps(bm * bn), 0, True, config["unroll"], False, self._registers(warps(bm * bn)))
+        # Doubles of four tiles at once would spill.
+        unroll = config["unroll"] * 4 // max(4, compute.itemsize)
+        return Tiles(bm, bn, warps(bm * bn), 0, True, unroll, False, self._registers(warps(bm * bn)))
 
     @staticmethod
     def _registers(warps: int) -> int:

@@ -72,7 +72,7 @@ def _divided(grad, count):
 _DIVIDED = Elementwise("mean_grad", _divided)
 
 
-def _evenly(grad: Tensor, dim: Dims, keepdim: bool, like: tuple[tuple[int, ...], torch.dtype], count: float) -> Tensor:
+def evenly(grad: Tensor, dim: Dims, keepdim: bool, like: tuple[tuple[int, ...], torch.dtype], count: float) -> Tensor:
     """``grad / count`` seen in the input's shape: every element has the same share, nothing is copied."""
     shape, dtype = like
     if count != 1 or grad.dtype != dtype:
@@ -85,12 +85,12 @@ def _evenly(grad: Tensor, dim: Dims, keepdim: bool, like: tuple[tuple[int, ...],
 
 @sum.gradient_by
 def _(grad: Tensor, dim: Dims, keepdim: bool, like: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {"input": _evenly(grad, dim, keepdim, like["input"], 1)}
+    return {"input": evenly(grad, dim, keepdim, like["input"], 1)}
 
 
 @mean.gradient_by
 def _(grad: Tensor, dim: Dims, keepdim: bool, like: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {"input": _evenly(grad, dim, keepdim, like["input"], count_of(like["input"][0], dim))}
+    return {"input": evenly(grad, dim, keepdim, like["input"], count_of(like["input"][0], dim))}
 
 
 # -- NaN aside ------------------------------------------------------------------------------------------------------------

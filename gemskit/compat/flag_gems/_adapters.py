@@ -30,6 +30,7 @@ __all__ = [
     "log_softmax",
     "max_dim",
     "min_dim",
+    "mse_loss",
     "rms_norm_backward",
     "rms_norm_forward",
     "softmax",
@@ -194,6 +195,11 @@ def _three(found: Any, inverse: bool, counts: bool) -> tuple[Tensor, Tensor | No
 def constant_pad_nd(self: Tensor, pad_list: Sequence[int], value: float = 0) -> Tensor:
     """:func:`gemskit.pad` with a constant."""
     return gemskit.pad(self, pad_list, "constant", value)
+
+
+def mse_loss(inp: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
+    """:func:`gemskit.mse_loss`; ``reduction`` is 0 for none, 1 for the mean, 2 for the sum."""
+    return gemskit.mse_loss(inp, target, reduction=("none", "mean", "sum")[reduction])
 
 
 def alias_copy_out(x: Tensor, out: Tensor) -> Tensor:

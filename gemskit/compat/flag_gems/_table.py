@@ -40,7 +40,6 @@ _RENAMED = {
 }
 #: Names that are refused, and why: gemskit has, or may get, something else under them.
 _REFUSED = {
-    "mse_loss": "FlagGems' takes its reduction as a number",
     "runtime": "the vendor is `gemskit.vendor`, the architecture's table `gemskit.backends.arch()`",
     "set_configs": "launches follow from rules, there are no configurations to set",
     "testing": "samples and checks are in `gemskit.testing` and `python -m gemskit check`",

@@ -10,15 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import gemskit
 from gemskit.compat.transformers._patch import Patch, sharded
-
-#: Logits that the loss holds at a time, as elements: half a gigabyte in float32.
-_HELD = 1 << 27
 
 _Reduce = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
@@ -52,7 +48,8 @@ def _head(self: Any, input: Tensor, reduce: _Reduce | None = None) -> Any:
 class DeferredLogits:
     """Logits that are not computed yet: a tensor as soon as anything but the loss touches them.
 
-    Numbers may scale them first, which scales the head's input. No ``torch.Tensor``: ``isinstance`` says so.
+    Numbers may scale them first, which scales the head's input, and ``cap * tanh(logits / cap)`` may cap them. No
+    ``torch.Tensor``: ``isinstance`` says so.
     """
 
     def __init__(self, head: nn.Module, hidden: Tensor) -> None:
@@ -62,6 +59,8 @@ class DeferredLogits:
         self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         self.dtype = self.autocast or hidden.dtype
         self.device = hidden.device
+        #: What multiplies the tanh of the head's output; None without a tanh.
+        self.softcap: float | None = None
         self.weight = head.weight
         self.version = None if torch.compiler.is_compiling() else head.weight._version  # type: ignore[union-attr]
 
@@ -88,23 +87,44 @@ class DeferredLogits:
 
     def materialize(self) -> Tensor:
         """The logits."""
-        return self.reduced(F.linear)
+        found = self.reduced(F.linear)
+        return found if self.softcap is None else torch.tanh(found) * self.softcap
 
-    def _scaled(self, hidden: Tensor) -> DeferredLogits:
+    def _again(self, hidden: Tensor, softcap: float | None) -> DeferredLogits:
         made = DeferredLogits(self.head, hidden)
-        made.autocast, made.dtype, made.version = self.autocast, self.dtype, self.version
+        made.autocast, made.dtype, made.version, made.softcap = self.autocast, self.dtype, self.version, softcap
         return made
 
+    def scaled(self, factor: float) -> DeferredLogits:
+        """``factor`` times the head's output, whatever becomes of it then."""
+        return self._again(self.hidden * factor, self.softcap)
+
+    def tanh(self) -> Any:
+        """Kept in mind; a second one is computed."""
+        return self._again(self.hidden, 1.0) if self.softcap is None else self.materialize().tanh()
+
+    def _scales(self, other: Any) -> bool:
+        # A bias would have to be scaled too.
+        return isinstance(other, (int, float)) and (self.softcap is not None or self.head.bias is None)
+
     def __mul__(self, other: Any) -> Any:
-        return self._scaled(self.hidden * other) if isinstance(other, (int, float)) else self.materialize() * other
+        if not self._scales(other):
+            return self.materialize() * other
+        return self.scaled(other) if self.softcap is None else self._again(self.hidden, self.softcap * other)
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> Any:
-        return self._scaled(self.hidden / other) if isinstance(other, (int, float)) else self.materialize() / other
+        if not self._scales(other):
+            return self.materialize() / other
+        if self.softcap is None:
+            return self._again(self.hidden / other, None)
+        return self._again(self.hidden, self.softcap / other)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.tanh and not kwargs:
+            return args[0].tanh()
         args, kwargs = tree_map(lambda a: a.materialize() if isinstance(a, cls) else a, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -127,7 +147,7 @@ for _name in (
     "float double half bfloat16 to type type_as cpu cuda detach clone contiguous numpy tolist item size dim numel stride "
     "view reshape flatten unflatten transpose permute squeeze unsqueeze expand chunk split narrow select index_select gather "
     "masked_fill masked_select where argmax argmin max min amax topk sort sum mean std var norm logsumexp softmax log_softmax "
-    "sigmoid tanh exp log abs clamp add sub mul div mul_ div_ masked_fill_ copy_ isnan isinf all any requires_grad_ backward "
+    "sigmoid exp log abs clamp add sub mul div mul_ div_ masked_fill_ copy_ isnan isinf all any requires_grad_ backward "
     "register_hook retain_grad is_floating_point element_size".split()
 ):
     setattr(DeferredLogits, _name, _passed_on(_name))
@@ -151,9 +171,13 @@ def causal_loss(
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     reduction = "mean" if num_items_in_batch is None else "sum"
     targets = shift_labels.reshape(-1).to(logits.device)
-    how = functools.partial(_reduced, targets=targets, ignore_index=ignore_index, reduction=reduction)
+    if isinstance(logits, DeferredLogits) and logits.softcap is not None and logits.softcap <= 0:
+        logits = logits.materialize()
     if isinstance(logits, DeferredLogits):
-        found = logits.reduced(how)
+        cap = logits.softcap
+        how = functools.partial(_reduced, targets=targets, ignore_index=ignore_index, reduction=reduction, softcap=cap)
+        # cap * tanh(x) of the logits x that the head gives, where linear_cross_entropy takes cap * tanh(x / cap).
+        found = (logits if cap is None else logits.scaled(cap)).reduced(how)
     else:
         found = _of_logits(logits.reshape(-1, vocab_size), targets, ignore_index, reduction)
     if num_items_in_batch is None:
@@ -168,22 +192,15 @@ def _of_logits(logits: Tensor, targets: Tensor, ignore_index: int, reduction: st
 
 
 def _reduced(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *, targets: Tensor, ignore_index: int, reduction: str
-) -> Tensor:
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    fused = getattr(gemskit, "linear_cross_entropy", None)
-    if fused is not None:
-        found: Tensor = fused(hidden, weight, targets, linear_bias=bias, ignore_index=ignore_index, reduction=reduction)
-        return found.float()
-    rows = max(1, _HELD // weight.shape[0])
-    if len(hidden) <= rows or torch.compiler.is_compiling():
-        return _of_logits(F.linear(hidden, weight, bias), targets, ignore_index, reduction)
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for part, target in zip(torch.split(hidden, rows), torch.split(targets, rows)):
-        # Logits of a part are computed once more for the gradient instead of kept.
-        total = total + checkpoint(_part, part, weight, bias, target, ignore_index, use_reentrant=False)
-    return total / (targets != ignore_index).sum() if reduction == "mean" else total
-
-
-def _part(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore_index: int) -> Tensor:
-    return _of_logits(F.linear(hidden, weight, bias), targets, ignore_index, "sum")
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *, targets: Tensor, ignore_index: int, reduction: str,
+    softcap: float | None,
+) -> Tensor:  # fmt: skip
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    # The loss of logits that were rounded to halves is float32.
+    found: Tensor = gemskit.linear_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]), weight, targets, linear_bias=bias, ignore_index=ignore_index,
+        reduction=reduction, softcap=softcap, out_dtype=torch.float32 if hidden.dtype.itemsize == 2 else None,
+    )  # fmt: skip
+    return found.float()

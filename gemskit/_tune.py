@@ -45,7 +45,8 @@ def milliseconds(fn: Callable[[], Any]) -> float:
     """The median with a cold L2 cache."""
     from triton.testing import do_bench
 
-    return float(do_bench(fn, warmup=5, rep=20, return_mode="median"))
+    found: Any = do_bench(fn, warmup=5, rep=20, return_mode="median")
+    return float(found)
 
 
 def _close(got: Tensor, want: Tensor) -> bool:

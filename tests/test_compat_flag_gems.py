@@ -78,7 +78,6 @@ def test_operators_that_flag_gems_got_later_are_gemskits() -> None:
     "name, hint",
     [
         ("rms_nrm", "no such operator; the nearest: rms_norm"),
-        ("mse_loss", "reduction"),
         ("interpret", "no such"),
         ("set_configs", "no configurations"),
         ("utils", "pointwise"),

@@ -393,11 +393,12 @@ def test_switching_back_and_forth(native: ModuleType, monkeypatch: pytest.Monkey
 def test_what_the_native_launcher_refuses(native: ModuleType) -> None:
     table = native.Table(lambda *a: "slow", (), (), (), (), 0, -1)
     x = ones(2)
-    spec = (None, (), (("k", 1, (1, 1, 1), 1, 0, (0,), ((0, "p", 0, 0),)),), ((0,),), True, None, None)
+    launch = lambda slot, start: (("k", 1, (1, 1, 1), 1, 0, (0,), ((0, "p", slot, 0),), (start,)),)
+    spec = (None, (), launch(0, 0), ((0,),), True, None, None)
     assert table.add((x,), spec) is True and len(table) == 1
     assert table.add((object(),), spec) is False and table.add((1,), spec) is False
     assert table.add(tuple([1] * 60), spec) is False and table.add((x, (1,) * 600), spec) is False
-    for n, bad in ((2, (("k", 1, (1, 1, 1), 1, 0, (0,), ((0, "p", 9, 0),)),)), (2, (("k",),)), (3, ((7,),)), (1, (1,))):
+    for n, bad in ((2, launch(9, 0)), (2, launch(0, 1)), (2, (("k",),)), (3, ((7,),)), (1, (1,))):
         with pytest.raises((TypeError, ValueError, SystemError)):
             table.add((x,), (*spec[:n], bad, *spec[n + 1 :]))
     with pytest.raises(TypeError):

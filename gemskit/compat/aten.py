@@ -118,6 +118,7 @@ class Override:
 
     def _recorded(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         _here.noting, _here.why = True, None
+        calls: list[Any] = []
         try:
             with _launch.record() as calls:
                 return run(*args, **kwargs)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -421,6 +423,20 @@ def test_compiled_functions(backend: str) -> None:
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(ours, grad)
     assert {"silu", "softmax"} <= set(kernels(calls))
+
+
+def test_compiling_after_the_scope() -> None:
+    """What torch.compile remembered of an overload does not outlive it: in a process of its own, as that was a crash."""
+    code = """
+import torch
+from gemskit.compat import use_aten
+for _ in range(2):
+    with use_aten("all"):
+        torch.compile(lambda t: t + 1, backend="aot_eager")(torch.ones(3))
+    torch.compile(lambda t: t + 2, backend="aot_eager")(torch.ones(3))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_dispatch_modes_see_one_call() -> None:

@@ -105,10 +105,17 @@ class Override:
             warnings.filterwarnings("ignore", message="(?s).*[Oo]verrid.*")
             impl: Any = self.library.impl
             impl(target.key, wrapper(target, _TEMPLATE, scope), key, with_keyset=True)
+        self._forget()
 
     def remove(self) -> None:
         """Give the overload back to torch."""
         self.library._destroy()
+        self._forget()
+
+    def _forget(self) -> None:
+        """What torch.compile's Python dispatcher remembers of the overload: after a change its next call would crash."""
+        packet, _, overload = self.target.key.partition(".")
+        getattr(getattr(torch.ops.aten, packet), overload or "default")._dispatch_cache.clear()
 
     def _refused(self, why: object) -> None:
         with _lock:

@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.runtime.jit import JITFunction
 
-from ._interpret_builder import BUILDER, SEMANTIC, decide, integer, np_dtype, quiet
+from ._interpret_builder import BUILDER, decide, integer, np_dtype, quiet
 from ._interpret_builder import _tensor as tensor_of
 from .errors import InterpreterError
 
@@ -92,11 +92,10 @@ class Groups:
         self.copies: list[Callable[[], None]] = []
         self.here = threading.local()
 
-    def products(self) -> list[tuple[Shared, Array]]:
-        """Operands of the products of this group that were not waited for."""
-        if not hasattr(self.here, "products"):
-            self.here.products = []
-        return self.here.products  # type: ignore[no-any-return]
+    def products(self) -> list[list[tuple[Shared, Array]]]:
+        """Of each product of this group that was not waited for, its operands in shared memory and what they were."""
+        found: list[list[tuple[Shared, Array]]] = self.here.__dict__.setdefault("products", [])
+        return found
 
     def run(self, functions: Sequence[Callable[[], None]], running: set[int]) -> None:
         self.waiting = {n: lambda: True for n in range(len(functions))}
@@ -243,7 +242,7 @@ def _product(a: Any, b: Any, acc: Any, *, use_acc: Any = True, is_async: Any = F
         use = decide(use)
     x, y = (v.load() if isinstance(v, Shared) else v for v in (a, b))
     out = tl.dot(x, y, acc if use else None, out_dtype=acc.dtype)
-    GROUPS.products().append([(v, v.data.copy()) for v in (a, b) if isinstance(v, Shared)])  # type: ignore[arg-type]
+    GROUPS.products().append([(v, v.data.copy()) for v in (a, b) if isinstance(v, Shared)])
     if not (is_async.value if isinstance(is_async, tl.constexpr) else is_async):
         _product_wait(0)
     return out
@@ -252,7 +251,7 @@ def _product(a: Any, b: Any, acc: Any, *, use_acc: Any = True, is_async: Any = F
 def _product_wait(num_outstanding: Any = 0, deps: Any = None) -> Any:
     products = GROUPS.products()
     while len(products) > _number(num_outstanding):
-        for place, before in products.pop(0):  # type: ignore[misc]
+        for place, before in products.pop(0):
             if not np.array_equal(_bits(place.data), _bits(before)):
                 raise InterpreterError(
                     f"an operand of a product changed before the product was waited for: kernel {BUILDER.kernel}"
@@ -291,12 +290,10 @@ def patches(running: set[int]) -> Iterator[tuple[Any, str, Any]]:
         "zeros": lambda shape, dtype, layout=None: tl.zeros(shape, dtype),
         "full": lambda shape, value, dtype, layout=None: tl.full(shape, value, dtype),
         "convert_layout": _same,
-        "set_auto_layout": _same,
         "allocate_shared_memory": _allocate,
         "warp_specialize": warp_specialize,
         "barrier": _nothing,
         **{name: _of_triton(name) for name in ("static_range", "static_assert", "static_print")},
-        "to_tensor": lambda value: SEMANTIC.to_tensor(value, False),
     }
     for name, function in own.items():
         if hasattr(gl, name):

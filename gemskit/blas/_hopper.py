@@ -34,7 +34,7 @@ from gemskit.blas._rule import Choice
 from gemskit.blas._space import Space, read
 
 #: Its name until Triton 3.6.
-_block_to_shared = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+block_to_shared = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 #: Filled in per operator.
 EPILOGUE: Any = None
@@ -88,17 +88,17 @@ def _load(
                     at = [a_row + m * BM + half * HALF, k * BK]
                 else:
                     at = [a_row + k * BK, m * BM + half * HALF]
-                _block_to_shared(a, at, ready, a_tiles.index(2 * stage + half))
+                block_to_shared(a, at, ready, a_tiles.index(2 * stage + half))
             if up is not None:
                 at = [b_row + n * (BN // 2), k * BK]
-                _block_to_shared(b, at, ready, b_tiles.index(2 * stage))
-                _block_to_shared(up, at, ready, b_tiles.index(2 * stage + 1))
+                block_to_shared(b, at, ready, b_tiles.index(2 * stage))
+                block_to_shared(up, at, ready, b_tiles.index(2 * stage + 1))
             else:
                 if B_ROWS:
                     at = [b_row + k * BK, n * BN]
                 else:
                     at = [b_row + n * BN, k * BK]
-                _block_to_shared(b, at, ready, b_tiles.index(stage))
+                block_to_shared(b, at, ready, b_tiles.index(stage))
             i += 1
 
 
@@ -228,6 +228,15 @@ else:  # Its name until Triton 3.8.
 
 
 @gluon.jit
+def barriers(number: gl.constexpr, arrivals: gl.constexpr):
+    """Barriers in shared memory, each complete after so many arrivals. A fence is to follow the last of them."""
+    made = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(number):
+        mbarrier.init(made.index(i), count=arrivals)
+    return made
+
+
+@gluon.jit
 def product(
     out, a, b, up, parts, extras, batch_sizes, out_batch, a_batch, b_batch, extra_batch, out_m, out_n, extra_m, extra_n,
     s0, s1, s2, s3, M, N, K, whole, split, pieces, part_steps,
@@ -245,11 +254,7 @@ def product(
     b_tiles = b_loads
     if GATED:
         b_tiles = _as_one(b_loads, [STAGES, BN, BK])
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(empty.index(i), count=2)
-        mbarrier.init(full.index(i), count=1)
+    empty, full = barriers(STAGES, 2), barriers(STAGES, 1)
     fence_async_shared()
     tiles_m, tiles_n, steps = gl.cdiv(M, BM), gl.cdiv(N, BN // 2 if GATED else BN), gl.cdiv(K, BK)
     units = whole + split * pieces

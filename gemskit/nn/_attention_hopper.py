@@ -25,7 +25,7 @@ from gemskit import _layout
 from gemskit._dtypes import TRITON
 from gemskit._launch import launch
 from gemskit._tensor_map import Descriptor, loadable
-from gemskit.blas._hopper import _block_to_shared, lines_of
+from gemskit.blas._hopper import barriers, block_to_shared, lines_of
 from gemskit.nn._attention_tiles import LN2, LOG2E, window
 
 #: Bytes of keys and values that a section of heads may have, so that they stay in the L2 cache of 50 MB.
@@ -86,7 +86,7 @@ def _load(
         mbarrier.wait(q_empty, (turn & 1) ^ 1)
         mbarrier.expect(q_full, BM * E * 2)
         for half in gl.static_range(2):
-            _block_to_shared(query, [batch, head, m * BM + half * HALF, 0], q_full, queries.index(half))
+            block_to_shared(query, [batch, head, m * BM + half * HALF, 0], q_full, queries.index(half))
         turn += 1
         for j in range(count):
             stage = i % STAGES
@@ -94,10 +94,10 @@ def _load(
             row = (first + count - 1 - j) * BN
             mbarrier.wait(k_empty.index(stage), phase)
             mbarrier.expect(k_full.index(stage), BN * E * 2)
-            _block_to_shared(key, [batch, owner, row, 0], k_full.index(stage), keys.index(stage))
+            block_to_shared(key, [batch, owner, row, 0], k_full.index(stage), keys.index(stage))
             mbarrier.wait(v_empty.index(stage), phase)
             mbarrier.expect(v_full.index(stage), BN * EV * 2)
-            _block_to_shared(value, [batch, owner, row, 0], v_full.index(stage), values.index(stage))
+            block_to_shared(value, [batch, owner, row, 0], v_full.index(stage), values.index(stage))
             i += 1
 
 
@@ -235,22 +235,10 @@ def attention_hopper(
     queries = gl.allocate_shared_memory(query.dtype, [2] + query.block_type.shape, query.layout)
     keys = gl.allocate_shared_memory(key.dtype, [STAGES] + key.block_type.shape, key.layout)
     values = gl.allocate_shared_memory(value.dtype, [STAGES] + value.block_type.shape, value.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=2)
-    for s in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(s), count=1)
-        mbarrier.init(v_full.index(s), count=1)
-        mbarrier.init(k_empty.index(s), count=2)
-        mbarrier.init(v_empty.index(s), count=2)
-    for half in gl.static_range(2):
-        mbarrier.init(turns.index(half), count=1)
+    q_full, q_empty = barriers(1, 1).index(0), barriers(1, 2).index(0)
+    k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    turns = barriers(2, 1)
     fence_async_shared()
     upper: gl.constexpr = 0
     lower: gl.constexpr = 1

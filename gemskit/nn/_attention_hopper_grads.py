@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from gemskit import _layout
 from gemskit._jit import jit
 from gemskit._launch import launch
-from gemskit.blas._hopper import _block_to_shared, lines_of
+from gemskit.blas._hopper import barriers, block_to_shared, lines_of
 from gemskit.nn._attention_hopper import _descriptor, _place, _seen, _tile, sections, served
 from gemskit.nn._attention_tiles import LOG2E, tile, window
 
@@ -91,16 +91,16 @@ def _load_rows(
         mbarrier.wait(kv_empty, (turn & 1) ^ 1)
         mbarrier.expect(kv_full, BN * (E + EV) * 2)
         for half in gl.static_range(2):
-            _block_to_shared(key, [batch, owner, n * BN + half * HALF, 0], kv_full, keys.index(half))
-            _block_to_shared(value, [batch, owner, n * BN + half * HALF, 0], kv_full, values.index(half))
+            block_to_shared(key, [batch, owner, n * BN + half * HALF, 0], kv_full, keys.index(half))
+            block_to_shared(value, [batch, owner, n * BN + half * HALF, 0], kv_full, values.index(half))
         turn += 1
         for j in range(group * count):
             stage = i % STAGES
             at = [batch, owner * group + j // count, (first + j % count) * BM, 0]
             mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
             mbarrier.expect(full.index(stage), BM * (E + EV) * 2)
-            _block_to_shared(query, at, full.index(stage), queries.index(stage))
-            _block_to_shared(grad, at, full.index(stage), grads.index(stage))
+            block_to_shared(query, at, full.index(stage), queries.index(stage))
+            block_to_shared(grad, at, full.index(stage), grads.index(stage))
             i += 1
 
 
@@ -211,15 +211,8 @@ def attention_hopper_grad_key_value(
     values = gl.allocate_shared_memory(value.dtype, [2] + value.block_type.shape, value.layout)
     queries = gl.allocate_shared_memory(query.dtype, [STAGES] + query.block_type.shape, query.layout)
     grads = gl.allocate_shared_memory(grad.dtype, [STAGES] + grad.block_type.shape, grad.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    kv_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(kv_full, count=1)
-    mbarrier.init(kv_empty, count=2)
-    for s in gl.static_range(STAGES):
-        mbarrier.init(full.index(s), count=1)
-        mbarrier.init(empty.index(s), count=2)
+    full, empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    kv_full, kv_empty = barriers(1, 1).index(0), barriers(1, 2).index(0)
     fence_async_shared()
     upper: gl.constexpr = 0
     lower: gl.constexpr = 1
@@ -257,16 +250,16 @@ def _load_keys(
         mbarrier.expect(q_full, BM * (E + EV) * 2)
         for half in gl.static_range(2):
             at = [batch, head, m * BM + half * (BM // 2), 0]
-            _block_to_shared(query, at, q_full, queries.index(half))
-            _block_to_shared(grad, at, q_full, grads.index(half))
+            block_to_shared(query, at, q_full, queries.index(half))
+            block_to_shared(grad, at, q_full, grads.index(half))
         turn += 1
         for j in range(count):
             stage = i % STAGES
             at = [batch, head // group, (first + j) * BN, 0]
             mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
             mbarrier.expect(full.index(stage), BN * (E + EV) * 2)
-            _block_to_shared(key, at, full.index(stage), keys.index(stage))
-            _block_to_shared(value, at, full.index(stage), values.index(stage))
+            block_to_shared(key, at, full.index(stage), keys.index(stage))
+            block_to_shared(value, at, full.index(stage), values.index(stage))
             i += 1
 
 
@@ -348,15 +341,8 @@ def attention_hopper_grad_query(
     grads = gl.allocate_shared_memory(grad.dtype, [2] + grad.block_type.shape, grad.layout)
     keys = gl.allocate_shared_memory(key.dtype, [STAGES] + key.block_type.shape, key.layout)
     values = gl.allocate_shared_memory(value.dtype, [STAGES] + value.block_type.shape, value.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=2)
-    for s in gl.static_range(STAGES):
-        mbarrier.init(full.index(s), count=1)
-        mbarrier.init(empty.index(s), count=2)
+    full, empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    q_full, q_empty = barriers(1, 1).index(0), barriers(1, 2).index(0)
     fence_async_shared()
     upper: gl.constexpr = 0
     lower: gl.constexpr = 1

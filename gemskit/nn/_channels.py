@@ -19,6 +19,7 @@ from gemskit._dtypes import compute_type
 from gemskit._jit import jit
 from gemskit._op import Op, P, R
 from gemskit.nn._drive import row_shape
+from gemskit.nn.norm import affine
 from gemskit.pointwise._drive import Elementwise
 from gemskit.reduce._fold import Fold, add_pairs
 from gemskit.reduce.statistics import further, moments, observe
@@ -43,12 +44,7 @@ def _statistics(state0, state1, count, eps):
 
 @jit
 def _normal(input, mean, rstd, weight, bias):
-    y = (input - mean) * rstd
-    if weight is not None:
-        y = y * weight
-    if bias is not None:
-        y = y + bias
-    return y
+    return affine((input - mean) * rstd, weight, bias)
 
 
 @jit

@@ -83,11 +83,16 @@ def _divisor(how: str, shape: Sequence[int]) -> float | None:
     return float(shape[0]) if how == "batchmean" else None
 
 
-def _weighted(loss: Tensor, input: Tensor, weight: Tensor, reduction: str, by_weight: bool) -> Tensor:
-    """Losses times weights, reduced; the mean is divided by the sum of the weights where torch's is."""
+def _weighted(
+    error: Any, given: tuple[Any, ...], weight: Tensor | None, reduction: str, by_weight: bool = True
+) -> Tensor:
+    """``error(*given)`` times weights, reduced; the mean is divided by the sum of the weights where torch's is."""
+    if weight is None:
+        return error(*given, reduction)  # type: ignore[no-any-return]
+    input: Tensor = given[0]
     if weight.shape != input.shape:
         raise ShapeError(f"weight must have the shape of input, {list(input.shape)}, given {list(weight.shape)}")
-    loss = mul(loss, weight)
+    loss = mul(error(*given, "none"), weight)
     if reduction == "none":
         return loss
     if reduction == "sum":
@@ -129,10 +134,7 @@ def mse_loss(
 
     ``size_average`` and ``reduce`` are torch's deprecated forms of ``reduction``. Source: ``torch.nn.functional.mse_loss``.
     """
-    reduction = reduction_of(size_average, reduce, reduction)
-    if weight is None:
-        return squared_error(input, target, reduction)
-    return _weighted(squared_error(input, target, "none"), input, weight, reduction, True)
+    return _weighted(squared_error, (input, target), weight, reduction_of(size_average, reduce, reduction))
 
 
 @_Loss
@@ -164,10 +166,7 @@ def l1_loss(
 
     ``size_average`` and ``reduce`` are torch's deprecated forms of ``reduction``. Source: ``torch.nn.functional.l1_loss``.
     """
-    reduction = reduction_of(size_average, reduce, reduction)
-    if weight is None:
-        return absolute_error(input, target, reduction)
-    return _weighted(absolute_error(input, target, "none"), input, weight, reduction, True)
+    return _weighted(absolute_error, (input, target), weight, reduction_of(size_average, reduce, reduction))
 
 
 @_Loss
@@ -237,9 +236,7 @@ def huber_loss(
     """
     if delta <= 0:
         raise ArgumentError(f"huber_loss: delta must be positive, given {delta}")
-    if weight is None:
-        return huber_error(input, target, float(delta), reduction)
-    return _weighted(huber_error(input, target, float(delta), "none"), input, weight, reduction, False)
+    return _weighted(huber_error, (input, target, float(delta)), weight, reduction, by_weight=False)
 
 
 # -- of probabilities -----------------------------------------------------------------------------------------------------

@@ -142,9 +142,9 @@ def _walk(
     shape = (max(size for _, size in pieces), cdiv(classes, 64) * 64)
     buffer = torch.empty(shape, dtype=input.dtype, device=input.device).narrow(1, 0, classes)
     biases = torch.empty((len(pieces), classes), dtype=compute, device=input.device) if "linear_bias" in grads else None
+    capped = None if named["softcap"] is None else Epilogue(_capped, _capped_meaning, softcap=named["softcap"])
     for k, (start, size) in enumerate(pieces):
         logits, x = buffer.narrow(0, 0, size), input.narrow(0, start, size)
-        capped = None if named["softcap"] is None else Epilogue(_capped, _capped_meaning, softcap=named["softcap"])
         linear(x, weight, named["linear_bias"], epilogue=capped, out=logits)
         part = {n: t.narrow(0, start, size) for n, t in rows.items()}
         _, found = operands(logits, target.narrow(0, start, size), named["weight"])

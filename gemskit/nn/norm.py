@@ -25,7 +25,7 @@ Shape = Sequence[int]
 
 
 @jit
-def _affine(y, weight, bias):
+def affine(y, weight, bias):
     if weight is not None:
         y = y * weight
     if bias is not None:
@@ -107,7 +107,7 @@ def _standard(input, mean, rstd, precise):
 def _(input, weight, bias, total, spread, cols, eps, precise):
     mean = total / cols
     rstd = _rstd(spread, cols, eps)
-    return _affine(_standard(input, mean, rstd, precise), weight, bias), mean, rstd
+    return affine(_standard(input, mean, rstd, precise), weight, bias), mean, rstd
 
 
 @jit
@@ -182,7 +182,7 @@ skip_layer_norm.statistic("spread", combine=language.add)(_skip_deviation)
 def _(x, residual, weight, bias, total, spread, cols, eps):
     mean = total / cols
     rstd = _rstd(spread, cols, eps)
-    return _affine((x + residual - mean) * rstd, weight, bias), mean, rstd
+    return affine((x + residual - mean) * rstd, weight, bias), mean, rstd
 
 
 @jit
@@ -247,7 +247,7 @@ rms_norm.statistic("square", combine=language.add)(_square)
 @jit
 def _(input, weight, square, cols, eps):
     rstd = _rstd(square, cols, eps)
-    return _affine(input * rstd, weight, None), rstd
+    return affine(input * rstd, weight, None), rstd
 
 
 @jit
@@ -318,7 +318,7 @@ add_rms_norm.statistic("square", combine=language.add)(_skip_square)
 @jit
 def _(x, residual, weight, square, cols, eps):
     rstd = _rstd(square, cols, eps)
-    return _affine((x + residual) * rstd, weight, None), rstd
+    return affine((x + residual) * rstd, weight, None), rstd
 
 
 @jit
@@ -371,7 +371,7 @@ fused_add_rms_norm.statistic("square", combine=language.add)(_skip_square)
 def _(x, residual, weight, square, cols, eps):
     s = x + residual
     rstd = _rstd(square, cols, eps)
-    return _affine(s * rstd, weight, None), s, rstd
+    return affine(s * rstd, weight, None), s, rstd
 
 
 @fused_add_rms_norm.gradient_by

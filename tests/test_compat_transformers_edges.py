@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable
@@ -298,3 +299,31 @@ def test_two_processes(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_train, (port, str(tmp_path)), nprocs=2)
     for kind, (stock, ours) in torch.load(tmp_path / "found").items():
         assert ours == pytest.approx(stock, rel=1e-4), kind
+
+
+# -- attention without a mask ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["meaning", "kernels"])
+@pytest.mark.parametrize(("softcap", "sinks"), [(5.0, False), (None, True), (5.0, True)])
+def test_soft_cap_and_sinks_without_a_mask_are_one_operator(softcap: float | None, sinks: bool, kernels: bool) -> None:
+    """The same as with the causal mask spelled out, gradients too."""
+    import gemskit
+    from gemskit.compat.transformers._attention import attention_forward
+
+    def run(mask: Tensor | None) -> tuple[list[Tensor], set[str]]:
+        torch.manual_seed(0)
+        leaves = [torch.randn(2, n, 9, 16, requires_grad=True) for n in (4, 2, 2)]
+        leaves += [torch.randn(4, requires_grad=True)] * sinks
+        with gemskit.record() as calls:
+            out, _ = attention_forward(
+                nn.Module(), *leaves[:3], mask, softcap=softcap, s_aux=leaves[3] if sinks else None, is_causal=True
+            )  # fmt: skip
+        grads = torch.autograd.grad(out.square().sum(), leaves)
+        return [out.detach(), *grads], {c.op for c in calls}
+
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()
+    with gemskit.interpret() if kernels else contextlib.nullcontext():
+        (found, ours), (expected, others) = run(None), run(causal[None, None])
+    torch.testing.assert_close(found, expected)
+    assert "flash_attention" in ours and "flash_attention" not in others

@@ -84,7 +84,9 @@ def attention_forward(
     if position_bias is not None:
         attention_mask, causal = _biased(position_bias, attention_mask, causal, query, key), False
     width = max(query.shape[-1] + (_PAD if s_aux is not None else 0), value.shape[-1])
-    if softcap is not None or width > _WIDEST:
+    if attention_mask is None and (softcap is not None or s_aux is not None) and width <= _WIDEST:
+        out = _flash(query, key, value, dropout, scale, causal, softcap, s_aux)
+    elif softcap is not None or width > _WIDEST:
         out = _explicit(query, key, value, attention_mask, dropout, scale, causal, softcap, s_aux)
     elif s_aux is not None:
         out = _with_sinks(query, key, value, attention_mask, dropout, scale, causal, s_aux)
@@ -104,6 +106,18 @@ def _fused(
     )
 
 
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float, causal: bool, softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """By the operator that takes soft-cap and sinks, but no mask. Under a causal rule there are as many keys as queries."""
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    out, _ = gemskit.flash_attention(
+        q, k, v, s_aux=sinks, dropout_p=dropout, softmax_scale=scale, right=0 if causal else -1, softcap=softcap or 0.0
+    )
+    return out.transpose(1, 2)
+
+
 def _biased(bias: Tensor, mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor:
     """The bias and the mask as one mask to add."""
     lowest = torch.finfo(query.dtype).min
@@ -118,7 +132,7 @@ def _triangle(query: Tensor, key: Tensor) -> Tensor:
     return torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
 
 
-# -- what the kernel has no argument for ----------------------------------------------------------------------------------
+# -- with a mask, what the kernel has no argument for -----------------------------------------------------------------
 
 #: Channels that a sink adds: one, and others that keep rows aligned to 16 bytes.
 _PAD = 8
@@ -159,7 +173,7 @@ def _explicit(
     """Attention with its scores in memory, as the stock models compute it that ask for these arguments."""
     batch, heads, length, _ = query.shape
     groups = (batch, key.shape[1], -1)
-    scores = query.reshape(*groups, *query.shape[2:]) @ key[:, :, None].mT * scale
+    scores = gemskit.matmul(query.reshape(*groups, *query.shape[2:]), key[:, :, None].mT) * scale
     scores = scores.reshape(batch, heads, length, -1)
     if softcap is not None:
         scores = gemskit.tanh(scores / softcap) * softcap
@@ -172,5 +186,5 @@ def _explicit(
         scores = torch.cat((scores, last), -1)
     weights = gemskit.softmax(scores, -1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
     weights = F.dropout(weights, dropout) if dropout else weights
-    out = weights.reshape(*groups, length, key.shape[2]) @ value[:, :, None]
+    out = gemskit.matmul(weights.reshape(*groups, length, key.shape[2]), value[:, :, None])
     return out.reshape(batch, heads, length, -1)

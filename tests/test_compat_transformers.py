@@ -99,9 +99,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 OPERATORS = [
     ("norms", "rms_norm"),
+    ("norms", "gemma_rms_norm"),
     ("norms", "layer_norm"),
     ("rope", "apply_rotary_pos_emb"),
     ("attention", "scaled_dot_product_attention"),
+    ("attention", "flash_attention"),
     ("attention", "softmax"),
     ("experts", "grouped_mm"),
     ("loss", "cross_entropy"),

@@ -186,5 +186,5 @@ def _explicit(
         scores = torch.cat((scores, last), -1)
     weights = gemskit.softmax(scores, -1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
     weights = F.dropout(weights, dropout) if dropout else weights
-    out = gemskit.matmul(weights.reshape(*groups, length, key.shape[2]), value[:, :, None])
+    out: Tensor = gemskit.matmul(weights.reshape(*groups, length, key.shape[2]), value[:, :, None])
     return out.reshape(batch, heads, length, -1)

@@ -19,7 +19,7 @@ _FOUND: dict[Hashable, tuple[str, bool, bool] | None] = {}
 
 
 def norms(model: nn.Module, patch: Patch) -> None:
-    """Replace norms by :func:`gemskit.rms_norm` and :func:`gemskit.layer_norm`."""
+    """Replace norms by :func:`gemskit.rms_norm`, :func:`gemskit.gemma_rms_norm` and :func:`gemskit.layer_norm`."""
     for module in model.modules():
         if type(module).forward is nn.LayerNorm.forward:
             patch.forward("norms", module, _layer_norm)
@@ -91,7 +91,7 @@ def _forward(eps: str, offset: bool, widens: bool) -> Callable[..., Tensor]:
         if widens and weight.dtype != hidden_states.dtype:
             hidden_states = hidden_states.to(torch.promote_types(weight.dtype, hidden_states.dtype))
         if offset:
-            weight = weight.float() + 1
+            return gemskit.gemma_rms_norm(hidden_states, weight, getattr(self, eps))
         return gemskit.rms_norm(hidden_states, weight.shape, weight, getattr(self, eps))
 
     return forward

@@ -25,7 +25,7 @@ from gemskit._op import REGISTRY
 from gemskit._tensor_map import Descriptor
 from gemskit.blas import _drive, _hopper, _rule
 from gemskit.errors import ArgumentError, InterpreterError
-from gemskit.nn import _attention_hopper, _attention_hopper_grads, _attention_host
+from gemskit.nn import _attention_hopper, _attention_hopper_grads, _attention_host, _hopper_order
 from gemskit.nn._attention_host import Problem
 
 PROCESSORS = 3
@@ -184,6 +184,7 @@ ATTENTION = [
     (1, 2, 2, 400, 400, 64, 64, dict(right=0, left=70)),
     (1, 1, 1, 130, 500, 32, 32, dict(right=40, left=30)),
     (1, 1, 1, 140, 140, 256, 256, dict(right=0)),
+    (1, 4, 4, 300, 300, 64, 64, dict(right=0)),  # tiles in pairs
 ]
 
 
@@ -245,6 +246,31 @@ def test_attention_gradients(
     _forget()
     for got, expected in zip(found, want):
         close(got, expected.nan_to_num(0), 2**-7)
+
+
+@gluon.jit
+def _visit(out, tiles, tiles_m, planes, section, LAST_FIRST: gl.constexpr, PAIRED: gl.constexpr):
+    for turn in range(_hopper_order.number_of_tiles(tiles, PAIRED)):
+        plane, m = _hopper_order.tile_of(turn, tiles, tiles_m, planes, section, LAST_FIRST, PAIRED)
+        gl.store(out + plane * tiles_m + m, gl.program_id(0) + 1)
+
+
+@pytest.mark.parametrize("planes", [2, 3, 4, 10])
+@pytest.mark.parametrize("tiles_m", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("section", [2, 4, 10])
+def test_every_tile_has_one_program(planes: int, tiles_m: int, section: int) -> None:
+    """And under a causal rule no program has much more to do than another."""
+    programs, section, paired = _hopper_order.order(planes, tiles_m, min(section, planes), 4, True)
+    for pair in {paired, planes % 2 == 0}:
+        out = torch.zeros(planes, tiles_m, dtype=torch.int32)
+        flags = dict(LAST_FIRST=True, PAIRED=pair)
+        run(_visit, (programs,), (out, out.numel(), tiles_m, planes, section - section % 2 if pair else section), flags)
+        assert out.min() >= 1 and out.max() <= programs
+        work = torch.zeros(programs).scatter_add_(
+            0, out.flatten().long() - 1, torch.arange(1.0, tiles_m + 1).repeat(planes)
+        )
+        # At most one pair more than the mean, which taken one by one in sections nothing ensures.
+        assert not pair or work.max() <= work.mean() + tiles_m + 1
 
 
 def test_attention_operators_take_it(attending: list[Any]) -> None:

@@ -27,21 +27,7 @@ from gemskit._launch import launch
 from gemskit._tensor_map import Descriptor, loadable
 from gemskit.blas._hopper import barriers, block_to_shared, lines_of
 from gemskit.nn._attention_tiles import LN2, LOG2E, window
-
-#: Bytes of keys and values that a section of heads may have, so that they stay in the L2 cache of 50 MB.
-SECTION = 24 << 20
-
-
-@gluon.jit
-def _tile(t, tiles_m, planes, section, REVERSED: gl.constexpr):
-    """Head and rows of tile ``t``: sections of heads whose keys stay in the cache, in each the rows with most to do first."""
-    before = t // (section * tiles_m) * section
-    here = min(planes - before, section)
-    rest = t - before * tiles_m
-    m = rest // here
-    if REVERSED:
-        m = tiles_m - 1 - m
-    return before + rest % here, m
+from gemskit.nn._hopper_order import number_of_tiles, order, sections, tile_of
 
 
 @gluon.jit
@@ -57,12 +43,12 @@ def _blocks(start, size, low, high, BM: gl.constexpr, BN: gl.constexpr, SIDES: g
 
 @gluon.jit
 def _place(
-    t, tiles_m, planes, section, heads, length, size, left, right,
-    BM: gl.constexpr, BN: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr,
+    turn, tiles, tiles_m, planes, section, heads, length, size, left, right,
+    BM: gl.constexpr, BN: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
-    """Batch, head and rows of tile ``t``, and its blocks of keys."""
+    """Batch, head and rows of the tile of this ``turn``, and its blocks of keys."""
     _, low, high = window(size, length, left, right, SIDES, BOTTOM)
-    plane, m = _tile(t, tiles_m, planes, section, SIDES == 1)
+    plane, m = tile_of(turn, tiles, tiles_m, planes, section, SIDES == 1, PAIRED)
     first, count = _blocks(m * BM, size, low, high, BM, BN, SIDES)
     return plane // heads, plane % heads, m, first, count
 
@@ -72,22 +58,20 @@ def _load(
     query, key, value, queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     tiles, tiles_m, planes, section, heads, group, length, size, left, right,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, STAGES: gl.constexpr,
-    SIDES: gl.constexpr, BOTTOM: gl.constexpr,
+    SIDES: gl.constexpr, BOTTOM: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads: blocks of keys from the last to the first, which is never masked by a causal rule."""
     HALF: gl.constexpr = BM // 2
     i = 0
-    turn = 0
-    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    for turn in range(number_of_tiles(tiles, PAIRED)):
         batch, head, m, first, count = _place(
-            t, tiles_m, planes, section, heads, length, size, left, right, BM, BN, SIDES, BOTTOM
+            turn, tiles, tiles_m, planes, section, heads, length, size, left, right, BM, BN, SIDES, BOTTOM, PAIRED
         )
         owner = head // group
         mbarrier.wait(q_empty, (turn & 1) ^ 1)
         mbarrier.expect(q_full, BM * E * 2)
         for half in gl.static_range(2):
             block_to_shared(query, [batch, head, m * BM + half * HALF, 0], q_full, queries.index(half))
-        turn += 1
         for j in range(count):
             stage = i % STAGES
             phase = ((i // STAGES) & 1) ^ 1
@@ -138,7 +122,7 @@ def _multiply(
     half: gl.constexpr, out, lse, queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
     out_at, lse_at, tiles, tiles_m, planes, section, heads, length, size, left, right, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, VALUE: gl.constexpr, STAGES: gl.constexpr,
-    SIDES: gl.constexpr, BOTTOM: gl.constexpr, TURNS: gl.constexpr,
+    SIDES: gl.constexpr, BOTTOM: gl.constexpr, TURNS: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """Four warps with one ``half`` of the rows of every tile. ``factor`` is positive, in base 2."""
     HALF: gl.constexpr = BM // 2
@@ -150,11 +134,10 @@ def _multiply(
     _, low, high = window(size, length, left, right, SIDES, BOTTOM)
     col = gl.arange(0, BN, gl.SliceLayout(0, over))
     i = 0
-    turn = 0
     count_of_turns = 0
-    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    for turn in range(number_of_tiles(tiles, PAIRED)):
         batch, head, m, first, count = _place(
-            t, tiles_m, planes, section, heads, length, size, left, right, BM, BN, SIDES, BOTTOM
+            turn, tiles, tiles_m, planes, section, heads, length, size, left, right, BM, BN, SIDES, BOTTOM, PAIRED
         )
         start = m * BM + half * HALF
         row = start + gl.arange(0, HALF, gl.SliceLayout(1, over))
@@ -211,7 +194,6 @@ def _multiply(
         acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
         mbarrier.arrive(v_empty.index(stage), count=1)
         i += 1
-        turn += 1
         batch, head = batch.to(gl.int64), head.to(gl.int64)
         to = lse + batch * lse_at[0] + head * lse_at[1]
         gl.store(to + row * lse_at[2], (peak + gl.log2(total)) * LN2, row < length)
@@ -229,7 +211,7 @@ def attention_hopper(
     query, key, value, out, lse, out_at, lse_at,
     tiles, tiles_m, planes, section, heads, group, length, size, left, right, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, VALUE: gl.constexpr, STAGES: gl.constexpr,
-    SIDES: gl.constexpr, BOTTOM: gl.constexpr, TURNS: gl.constexpr, num_warps: gl.constexpr,
+    SIDES: gl.constexpr, BOTTOM: gl.constexpr, TURNS: gl.constexpr, PAIRED: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """``query``, ``key`` and ``value`` load blocks of (1, 1, rows, columns); ``out_at`` and ``lse_at`` are strides."""
     queries = gl.allocate_shared_memory(query.dtype, [2] + query.block_type.shape, query.layout)
@@ -245,13 +227,13 @@ def attention_hopper(
     gl.warp_specialize([
         (_multiply, (upper, out, lse, queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
                      out_at, lse_at, tiles, tiles_m, planes, section, heads, length, size, left, right, factor,
-                     BM, BN, E, EV, VALUE, STAGES, SIDES, BOTTOM, TURNS)),
+                     BM, BN, E, EV, VALUE, STAGES, SIDES, BOTTOM, TURNS, PAIRED)),
         (_multiply, (lower, out, lse, queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
                      out_at, lse_at, tiles, tiles_m, planes, section, heads, length, size, left, right, factor,
-                     BM, BN, E, EV, VALUE, STAGES, SIDES, BOTTOM, TURNS)),
+                     BM, BN, E, EV, VALUE, STAGES, SIDES, BOTTOM, TURNS, PAIRED)),
         (_load, (query, key, value, queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                  tiles, tiles_m, planes, section, heads, group, length, size, left, right,
-                 BM, BN, E, EV, STAGES, SIDES, BOTTOM)),
+                 BM, BN, E, EV, STAGES, SIDES, BOTTOM, PAIRED)),
     ], [4, 1], [232, 32])  # fmt: skip
 
 
@@ -296,37 +278,27 @@ def served(p: Any, *others: Tensor) -> tuple[int, int] | None:
     return (e, ev) if max(e, ev) <= 256 else None
 
 
-def sections(planes: int, lines: int, width: int, group: int) -> int:
-    """How many planes, of which ``group`` share ``lines`` of ``width`` halves, have theirs in the cache together."""
-    return max(1, min(planes, SECTION // (lines * width * 2) * group))
-
-
 def run(p: Any, out: Tensor, lse: Tensor, config: Mapping[str, int]) -> bool:
     """Launch for the problem ``p``; False, with nothing launched, where it is none for this kernel."""
     widths = served(p, out)
     if widths is None:
         return False
     e, ev = widths
-    bm, bn, stages = 128, 128 if max(e, ev) <= 128 else 64, 2
+    bm, bn, stages = 128, 128 if max(e, ev) <= 128 else 64, config.get("kv_stages") or (4 if max(e, ev) <= 64 else 2)
     described = [
         _descriptor(t, rows, width) for t, rows, width in ((p.query, bm // 2, e), (p.key, bn, e), (p.value, bn, ev))
     ]
     if None in described:
         return False
     planes, tiles_m = p.batch * p.heads, _layout.cdiv(p.length, bm)
-    numbers = (
-        p.batch * p.heads * tiles_m,
-        tiles_m,
-        planes,
-        sections(planes, p.size, e + ev, p.group),
-        p.heads,
-        p.group,
-    )
+    section = sections(planes, p.size, e + ev, p.group)
+    programs, section, paired = order(planes, tiles_m, section, config["processors"], p.shape["SIDES"] == 1)
+    numbers = (planes * tiles_m, tiles_m, planes, section, p.heads, p.group)
     factor = (p.numbers[0] + p.numbers[1]) * LOG2E.value
     launch(
-        attention_hopper, (min(config["processors"], planes * tiles_m),),
+        attention_hopper, (programs,),
         (*described, out, lse, out.stride(), lse.stride(), *numbers, p.length, p.size, *p.sides, factor),
         dict(BM=bm, BN=bn, E=e, EV=ev, VALUE=p.shape["VALUE"], STAGES=stages, SIDES=p.shape["SIDES"], BOTTOM=p.bottom,
-             TURNS=bool(config.get("turns")), num_warps=4),
+             TURNS=bool(config.get("turns")), PAIRED=paired, num_warps=4),
     )  # fmt: skip
     return True

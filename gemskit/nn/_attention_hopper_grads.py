@@ -25,8 +25,9 @@ from gemskit import _layout
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit.blas._hopper import barriers, block_to_shared, lines_of
-from gemskit.nn._attention_hopper import _descriptor, _place, _seen, _tile, sections, served
+from gemskit.nn._attention_hopper import _descriptor, _place, _seen, served
 from gemskit.nn._attention_tiles import LOG2E, tile, window
+from gemskit.nn._hopper_order import number_of_tiles, order, sections, tile_of
 
 #: Rows whose two numbers (lse and delta) lie side by side.
 ROWS: tl.constexpr = tl.constexpr(64)
@@ -77,15 +78,14 @@ def _load_rows(
     query, grad, key, value, queries, grads, keys, values, full, empty, kv_full, kv_empty,
     tiles, tiles_n, planes, section, owners, group, length, size, left, right,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, STAGES: gl.constexpr,
-    SIDES: gl.constexpr, BOTTOM: gl.constexpr,
+    SIDES: gl.constexpr, BOTTOM: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads for keys: once their own tiles, then blocks of rows of every head that shares them."""
     HALF: gl.constexpr = BN // 2
     _, low, high = window(size, length, left, right, SIDES, BOTTOM)
     i = 0
-    turn = 0
-    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        plane, n = _tile(t, tiles_n, planes, section, False)
+    for turn in range(number_of_tiles(tiles, PAIRED)):
+        plane, n = tile_of(turn, tiles, tiles_n, planes, section, False, PAIRED)
         batch, owner = plane // owners, plane % owners
         first, count = _rows_of(n * BN, length, low, high, BM, BN, SIDES)
         mbarrier.wait(kv_empty, (turn & 1) ^ 1)
@@ -93,7 +93,6 @@ def _load_rows(
         for half in gl.static_range(2):
             block_to_shared(key, [batch, owner, n * BN + half * HALF, 0], kv_full, keys.index(half))
             block_to_shared(value, [batch, owner, n * BN + half * HALF, 0], kv_full, values.index(half))
-        turn += 1
         for j in range(group * count):
             stage = i % STAGES
             at = [batch, owner * group + j // count, (first + j % count) * BM, 0]
@@ -131,7 +130,7 @@ def _sum_rows(
     half: gl.constexpr, numbers, to_key, to_value, queries, grads, keys, values, full, empty, kv_full, kv_empty,
     key_at, value_at, tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, HEAD: gl.constexpr, VALUE: gl.constexpr,
-    STAGES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr,
+    STAGES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """Four warps with one ``half`` of the keys of every tile: scores stand with keys down and rows across."""
     HALF: gl.constexpr = BN // 2
@@ -144,9 +143,8 @@ def _sum_rows(
     row = gl.arange(0, BM, gl.SliceLayout(0, over))
     none = gl.zeros([HALF, BM], gl.float32, over)
     i = 0
-    turn = 0
-    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        plane, n = _tile(t, tiles_n, planes, section, False)
+    for turn in range(number_of_tiles(tiles, PAIRED)):
+        plane, n = tile_of(turn, tiles, tiles_n, planes, section, False, PAIRED)
         batch, owner = plane // owners, plane % owners
         first, count = _rows_of(n * BN, length, low, high, BM, BN, SIDES)
         start = n * BN + half * HALF
@@ -181,7 +179,6 @@ def _sum_rows(
             mbarrier.arrive(empty.index(stage), count=1)
             i += 1
         mbarrier.arrive(kv_empty, count=1)
-        turn += 1
         _put(for_key * scale, to_key, batch, owner, start, size, key_at, HALF, E, HEAD)
         _put(for_value, to_value, batch, owner, start, size, value_at, HALF, EV, VALUE)
 
@@ -204,7 +201,7 @@ def attention_hopper_grad_key_value(
     query, grad, key, value, numbers, to_key, to_value, key_at, value_at,
     tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, HEAD: gl.constexpr, VALUE: gl.constexpr,
-    STAGES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, num_warps: gl.constexpr,
+    STAGES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, PAIRED: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """A tile of BN keys and values a turn, summed over blocks of BM rows of all heads that share them."""
     keys = gl.allocate_shared_memory(key.dtype, [2] + key.block_type.shape, key.layout)
@@ -219,13 +216,13 @@ def attention_hopper_grad_key_value(
     gl.warp_specialize([
         (_sum_rows, (upper, numbers, to_key, to_value, queries, grads, keys, values, full, empty, kv_full, kv_empty,
                      key_at, value_at, tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale,
-                     factor, BM, BN, E, EV, HEAD, VALUE, STAGES, SIDES, BOTTOM)),
+                     factor, BM, BN, E, EV, HEAD, VALUE, STAGES, SIDES, BOTTOM, PAIRED)),
         (_sum_rows, (lower, numbers, to_key, to_value, queries, grads, keys, values, full, empty, kv_full, kv_empty,
                      key_at, value_at, tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale,
-                     factor, BM, BN, E, EV, HEAD, VALUE, STAGES, SIDES, BOTTOM)),
+                     factor, BM, BN, E, EV, HEAD, VALUE, STAGES, SIDES, BOTTOM, PAIRED)),
         (_load_rows, (query, grad, key, value, queries, grads, keys, values, full, empty, kv_full, kv_empty,
                       tiles, tiles_n, planes, section, owners, group, length, size, left, right,
-                      BM, BN, E, EV, STAGES, SIDES, BOTTOM)),
+                      BM, BN, E, EV, STAGES, SIDES, BOTTOM, PAIRED)),
     ], [4, 1], [240, 24])  # fmt: skip
 
 
@@ -237,14 +234,13 @@ def _load_keys(
     query, grad, key, value, queries, grads, keys, values, full, empty, q_full, q_empty,
     tiles, tiles_m, planes, section, heads, group, length, size, left, right,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, STAGES: gl.constexpr,
-    SIDES: gl.constexpr, BOTTOM: gl.constexpr,
+    SIDES: gl.constexpr, BOTTOM: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads for queries: their rows once, then blocks of keys and values."""
     i = 0
-    turn = 0
-    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    for turn in range(number_of_tiles(tiles, PAIRED)):
         batch, head, m, first, count = _place(
-            t, tiles_m, planes, section, heads, length, size, left, right, BM, BN, SIDES, BOTTOM
+            turn, tiles, tiles_m, planes, section, heads, length, size, left, right, BM, BN, SIDES, BOTTOM, PAIRED
         )
         mbarrier.wait(q_empty, (turn & 1) ^ 1)
         mbarrier.expect(q_full, BM * (E + EV) * 2)
@@ -252,7 +248,6 @@ def _load_keys(
             at = [batch, head, m * BM + half * (BM // 2), 0]
             block_to_shared(query, at, q_full, queries.index(half))
             block_to_shared(grad, at, q_full, grads.index(half))
-        turn += 1
         for j in range(count):
             stage = i % STAGES
             at = [batch, head // group, (first + j) * BN, 0]
@@ -268,7 +263,7 @@ def _sum_keys(
     half: gl.constexpr, numbers, to_query, queries, grads, keys, values, full, empty, q_full, q_empty,
     query_at, tiles, tiles_m, planes, section, heads, length, size, left, right, scale, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, HEAD: gl.constexpr, STAGES: gl.constexpr,
-    SIDES: gl.constexpr, BOTTOM: gl.constexpr,
+    SIDES: gl.constexpr, BOTTOM: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """Four warps with one ``half`` of the rows of every tile."""
     HALF: gl.constexpr = BM // 2
@@ -282,10 +277,9 @@ def _sum_keys(
     local = gl.arange(0, HALF, gl.SliceLayout(1, over))
     none = gl.zeros([HALF, BN], gl.float32, over)
     i = 0
-    turn = 0
-    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    for turn in range(number_of_tiles(tiles, PAIRED)):
         batch, head, m, first, count = _place(
-            t, tiles_m, planes, section, heads, length, size, left, right, BM, BN, SIDES, BOTTOM
+            turn, tiles, tiles_m, planes, section, heads, length, size, left, right, BM, BN, SIDES, BOTTOM, PAIRED
         )
         start = m * BM + half * HALF
         row = start + local
@@ -325,7 +319,6 @@ def _sum_keys(
         mbarrier.arrive(empty.index(stage), count=1)
         i += 1
         mbarrier.arrive(q_empty, count=1)
-        turn += 1
         _put(acc * scale, to_query, batch, head, start, length, query_at, HALF, E, HEAD)
 
 
@@ -334,7 +327,7 @@ def attention_hopper_grad_query(
     query, grad, key, value, numbers, to_query, query_at,
     tiles, tiles_m, planes, section, heads, group, length, size, left, right, scale, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, HEAD: gl.constexpr, STAGES: gl.constexpr,
-    SIDES: gl.constexpr, BOTTOM: gl.constexpr, num_warps: gl.constexpr,
+    SIDES: gl.constexpr, BOTTOM: gl.constexpr, PAIRED: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """A tile of BM rows a turn, summed over blocks of BN keys."""
     queries = gl.allocate_shared_memory(query.dtype, [2] + query.block_type.shape, query.layout)
@@ -349,13 +342,13 @@ def attention_hopper_grad_query(
     gl.warp_specialize([
         (_sum_keys, (upper, numbers, to_query, queries, grads, keys, values, full, empty, q_full, q_empty, query_at,
                      tiles, tiles_m, planes, section, heads, length, size, left, right, scale, factor,
-                     BM, BN, E, EV, HEAD, STAGES, SIDES, BOTTOM)),
+                     BM, BN, E, EV, HEAD, STAGES, SIDES, BOTTOM, PAIRED)),
         (_sum_keys, (lower, numbers, to_query, queries, grads, keys, values, full, empty, q_full, q_empty, query_at,
                      tiles, tiles_m, planes, section, heads, length, size, left, right, scale, factor,
-                     BM, BN, E, EV, HEAD, STAGES, SIDES, BOTTOM)),
+                     BM, BN, E, EV, HEAD, STAGES, SIDES, BOTTOM, PAIRED)),
         (_load_keys, (query, grad, key, value, queries, grads, keys, values, full, empty, q_full, q_empty,
                       tiles, tiles_m, planes, section, heads, group, length, size, left, right,
-                      BM, BN, E, EV, STAGES, SIDES, BOTTOM)),
+                      BM, BN, E, EV, STAGES, SIDES, BOTTOM, PAIRED)),
     ], [4, 1], [232, 32])  # fmt: skip
 
 
@@ -388,22 +381,27 @@ def run(
         dict(VALUE=width, EV=p.shape["EV"], num_warps=4),
     )  # fmt: skip
     meta = dict(E=e, EV=ev, HEAD=p.shape["HEAD"], SIDES=p.shape["SIDES"], BOTTOM=p.bottom, num_warps=4)
+    causal = p.shape["SIDES"] == 1
     sizes = (p.length, p.size, *p.sides, scale, scale * LOG2E.value)
     if to_key is not None or to_value is not None:
         planes, tiles = p.batch * p.owners, _layout.cdiv(p.size, side)
+        section = sections(planes, p.length * p.group, e + ev, 1)
+        programs, section, paired = order(planes, tiles, section, config["processors"], causal)
         launch(
-            attention_hopper_grad_key_value, (min(config["processors"], planes * tiles),),
+            attention_hopper_grad_key_value, (programs,),
             (*whole, numbers, to_key, to_value, _strides(to_key), _strides(to_value),
-             planes * tiles, tiles, planes, sections(planes, p.length * p.group, e + ev, 1), p.owners, p.group, *sizes),
-            dict(meta, BM=block, BN=side, VALUE=width, STAGES=2),
+             planes * tiles, tiles, planes, section, p.owners, p.group, *sizes),
+            dict(meta, BM=block, BN=side, VALUE=width, STAGES=2, PAIRED=paired),
         )  # fmt: skip
     if to_query is not None:
         planes, tiles = p.batch * p.heads, _layout.cdiv(p.length, side)
+        section = sections(planes, p.size, e + ev, p.group)
+        programs, section, paired = order(planes, tiles, section, config["processors"], causal)
         launch(
-            attention_hopper_grad_query, (min(config["processors"], planes * tiles),),
+            attention_hopper_grad_query, (programs,),
             (*whole, numbers, to_query, _strides(to_query),
-             planes * tiles, tiles, planes, sections(planes, p.size, e + ev, p.group), p.heads, p.group, *sizes),
-            dict(meta, BM=side, BN=block, STAGES=3),
+             planes * tiles, tiles, planes, section, p.heads, p.group, *sizes),
+            dict(meta, BM=side, BN=block, STAGES=3, PAIRED=paired),
         )  # fmt: skip
     return True
 

@@ -1,0 +1,97 @@
+"""Which tiles of attention a program takes, one after the other, so that all programs work until the end.
+
+Programs stay, and nothing tells them how far the others are: the order is arithmetic. Under a causal rule tiles of the same plane
+(batch and head) have from one block of keys to all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+#: Bytes of keys and values that a section of planes may have, so that they stay in the L2 cache of 50 MB.
+SECTION = 24 << 20
+
+
+@gluon.jit
+def number_of_tiles(tiles, PAIRED: gl.constexpr):
+    """How many tiles this program takes."""
+    me, programs = gl.program_id(0), gl.num_programs(0)
+    if PAIRED:
+        pairs = tiles // 2
+        rest = pairs % programs
+        last = gl.where(me < rest, 2, 0)
+        if 2 * rest <= programs:
+            last = gl.where(me < 2 * rest, 1, 0)
+        count = pairs // programs * 2 + last
+    else:
+        count = gl.cdiv(tiles - me, programs)
+    return count
+
+
+@gluon.jit
+def tile_of(turn, tiles, tiles_m, planes, section, LAST_FIRST: gl.constexpr, PAIRED: gl.constexpr):
+    """Plane and place of the tile that this program takes at its ``turn``.
+
+    Sections of planes whose keys stay in the cache come one after the other. In a pair, tile m of a plane follows tile
+    ``tiles_m - 1 - m`` of the plane before it: every pair has the same number of blocks. The last pairs, where they are for at
+    most half of the programs, are taken apart; they are those of tiles from the middle, which are alike.
+    """
+    me, programs = gl.program_id(0), gl.num_programs(0)
+    if PAIRED:
+        pairs = tiles // 2
+        unit, second = turn // 2 * programs + me, turn % 2
+        whole = pairs // programs
+        if (turn >= 2 * whole) & (2 * (pairs % programs) <= programs):
+            unit, second = whole * programs + me // 2, me % 2
+        rows, before, column = _section(unit, tiles_m, planes // 2, section // 2)
+        m = gl.where(rows % 2 == 0, rows // 2, tiles_m - 1 - rows // 2)
+        m = gl.where(second == 0, tiles_m - 1 - m, m)
+        plane = 2 * (before + column) + second
+    else:
+        m, before, column = _section(turn * programs + me, tiles_m, planes, section)
+        if LAST_FIRST:
+            m = tiles_m - 1 - m
+        plane = before + column
+    return plane, m
+
+
+@gluon.jit
+def _section(t, tiles_m, planes, section):
+    """The place in a plane of tile ``t``, the first plane of its section, and which plane of it."""
+    before = t // (section * tiles_m) * section
+    here = min(planes - before, section)
+    rest = t - before * tiles_m
+    return rest // here, before, rest % here
+
+
+# ---- the host's part -----------------------------------------------------------------------------------------------
+
+
+def sections(planes: int, lines: int, width: int, group: int) -> int:
+    """How many planes, of which ``group`` share ``lines`` of ``width`` halves, have theirs in the cache together."""
+    return max(1, min(planes, SECTION // (lines * width * 2) * group))
+
+
+@functools.lru_cache(maxsize=1024)
+def order(planes: int, tiles_m: int, section: int, processors: int, causal: bool) -> tuple[int, int, bool]:
+    """Programs, the section, and whether tiles are paired: where that leaves the programs idle for less time."""
+    tiles = planes * tiles_m
+    programs = min(processors, tiles)
+    even = max(2, section - section % 2)
+    if not causal or planes % 2 or tiles < 2 * programs:
+        return programs, section, False
+    # Counting every tile takes 0.1 us each; with more than these a program's sum of many is near the mean.
+    if tiles > 1 << 15:
+        return programs, even, True
+    busy = [0] * programs
+    for t in range(tiles):
+        before = t // (section * tiles_m) * section
+        busy[t % programs] += tiles_m - (t - before * tiles_m) // min(planes - before, section) + 1
+    pairs = tiles // 2
+    rest = pairs % programs
+    last = 0 if not rest else tiles_m + 3 if 2 * rest > programs else tiles_m // 2 + 3
+    better = (tiles_m + 3) * (pairs // programs) + last < max(busy)
+    return programs, even if better else section, better

@@ -7,6 +7,7 @@ are split along K, so that all programs work until the end; what the parts found
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -107,14 +108,15 @@ def _multiply(
     half: gl.constexpr, out, parts, extras, a_tiles, b_tiles, empty, full, batch_sizes, out_batch, extra_batch,
     out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split, part_steps,
     A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, WIDE: gl.constexpr, ALONG: gl.constexpr, GATED: gl.constexpr,
+    GROUP: gl.constexpr, WIDE: gl.constexpr, ALONG: gl.constexpr, ALIGN: gl.constexpr, TURNED: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """Four warps that multiply: one ``half`` of the rows of every tile."""
     HALF: gl.constexpr = BM // 2
     COLS: gl.constexpr = BN // 2 if GATED else BN
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     final: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLS, 16])
-    lines: gl.constexpr = lines_of(HALF, COLS) if COLS >= 32 else final
+    MOVED: gl.constexpr = TURNED or COLS >= 32
+    lines: gl.constexpr = lines_of(HALF, COLS, ALIGN == 8, TURNED) if MOVED else final
     i = 0
     for u in range(gl.program_id(0), units, gl.num_programs(0)):
         tile, start, last, part = _work(u, whole, split, part_steps, steps)
@@ -169,25 +171,29 @@ def _multiply(
                 N,
                 ALONG,
             ).to(out.dtype.element_ty)
-            if COLS >= 32:
+            if MOVED:
                 value = gl.convert_layout(value, lines)
             r = m * BM + half * HALF + gl.arange(0, HALF, gl.SliceLayout(1, lines))
             c = n * COLS + gl.arange(0, COLS, gl.SliceLayout(0, lines))
-            _store(value, r, c, batch, out, batch_sizes, out_batch, out_m, out_n, M, N)
+            _store(value, r, c, batch, out, batch_sizes, out_batch, out_m, out_n, M, N, ALIGN, TURNED)
 
 
 @gluon.constexpr_function
-def lines_of(rows, cols):
-    """The accumulator with 8 neighbours a thread, which moves within warps only: stores of 64 bytes a row, not of 16."""
-    own = [
-        [0, 1],
-        [0, 2],
-        [0, 4],
-        *([0, c] for c in (32, 64, 128) if c < cols),
-        [8, 0],
-        *([r, 0] for r in (64,) if r < rows),
-    ]
-    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+def lines_of(rows, cols, aligned=True, turned=False):
+    """The accumulator in lines of memory of 64 bytes, of 32 where its columns are the lines; moves within warps only.
+
+    8 neighbours a thread, or 32 a warp where lines begin anywhere, so that a store takes 2 bytes.
+    """
+    if turned:
+        own = [[1, 0], [2, 0], [4, 0], *([0, c] for c in (16, 32, 64, 128) if c < cols)]
+        lanes = [[8, 0], [0, 1], [0, 2], [0, 4], [0, 8]]
+    else:
+        fine, coarse = [[0, 1], [0, 2], [0, 4]], [[1, 0], [2, 0], [4, 0]]
+        rest = [*([0, c] for c in (32, 64, 128) if c < cols), [8, 0]]
+        own, lanes = ([*fine, *rest], [[0, 8], [0, 16], *coarse])
+        if not aligned:
+            own, lanes = [*coarse, *rest], [*fine, [0, 8], [0, 16]]
+    own = [*own, *([r, 0] for r in (64,) if r < rows)]
     return gl.DistributedLinearLayout(own, lanes, [[16, 0], [32, 0]], [], [rows, cols])
 
 
@@ -205,10 +211,19 @@ def _finish(
 
 
 @jit
-def _store(value, m, n, batch, out, batch_sizes, out_batch, out_m, out_n, M, N):
-    """Store what of a tile is inside."""
+def _store(
+    value, m, n, batch, out, batch_sizes, out_batch, out_m, out_n, M, N, ALIGN: tl.constexpr, TURNED: tl.constexpr
+):
+    """Store what of a tile is inside. Lines (columns if TURNED) begin and end at multiples of ALIGN elements.
+
+    Of a number the compiler knows only whether it is a multiple of 16: lines of 4104 would be stored one by one.
+    """
     m, n = m[:, None], n[None, :]
-    at = offset(batch, batch_sizes, out_batch) + m * out_m + n * out_n
+    if TURNED:
+        out_n, M = out_n // ALIGN * ALIGN, M // ALIGN * ALIGN
+    else:
+        out_m, N = out_m // ALIGN * ALIGN, N // ALIGN * ALIGN
+    at = offset(batch, batch_sizes, out_batch) // ALIGN * ALIGN + m * out_m + n * out_n
     tl.store(out + at, value, (m < M) & (n < N))
 
 
@@ -241,7 +256,8 @@ def product(
     out, a, b, up, parts, extras, batch_sizes, out_batch, a_batch, b_batch, extra_batch, out_m, out_n, extra_m, extra_n,
     s0, s1, s2, s3, M, N, K, whole, split, pieces, part_steps,
     A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-    STAGES: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr, ALONG: gl.constexpr, num_warps: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr, ALONG: gl.constexpr, ALIGN: gl.constexpr, TURNED: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """``a`` is [M, K] (A_ROWS) or [K, M], ``b`` [K, N] (B_ROWS) or [N, K], batches one below the other.
 
@@ -263,10 +279,10 @@ def product(
     gl.warp_specialize([
         (MULTIPLY, (upper, out, parts, extras, a_tiles, b_tiles, empty, full, batch_sizes, out_batch, extra_batch,
                     out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
-                    part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, GROUP, WIDE, ALONG, GATED)),
+                    part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, GROUP, WIDE, ALONG, ALIGN, TURNED, GATED)),
         (MULTIPLY, (lower, out, parts, extras, a_tiles, b_tiles, empty, full, batch_sizes, out_batch, extra_batch,
                     out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
-                    part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, GROUP, WIDE, ALONG, GATED)),
+                    part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, GROUP, WIDE, ALONG, ALIGN, TURNED, GATED)),
         (_load, (a, b, up, a_tiles, b_loads, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps, units, whole,
                  split, part_steps, A_ROWS, B_ROWS, BM, BN, BK, STAGES, GROUP)),
     ], [4, 1], [232, 32])  # fmt: skip
@@ -277,7 +293,7 @@ def join(
     out, parts, extras, batch_sizes, out_batch, extra_batch, out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N,
     whole, split, pieces,
     BM: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
-    ALONG: tl.constexpr, GATED: tl.constexpr,
+    ALONG: tl.constexpr, ALIGN: tl.constexpr, TURNED: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """Add up the parts of the tiles that were split, in their order, and store them: ROWS rows of a tile a program."""
     i = tl.program_id(0)
@@ -303,7 +319,7 @@ def join(
     value = FINISH(
         acc, other, m, n, batch, extras, batch_sizes, extra_batch, extra_m, extra_n, s0, s1, s2, s3, M, N, ALONG
     )
-    _store(value.to(out.dtype.element_ty), m, n, batch, out, batch_sizes, out_batch, out_m, out_n, M, N)
+    _store(value.to(out.dtype.element_ty), m, n, batch, out, batch_sizes, out_batch, out_m, out_n, M, N, ALIGN, TURNED)
 
 
 # ---- the host's part -----------------------------------------------------------------------------------------------
@@ -358,7 +374,12 @@ class Kernels:
         out_batch, _, _, *extra_batch = space.batch
         where = (space.rows[0], space.cols[0], space.rows[2:], space.cols[2:])
         shape = (choice.BM, choice.BN)
-        tile = dict(BM=choice.BM, BN=choice.BN, GROUP=choice.GROUP, WIDE=space.wide, ALONG=space.along)
+        turned = space.rows[0] == 1 != space.cols[0]
+        line, end, step = (space.cols[0], space.M, 1) if turned else (space.rows[0], space.N, space.cols[0])
+        align = math.gcd(8, line, end, *out_batch) if step == 1 else 1
+        tile = dict(
+            BM=choice.BM, BN=choice.BN, GROUP=choice.GROUP, WIDE=space.wide, ALONG=space.along, ALIGN=align, TURNED=turned
+        )  # fmt: skip
         cols = choice.BN // (1 + gated)
         meta = dict(tile, A_ROWS=bool(a.k_last), B_ROWS=not b.k_last, BK=choice.BK, STAGES=choice.STAGES, num_warps=4)
         split, pieces = choice.split, choice.pieces

@@ -107,6 +107,24 @@ def test_operand_layouts(first: str, second: str, size: tuple[int, int, int], ho
     assert hopper or M == 8
 
 
+@pytest.mark.parametrize("first", ["rows", "columns"])
+@pytest.mark.parametrize("second", ["rows", "columns"])
+def test_lines_that_begin_anywhere_are_copied(
+    first: str, second: str, hopper: list[_rule.Choice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    M, N, K = 131, 197, 71
+    a = halves(M, K) if first == "rows" else halves(K, M).t()
+    b = halves(K, N) if second == "rows" else halves(N, K).t()
+    close(gemskit.mm(a, b), a.double() @ b.double())
+    assert not hopper  # no gain at this size
+    monkeypatch.setattr(_drive.Product, "_worth_copies", lambda *args: True)
+    _forget()
+    close(gemskit.mm(a, b, epilogue=epilogues.relu), (a.double() @ b.double()).relu())
+    out = torch.empty(N, M, dtype=BF16).t()
+    close(gemskit.mm(a, b, out=out), a.double() @ b.double())
+    assert len(hopper) >= 2
+
+
 def test_batches(hopper: list[_rule.Choice]) -> None:
     a, b = halves(5, 200, 128), halves(5, 128, 136)
     close(gemskit.bmm(a, b), a.double() @ b.double())

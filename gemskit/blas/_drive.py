@@ -26,9 +26,10 @@ from gemskit._op import Named, P, R
 from gemskit.blas import _few
 from gemskit.blas._epilogue import Fused, Step, formula
 from gemskit.blas._integers import Integers
-from gemskit.blas._rule import Choice, choose
+from gemskit.blas._rule import BANDWIDTH, LAUNCH, Choice, choose
 from gemskit.blas._space import Space, read
 from gemskit.errors import DtypeError, NoKernel
+from gemskit.pointwise._place import copy
 
 #: Filled in per operator.
 EPILOGUE: Any = None
@@ -152,15 +153,34 @@ class Product:
         few = _few.plan(space, a.dtype, bound.acc, bound.few, self.gated)
         plain = few or self._plain(space, a, bound)
         fast = few or self._wgmma(space, a, bound) or plain
+        lines: tuple[tuple[int, int] | None, ...] = (None, None)
+        if fast is plain and not few and a.ndim == b.ndim == 2 and self._worth_copies(space, a.dtype):
+            first, second = (t if (s := apart(t)) is None else new(t, s, "meta") for t in (a, b))
+            moved = self._wgmma(Space.of(out, first, second, [named[n] for n in operands]), a, bound)
+            if moved:
+                fast, lines = moved, (apart(a), apart(b))
 
         def run(out: Tensor, a: Tensor, b: Tensor, named: Named) -> None:
-            # Descriptors of addresses that are no multiple of 16 do not exist.
             up = named["up"] if self.gated else None
-            unaligned = (a.data_ptr() | b.data_ptr() | (up.data_ptr() if up is not None else 0)) % 16
+            first, second = (t if s is None else copy(t, new(t, s, t.device)) for t, s in zip((a, b), lines))
+            # Descriptors of addresses that are no multiple of 16 do not exist.
+            unaligned = (first.data_ptr() | second.data_ptr() | (up.data_ptr() if up is not None else 0)) % 16
             launches = plain if unaligned else fast
-            launches(out, a, b, up, tuple([named[n] for n in operands]), slots([named[n] for n in bound.runtime]))
+            launches(
+                out, first, second, up, tuple([named[n] for n in operands]), slots([named[n] for n in bound.runtime])
+            )
 
         return run
+
+    def _worth_copies(self, space: Space, dtype: torch.dtype) -> bool:
+        """Whether Hopper's kernel on copies of the factors, whose lines the copy engine can read, is the faster one.
+
+        The plain kernel, which loads such lines by 2 bytes, multiplies at 0.09 to 0.15 PFLOP/s, Hopper's at 0.6.
+        """
+        M, N, K = space.M, space.N, space.K
+        saved = 2 * M * N * K * (1 / 0.15e9 - 1 / 0.6e9)
+        copies = 2 * (LAUNCH + 2 * 2 * max(M, N) * K / BANDWIDTH)
+        return space.batches == 1 and not self.gated and dtype.itemsize == 2 and saved > copies
 
     def _wgmma(self, space: Space, a: Tensor, bound: Bound) -> Run | None:
         """The kernel for Hopper's tensor cores, where the row of the table and the factors permit it."""
@@ -213,6 +233,19 @@ class Product:
             self._bound[key] = Bound(self.name, call, acc, runtime)
         self._known[asked] = self._bound[key]
         return self._bound[key]
+
+
+def apart(t: Tensor) -> tuple[int, int] | None:
+    """Strides of a copy of the matrix ``t`` whose lines begin at multiples of 16 bytes; None where those of ``t`` do."""
+    line, step = (1, 0) if t.stride(0) == 1 and t.stride(1) != 1 else (0, 1)
+    if t.stride(step) == 1 and t.stride(line) % 8 == 0:
+        return None
+    wide = 8 * _layout.cdiv(t.shape[step], 8)
+    return (wide, 1) if step else (1, wide)
+
+
+def new(t: Tensor, strides: tuple[int, int], device: torch.device | str) -> Tensor:
+    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=device)
 
 
 def tiles(

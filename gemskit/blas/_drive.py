@@ -192,11 +192,11 @@ class Product:
         found: Run | None = bound.wgmma.plan(space, a.dtype, choice, self.gated)
         return found
 
-    def with_choice(self, a: Tensor, b: Tensor, out: Tensor, choice: Choice) -> Callable[[], None] | None:
-        """The launch of Hopper's kernel with a choice that the rule might not take; None where it has none."""
+    def with_choice(self, a: Tensor, b: Tensor, out: Tensor, choice: Choice) -> Callable[..., None] | None:
+        """The launch of Hopper's kernel for (out, a, b) with a choice that the rule might not take; None where it has none."""
         bound = self._bind({}, [], ACCUMULATORS[a.dtype])
         run: Run | None = bound.wgmma.plan(Space.of(out, a, b, []), a.dtype, choice)
-        return None if run is None else lambda: run(out, a, b, None, (), slots([]))
+        return None if run is None else lambda out, a, b: run(out, a, b, None, (), slots([]))
 
     def _plain(self, space: Space, a: Tensor, bound: Bound) -> Run:
         """The kernel that runs everywhere."""

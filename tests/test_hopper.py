@@ -160,7 +160,7 @@ def test_gated(split: bool, hopper: list[_rule.Choice], monkeypatch: pytest.Monk
 # -- attention ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[0, 1], ids=["free", "in turns"])
+@pytest.fixture(params=[0, 256], ids=["free", "in turns"])
 def attending(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Interpreted kernels of sm_90; the launches of the attention kernel."""
     taken: list[Any] = []

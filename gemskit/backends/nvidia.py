@@ -14,8 +14,8 @@ NO_E4M3 = FNUZ | {"float8_e4m3fn"}
 # of that backward. "wide" are the warps of the backward above head size 128.
 # Products of halves: gemskit/blas/_hopper.py.
 HOPPER = {
-    # wgmma 1 takes the kernels in Gluon; turns 1 lets their groups issue products in turns (docs/decisions/007).
-    "attention": {"m": 64, "n": 64, "warps": 4, "wide": 8, "stages": 3, "wgmma": 1, "turns": 0, "processors": 132},
+    # wgmma 1 takes the kernels in Gluon; up to head size turns their groups issue products in turns.
+    "attention": {"m": 64, "n": 64, "warps": 4, "wide": 8, "stages": 3, "wgmma": 1, "turns": 64, "processors": 132},
     "gemm": {"wgmma": 1, "processors": 132},
 }
 AMPERE = {"attention": {"m": 128, "n": 64, "warps": 8, "wide": 8, "stages": 2}}

@@ -57,7 +57,7 @@ def _place(
 def _load(
     query, key, value, queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     tiles, tiles_m, planes, section, heads, group, length, size, left, right,
-    BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, STAGES: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
     SIDES: gl.constexpr, BOTTOM: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads: blocks of keys from the last to the first, which is never masked by a causal rule."""
@@ -68,10 +68,12 @@ def _load(
             turn, tiles, tiles_m, planes, section, heads, length, size, left, right, BM, BN, SIDES, BOTTOM, PAIRED
         )
         owner = head // group
-        mbarrier.wait(q_empty, (turn & 1) ^ 1)
-        mbarrier.expect(q_full, BM * E * 2)
+        held = turn % TILES
+        ready = q_full.index(held)
+        mbarrier.wait(q_empty.index(held), ((turn // TILES) & 1) ^ 1)
+        mbarrier.expect(ready, BM * E * 2)
         for half in gl.static_range(2):
-            block_to_shared(query, [batch, head, m * BM + half * HALF, 0], q_full, queries.index(half))
+            block_to_shared(query, [batch, head, m * BM + half * HALF, 0], ready, queries.index(2 * held + half))
         for j in range(count):
             stage = i % STAGES
             phase = ((i // STAGES) & 1) ^ 1
@@ -122,7 +124,7 @@ def _multiply(
     half: gl.constexpr, out, lse, queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
     out_at, lse_at, tiles, tiles_m, planes, section, heads, length, size, left, right, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, VALUE: gl.constexpr, STAGES: gl.constexpr,
-    SIDES: gl.constexpr, BOTTOM: gl.constexpr, TURNS: gl.constexpr, PAIRED: gl.constexpr,
+    TILES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, TURNS: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """Four warps with one ``half`` of the rows of every tile. ``factor`` is positive, in base 2."""
     HALF: gl.constexpr = BM // 2
@@ -141,8 +143,9 @@ def _multiply(
         )
         start = m * BM + half * HALF
         row = start + gl.arange(0, HALF, gl.SliceLayout(1, over))
-        mbarrier.wait(q_full, turn & 1)
-        rows = queries.index(half).reshape([HALF, E])
+        held = turn % TILES
+        mbarrier.wait(q_full.index(held), (turn // TILES) & 1)
+        rows = queries.index(2 * held + half).reshape([HALF, E])
         acc = gl.zeros([HALF, EV], gl.float32, wide)
         none = gl.zeros([HALF, BN], gl.float32, over)
         stage = i % STAGES
@@ -188,7 +191,7 @@ def _multiply(
             mbarrier.arrive(v_empty.index(before), count=1)
             acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, wide))[:, None]
             weights = gl.convert_layout(following.to(dtype), left_hand)
-        mbarrier.arrive(q_empty, count=1)
+        mbarrier.arrive(q_empty.index(held), count=1)
         mbarrier.wait(v_full.index(stage), (i // STAGES) & 1)
         acc = warpgroup_mma(weights, values.index(stage).reshape([BN, EV]), acc, is_async=True)
         acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
@@ -211,13 +214,13 @@ def attention_hopper(
     query, key, value, out, lse, out_at, lse_at,
     tiles, tiles_m, planes, section, heads, group, length, size, left, right, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, VALUE: gl.constexpr, STAGES: gl.constexpr,
-    SIDES: gl.constexpr, BOTTOM: gl.constexpr, TURNS: gl.constexpr, PAIRED: gl.constexpr, num_warps: gl.constexpr,
+    TILES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, TURNS: gl.constexpr, PAIRED: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """``query``, ``key`` and ``value`` load blocks of (1, 1, rows, columns); ``out_at`` and ``lse_at`` are strides."""
-    queries = gl.allocate_shared_memory(query.dtype, [2] + query.block_type.shape, query.layout)
+    queries = gl.allocate_shared_memory(query.dtype, [2 * TILES] + query.block_type.shape, query.layout)
     keys = gl.allocate_shared_memory(key.dtype, [STAGES] + key.block_type.shape, key.layout)
     values = gl.allocate_shared_memory(value.dtype, [STAGES] + value.block_type.shape, value.layout)
-    q_full, q_empty = barriers(1, 1).index(0), barriers(1, 2).index(0)
+    q_full, q_empty = barriers(TILES, 1), barriers(TILES, 2)
     k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, 2)
     v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, 2)
     turns = barriers(2, 1)
@@ -227,13 +230,13 @@ def attention_hopper(
     gl.warp_specialize([
         (_multiply, (upper, out, lse, queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
                      out_at, lse_at, tiles, tiles_m, planes, section, heads, length, size, left, right, factor,
-                     BM, BN, E, EV, VALUE, STAGES, SIDES, BOTTOM, TURNS, PAIRED)),
+                     BM, BN, E, EV, VALUE, STAGES, TILES, SIDES, BOTTOM, TURNS, PAIRED)),
         (_multiply, (lower, out, lse, queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
                      out_at, lse_at, tiles, tiles_m, planes, section, heads, length, size, left, right, factor,
-                     BM, BN, E, EV, VALUE, STAGES, SIDES, BOTTOM, TURNS, PAIRED)),
+                     BM, BN, E, EV, VALUE, STAGES, TILES, SIDES, BOTTOM, TURNS, PAIRED)),
         (_load, (query, key, value, queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                  tiles, tiles_m, planes, section, heads, group, length, size, left, right,
-                 BM, BN, E, EV, STAGES, SIDES, BOTTOM, PAIRED)),
+                 BM, BN, E, EV, STAGES, TILES, SIDES, BOTTOM, PAIRED)),
     ], [4, 1], [232, 32])  # fmt: skip
 
 
@@ -284,7 +287,8 @@ def run(p: Any, out: Tensor, lse: Tensor, config: Mapping[str, int]) -> bool:
     if widths is None:
         return False
     e, ev = widths
-    bm, bn, stages = 128, 128 if max(e, ev) <= 128 else 64, config.get("kv_stages") or (4 if max(e, ev) <= 64 else 2)
+    small = max(e, ev) <= 128
+    bm, bn = 128, 128 if small else 64
     described = [
         _descriptor(t, rows, width) for t, rows, width in ((p.query, bm // 2, e), (p.key, bn, e), (p.value, bn, ev))
     ]
@@ -298,7 +302,7 @@ def run(p: Any, out: Tensor, lse: Tensor, config: Mapping[str, int]) -> bool:
     launch(
         attention_hopper, (programs,),
         (*described, out, lse, out.stride(), lse.stride(), *numbers, p.length, p.size, *p.sides, factor),
-        dict(BM=bm, BN=bn, E=e, EV=ev, VALUE=p.shape["VALUE"], STAGES=stages, SIDES=p.shape["SIDES"], BOTTOM=p.bottom,
-             TURNS=bool(config.get("turns")), PAIRED=paired, num_warps=4),
+        dict(BM=bm, BN=bn, E=e, EV=ev, VALUE=p.shape["VALUE"], STAGES=2, TILES=2 if small else 1,
+             SIDES=p.shape["SIDES"], BOTTOM=p.bottom, TURNS=max(e, ev) <= config.get("turns", 0), PAIRED=paired, num_warps=4),
     )  # fmt: skip
     return True

@@ -44,11 +44,11 @@ def _blocks(start, size, low, high, BM: gl.constexpr, BN: gl.constexpr, SIDES: g
 @gluon.jit
 def _place(
     turn, tiles, tiles_m, planes, section, heads, length, size, left, right,
-    BM: gl.constexpr, BN: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, PAIRED: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
     """Batch, head and rows of the tile of this ``turn``, and its blocks of keys."""
     _, low, high = window(size, length, left, right, SIDES, BOTTOM)
-    plane, m = tile_of(turn, tiles, tiles_m, planes, section, SIDES == 1, PAIRED)
+    plane, m = tile_of(turn, tiles, tiles_m, planes, section, SIDES == 1, ORDER)
     first, count = _blocks(m * BM, size, low, high, BM, BN, SIDES)
     return plane // heads, plane % heads, m, first, count
 
@@ -58,14 +58,14 @@ def _load(
     query, key, value, queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     tiles, tiles_m, planes, section, heads, group, length, size, left, right,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
-    SIDES: gl.constexpr, BOTTOM: gl.constexpr, PAIRED: gl.constexpr,
+    SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads: blocks of keys from the last to the first, which is never masked by a causal rule."""
     HALF: gl.constexpr = BM // 2
     i = 0
-    for turn in range(number_of_tiles(tiles, PAIRED)):
+    for turn in range(number_of_tiles(tiles, ORDER)):
         batch, head, m, first, count = _place(
-            turn, tiles, tiles_m, planes, section, heads, length, size, left, right, BM, BN, SIDES, BOTTOM, PAIRED
+            turn, tiles, tiles_m, planes, section, heads, length, size, left, right, BM, BN, SIDES, BOTTOM, ORDER
         )
         owner = head // group
         held = turn % TILES
@@ -124,7 +124,7 @@ def _multiply(
     half: gl.constexpr, out, lse, queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
     out_at, lse_at, tiles, tiles_m, planes, section, heads, length, size, left, right, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, VALUE: gl.constexpr, STAGES: gl.constexpr,
-    TILES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, TURNS: gl.constexpr, PAIRED: gl.constexpr,
+    TILES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, TURNS: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
     """Four warps with one ``half`` of the rows of every tile. ``factor`` is positive, in base 2."""
     HALF: gl.constexpr = BM // 2
@@ -137,9 +137,9 @@ def _multiply(
     col = gl.arange(0, BN, gl.SliceLayout(0, over))
     i = 0
     count_of_turns = 0
-    for turn in range(number_of_tiles(tiles, PAIRED)):
+    for turn in range(number_of_tiles(tiles, ORDER)):
         batch, head, m, first, count = _place(
-            turn, tiles, tiles_m, planes, section, heads, length, size, left, right, BM, BN, SIDES, BOTTOM, PAIRED
+            turn, tiles, tiles_m, planes, section, heads, length, size, left, right, BM, BN, SIDES, BOTTOM, ORDER
         )
         start = m * BM + half * HALF
         row = start + gl.arange(0, HALF, gl.SliceLayout(1, over))
@@ -214,7 +214,8 @@ def attention_hopper(
     query, key, value, out, lse, out_at, lse_at,
     tiles, tiles_m, planes, section, heads, group, length, size, left, right, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, VALUE: gl.constexpr, STAGES: gl.constexpr,
-    TILES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, TURNS: gl.constexpr, PAIRED: gl.constexpr, num_warps: gl.constexpr,
+    TILES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, TURNS: gl.constexpr, ORDER: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """``query``, ``key`` and ``value`` load blocks of (1, 1, rows, columns); ``out_at`` and ``lse_at`` are strides."""
     queries = gl.allocate_shared_memory(query.dtype, [2 * TILES] + query.block_type.shape, query.layout)
@@ -230,13 +231,13 @@ def attention_hopper(
     gl.warp_specialize([
         (_multiply, (upper, out, lse, queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
                      out_at, lse_at, tiles, tiles_m, planes, section, heads, length, size, left, right, factor,
-                     BM, BN, E, EV, VALUE, STAGES, TILES, SIDES, BOTTOM, TURNS, PAIRED)),
+                     BM, BN, E, EV, VALUE, STAGES, TILES, SIDES, BOTTOM, TURNS, ORDER)),
         (_multiply, (lower, out, lse, queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
                      out_at, lse_at, tiles, tiles_m, planes, section, heads, length, size, left, right, factor,
-                     BM, BN, E, EV, VALUE, STAGES, TILES, SIDES, BOTTOM, TURNS, PAIRED)),
+                     BM, BN, E, EV, VALUE, STAGES, TILES, SIDES, BOTTOM, TURNS, ORDER)),
         (_load, (query, key, value, queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                  tiles, tiles_m, planes, section, heads, group, length, size, left, right,
-                 BM, BN, E, EV, STAGES, TILES, SIDES, BOTTOM, PAIRED)),
+                 BM, BN, E, EV, STAGES, TILES, SIDES, BOTTOM, ORDER)),
     ], [4, 1], [232, 32])  # fmt: skip
 
 
@@ -296,13 +297,13 @@ def run(p: Any, out: Tensor, lse: Tensor, config: Mapping[str, int]) -> bool:
         return False
     planes, tiles_m = p.batch * p.heads, _layout.cdiv(p.length, bm)
     section = sections(planes, p.size, e + ev, p.group)
-    programs, section, paired = order(planes, tiles_m, section, config["processors"], p.shape["SIDES"] == 1)
+    programs, how = order(planes, tiles_m, section, config["processors"], p.shape["SIDES"] == 1)
     numbers = (planes * tiles_m, tiles_m, planes, section, p.heads, p.group)
     factor = (p.numbers[0] + p.numbers[1]) * LOG2E.value
     launch(
         attention_hopper, (programs,),
         (*described, out, lse, out.stride(), lse.stride(), *numbers, p.length, p.size, *p.sides, factor),
         dict(BM=bm, BN=bn, E=e, EV=ev, VALUE=p.shape["VALUE"], STAGES=2, TILES=2 if small else 1,
-             SIDES=p.shape["SIDES"], BOTTOM=p.bottom, TURNS=max(e, ev) <= config.get("turns", 0), PAIRED=paired, num_warps=4),
+             SIDES=p.shape["SIDES"], BOTTOM=p.bottom, TURNS=max(e, ev) <= config.get("turns", 0), ORDER=how, num_warps=4),
     )  # fmt: skip
     return True

@@ -78,14 +78,14 @@ def _load_rows(
     query, grad, key, value, queries, grads, keys, values, full, empty, kv_full, kv_empty,
     tiles, tiles_n, planes, section, owners, group, length, size, left, right,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
-    SIDES: gl.constexpr, BOTTOM: gl.constexpr, PAIRED: gl.constexpr,
+    SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads for keys: once their own tiles, then blocks of rows of every head that shares them."""
     HALF: gl.constexpr = BN // 2
     _, low, high = window(size, length, left, right, SIDES, BOTTOM)
     i = 0
-    for turn in range(number_of_tiles(tiles, PAIRED)):
-        plane, n = tile_of(turn, tiles, tiles_n, planes, section, False, PAIRED)
+    for turn in range(number_of_tiles(tiles, ORDER)):
+        plane, n = tile_of(turn, tiles, tiles_n, planes, section, False, ORDER)
         batch, owner = plane // owners, plane % owners
         first, count = _rows_of(n * BN, length, low, high, BM, BN, SIDES)
         held = turn % TILES
@@ -132,7 +132,7 @@ def _sum_rows(
     half: gl.constexpr, numbers, to_key, to_value, queries, grads, keys, values, full, empty, kv_full, kv_empty,
     key_at, value_at, tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, HEAD: gl.constexpr, VALUE: gl.constexpr,
-    STAGES: gl.constexpr, TILES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, PAIRED: gl.constexpr,
+    STAGES: gl.constexpr, TILES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
     """Four warps with one ``half`` of the keys of every tile: scores stand with keys down and rows across."""
     HALF: gl.constexpr = BN // 2
@@ -145,8 +145,8 @@ def _sum_rows(
     row = gl.arange(0, BM, gl.SliceLayout(0, over))
     none = gl.zeros([HALF, BM], gl.float32, over)
     i = 0
-    for turn in range(number_of_tiles(tiles, PAIRED)):
-        plane, n = tile_of(turn, tiles, tiles_n, planes, section, False, PAIRED)
+    for turn in range(number_of_tiles(tiles, ORDER)):
+        plane, n = tile_of(turn, tiles, tiles_n, planes, section, False, ORDER)
         batch, owner = plane // owners, plane % owners
         first, count = _rows_of(n * BN, length, low, high, BM, BN, SIDES)
         start = n * BN + half * HALF
@@ -205,7 +205,7 @@ def attention_hopper_grad_key_value(
     query, grad, key, value, numbers, to_key, to_value, key_at, value_at,
     tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, HEAD: gl.constexpr, VALUE: gl.constexpr,
-    STAGES: gl.constexpr, TILES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, PAIRED: gl.constexpr,
+    STAGES: gl.constexpr, TILES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """A tile of BN keys and values a turn, summed over blocks of BM rows of all heads that share them."""
@@ -221,13 +221,13 @@ def attention_hopper_grad_key_value(
     gl.warp_specialize([
         (_sum_rows, (upper, numbers, to_key, to_value, queries, grads, keys, values, full, empty, kv_full, kv_empty,
                      key_at, value_at, tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale,
-                     factor, BM, BN, E, EV, HEAD, VALUE, STAGES, TILES, SIDES, BOTTOM, PAIRED)),
+                     factor, BM, BN, E, EV, HEAD, VALUE, STAGES, TILES, SIDES, BOTTOM, ORDER)),
         (_sum_rows, (lower, numbers, to_key, to_value, queries, grads, keys, values, full, empty, kv_full, kv_empty,
                      key_at, value_at, tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale,
-                     factor, BM, BN, E, EV, HEAD, VALUE, STAGES, TILES, SIDES, BOTTOM, PAIRED)),
+                     factor, BM, BN, E, EV, HEAD, VALUE, STAGES, TILES, SIDES, BOTTOM, ORDER)),
         (_load_rows, (query, grad, key, value, queries, grads, keys, values, full, empty, kv_full, kv_empty,
                       tiles, tiles_n, planes, section, owners, group, length, size, left, right,
-                      BM, BN, E, EV, STAGES, TILES, SIDES, BOTTOM, PAIRED)),
+                      BM, BN, E, EV, STAGES, TILES, SIDES, BOTTOM, ORDER)),
     ], [4, 1], [240, 24])  # fmt: skip
 
 
@@ -239,13 +239,13 @@ def _load_keys(
     query, grad, key, value, queries, grads, keys, values, full, empty, q_full, q_empty,
     tiles, tiles_m, planes, section, heads, group, length, size, left, right,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
-    SIDES: gl.constexpr, BOTTOM: gl.constexpr, PAIRED: gl.constexpr,
+    SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads for queries: their rows once, then blocks of keys and values."""
     i = 0
-    for turn in range(number_of_tiles(tiles, PAIRED)):
+    for turn in range(number_of_tiles(tiles, ORDER)):
         batch, head, m, first, count = _place(
-            turn, tiles, tiles_m, planes, section, heads, length, size, left, right, BM, BN, SIDES, BOTTOM, PAIRED
+            turn, tiles, tiles_m, planes, section, heads, length, size, left, right, BM, BN, SIDES, BOTTOM, ORDER
         )
         held = turn % TILES
         ready = q_full.index(held)
@@ -270,7 +270,7 @@ def _sum_keys(
     half: gl.constexpr, numbers, to_query, queries, grads, keys, values, full, empty, q_full, q_empty,
     query_at, tiles, tiles_m, planes, section, heads, length, size, left, right, scale, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, HEAD: gl.constexpr, STAGES: gl.constexpr,
-    TILES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, PAIRED: gl.constexpr,
+    TILES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
     """Four warps with one ``half`` of the rows of every tile."""
     HALF: gl.constexpr = BM // 2
@@ -284,9 +284,9 @@ def _sum_keys(
     local = gl.arange(0, HALF, gl.SliceLayout(1, over))
     none = gl.zeros([HALF, BN], gl.float32, over)
     i = 0
-    for turn in range(number_of_tiles(tiles, PAIRED)):
+    for turn in range(number_of_tiles(tiles, ORDER)):
         batch, head, m, first, count = _place(
-            turn, tiles, tiles_m, planes, section, heads, length, size, left, right, BM, BN, SIDES, BOTTOM, PAIRED
+            turn, tiles, tiles_m, planes, section, heads, length, size, left, right, BM, BN, SIDES, BOTTOM, ORDER
         )
         start = m * BM + half * HALF
         row = start + local
@@ -336,7 +336,7 @@ def attention_hopper_grad_query(
     query, grad, key, value, numbers, to_query, query_at,
     tiles, tiles_m, planes, section, heads, group, length, size, left, right, scale, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, HEAD: gl.constexpr, STAGES: gl.constexpr,
-    TILES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, PAIRED: gl.constexpr, num_warps: gl.constexpr,
+    TILES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """A tile of BM rows a turn, summed over blocks of BN keys."""
     queries = gl.allocate_shared_memory(query.dtype, [2 * TILES] + query.block_type.shape, query.layout)
@@ -351,13 +351,13 @@ def attention_hopper_grad_query(
     gl.warp_specialize([
         (_sum_keys, (upper, numbers, to_query, queries, grads, keys, values, full, empty, q_full, q_empty, query_at,
                      tiles, tiles_m, planes, section, heads, length, size, left, right, scale, factor,
-                     BM, BN, E, EV, HEAD, STAGES, TILES, SIDES, BOTTOM, PAIRED)),
+                     BM, BN, E, EV, HEAD, STAGES, TILES, SIDES, BOTTOM, ORDER)),
         (_sum_keys, (lower, numbers, to_query, queries, grads, keys, values, full, empty, q_full, q_empty, query_at,
                      tiles, tiles_m, planes, section, heads, length, size, left, right, scale, factor,
-                     BM, BN, E, EV, HEAD, STAGES, TILES, SIDES, BOTTOM, PAIRED)),
+                     BM, BN, E, EV, HEAD, STAGES, TILES, SIDES, BOTTOM, ORDER)),
         (_load_keys, (query, grad, key, value, queries, grads, keys, values, full, empty, q_full, q_empty,
                       tiles, tiles_m, planes, section, heads, group, length, size, left, right,
-                      BM, BN, E, EV, STAGES, TILES, SIDES, BOTTOM, PAIRED)),
+                      BM, BN, E, EV, STAGES, TILES, SIDES, BOTTOM, ORDER)),
     ], [4, 1], [232, 32])  # fmt: skip
 
 
@@ -396,22 +396,22 @@ def run(
     if to_key is not None or to_value is not None:
         planes, tiles = p.batch * p.owners, _layout.cdiv(p.size, side)
         section = sections(planes, p.length * p.group, e + ev, 1)
-        programs, section, paired = order(planes, tiles, section, config["processors"], causal)
+        programs, how = order(planes, tiles, section, config["processors"], causal)
         launch(
             attention_hopper_grad_key_value, (programs,),
             (*whole, numbers, to_key, to_value, _strides(to_key), _strides(to_value),
              planes * tiles, tiles, planes, section, p.owners, p.group, *sizes),
-            dict(meta, BM=block, BN=side, VALUE=width, STAGES=2, TILES=2 if small else 1, PAIRED=paired),
+            dict(meta, BM=block, BN=side, VALUE=width, STAGES=2, TILES=2 if small else 1, ORDER=how),
         )  # fmt: skip
     if to_query is not None:
         planes, tiles = p.batch * p.heads, _layout.cdiv(p.length, side)
         section = sections(planes, p.size, e + ev, p.group)
-        programs, section, paired = order(planes, tiles, section, config["processors"], causal)
+        programs, how = order(planes, tiles, section, config["processors"], causal)
         launch(
             attention_hopper_grad_query, (programs,),
             (*whole, numbers, to_query, _strides(to_query),
              planes * tiles, tiles, planes, section, p.heads, p.group, *sizes),
-            dict(meta, BM=side, BN=block, STAGES=2, TILES=2, PAIRED=paired),
+            dict(meta, BM=side, BN=block, STAGES=2, TILES=2, ORDER=how),
         )  # fmt: skip
     return True
 

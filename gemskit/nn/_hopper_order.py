@@ -14,12 +14,19 @@ from triton.experimental.gluon import language as gl
 #: Bytes of keys and values that a section of planes may have, so that they stay in the L2 cache of 50 MB.
 SECTION = 24 << 20
 
+#: Plane by plane: programs that run together read the same keys.
+PLAIN: gl.constexpr = gl.constexpr(0)
+#: Section by section of planes, in each the tiles with most to do first, those of all planes.
+SECTIONS: gl.constexpr = gl.constexpr(1)
+#: Two planes at a time, tile m of one after tile ``tiles_m - 1 - m`` of the other: every pair has the same number of blocks.
+PAIRS: gl.constexpr = gl.constexpr(2)
+
 
 @gluon.jit
-def number_of_tiles(tiles, PAIRED: gl.constexpr):
+def number_of_tiles(tiles, ORDER: gl.constexpr):
     """How many tiles this program takes."""
     me, programs = gl.program_id(0), gl.num_programs(0)
-    if PAIRED:
+    if ORDER == PAIRS:
         pairs = tiles // 2
         rest = pairs % programs
         last = gl.where(me < rest, 2, 0)
@@ -32,39 +39,34 @@ def number_of_tiles(tiles, PAIRED: gl.constexpr):
 
 
 @gluon.jit
-def tile_of(turn, tiles, tiles_m, planes, section, LAST_FIRST: gl.constexpr, PAIRED: gl.constexpr):
-    """Plane and place of the tile that this program takes at its ``turn``.
+def tile_of(turn, tiles, tiles_m, planes, section, LAST_FIRST: gl.constexpr, ORDER: gl.constexpr):
+    """Plane and place of the tile that this program takes at its ``turn``; with LAST_FIRST the last has most to do.
 
-    Sections of planes whose keys stay in the cache come one after the other. In a pair, tile m of a plane follows tile
-    ``tiles_m - 1 - m`` of the plane before it: every pair has the same number of blocks. The last pairs, where they are for at
-    most half of the programs, are taken apart; they are those of tiles from the middle, which are alike.
+    The last pairs, where they are for at most half of the programs, are taken apart: they are those from the middle, which are
+    alike.
     """
     me, programs = gl.program_id(0), gl.num_programs(0)
-    if PAIRED:
+    t = turn * programs + me
+    if ORDER == PAIRS:
         pairs = tiles // 2
         unit, second = turn // 2 * programs + me, turn % 2
         whole = pairs // programs
         if (turn >= 2 * whole) & (2 * (pairs % programs) <= programs):
             unit, second = whole * programs + me // 2, me % 2
-        rows, before, column = _section(unit, tiles_m, planes // 2, section // 2)
-        m = gl.where(rows % 2 == 0, rows // 2, tiles_m - 1 - rows // 2)
+        rank = unit % tiles_m
+        m = gl.where(rank % 2 == 0, rank // 2, tiles_m - 1 - rank // 2)
         m = gl.where(second == 0, tiles_m - 1 - m, m)
-        plane = 2 * (before + column) + second
-    else:
-        m, before, column = _section(turn * programs + me, tiles_m, planes, section)
+        plane = 2 * (unit // tiles_m) + second
+    elif ORDER == SECTIONS:
+        before = t // (section * tiles_m) * section
+        here = min(planes - before, section)
+        rest = t - before * tiles_m
+        plane, m = before + rest % here, rest // here
         if LAST_FIRST:
             m = tiles_m - 1 - m
-        plane = before + column
+    else:
+        plane, m = t // tiles_m, t % tiles_m
     return plane, m
-
-
-@gluon.jit
-def _section(t, tiles_m, planes, section):
-    """The place in a plane of tile ``t``, the first plane of its section, and which plane of it."""
-    before = t // (section * tiles_m) * section
-    here = min(planes - before, section)
-    rest = t - before * tiles_m
-    return rest // here, before, rest % here
 
 
 # ---- the host's part -----------------------------------------------------------------------------------------------
@@ -76,16 +78,17 @@ def sections(planes: int, lines: int, width: int, group: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def order(planes: int, tiles_m: int, section: int, processors: int, causal: bool) -> tuple[int, int, bool]:
-    """Programs, the section, and whether tiles are paired: where that leaves the programs idle for less time."""
+def order(planes: int, tiles_m: int, section: int, processors: int, causal: bool) -> tuple[int, int]:
+    """How many programs there are, and in which order they take tiles: under a causal rule the one that ends first."""
     tiles = planes * tiles_m
     programs = min(processors, tiles)
-    even = max(2, section - section % 2)
-    if not causal or planes % 2 or tiles < 2 * programs:
-        return programs, section, False
+    if not causal:
+        return programs, PLAIN.value
+    if planes % 2 or tiles < 2 * programs:
+        return programs, SECTIONS.value
     # Counting every tile takes 0.1 us each; with more than these a program's sum of many is near the mean.
     if tiles > 1 << 15:
-        return programs, even, True
+        return programs, PAIRS.value
     busy = [0] * programs
     for t in range(tiles):
         before = t // (section * tiles_m) * section
@@ -94,4 +97,4 @@ def order(planes: int, tiles_m: int, section: int, processors: int, causal: bool
     rest = pairs % programs
     last = 0 if not rest else tiles_m + 3 if 2 * rest > programs else tiles_m // 2 + 3
     better = (tiles_m + 3) * (pairs // programs) + last < max(busy)
-    return programs, even if better else section, better
+    return programs, PAIRS.value if better else SECTIONS.value

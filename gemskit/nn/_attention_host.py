@@ -202,8 +202,8 @@ class Problem:
 
     @property
     def draws(self) -> int:
-        """The width of a row in the numbering of dropout's draws."""
-        return (self.size + 3) // 4 * 4
+        """The width of a row in the numbering of dropout's draws; 0 without dropout, so that kernels do not differ by it."""
+        return (self.size + 3) // 4 * 4 if self.seed is not None else 0
 
 
 def lists(p: Problem, m: int, n: int, *, by_key: bool = False) -> tuple[Tensor | None, Tensor | None, tuple[int, ...]]:

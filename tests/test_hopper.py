@@ -203,6 +203,7 @@ ATTENTION = [
     (1, 1, 1, 130, 500, 32, 32, dict(right=40, left=30)),
     (1, 1, 1, 140, 140, 256, 256, dict(right=0)),
     (1, 4, 4, 300, 300, 64, 64, dict(right=0)),  # tiles in pairs
+    (1, 6, 1, 140, 140, 64, 80, dict(right=0)),  # gradients of keys in shares
 ]
 
 

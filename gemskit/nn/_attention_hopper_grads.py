@@ -28,6 +28,8 @@ from gemskit.blas._hopper import barriers, block_to_shared, lines_of
 from gemskit.nn._attention_hopper import _descriptor, _place, _seen, served
 from gemskit.nn._attention_tiles import LOG2E, tile, window
 from gemskit.nn._hopper_order import number_of_tiles, order, sections, tile_of
+from gemskit.pointwise._place import copy
+from gemskit.reduce import sum
 
 #: Rows whose two numbers (lse and delta) lie side by side.
 ROWS: tl.constexpr = tl.constexpr(64)
@@ -76,11 +78,14 @@ def _rows_of(start, length, low, high, BM: gl.constexpr, BN: gl.constexpr, SIDES
 @gluon.jit
 def _load_rows(
     query, grad, key, value, queries, grads, keys, values, full, empty, kv_full, kv_empty,
-    tiles, tiles_n, planes, section, owners, group, length, size, left, right,
-    BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
+    tiles, tiles_n, planes, section, owners, group, shares, length, size, left, right,
+    BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, STAGES: gl.constexpr,
     SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
-    """The warp that loads for keys: once their own tiles, then blocks of rows of every head that shares them."""
+    """The warp that loads for keys: once their own tiles, then blocks of rows of every head that shares them.
+
+    Heads that share keys may come in ``shares``, each an owner of its own with a sum of its own.
+    """
     HALF: gl.constexpr = BN // 2
     _, low, high = window(size, length, left, right, SIDES, BOTTOM)
     i = 0
@@ -88,13 +93,12 @@ def _load_rows(
         plane, n = tile_of(turn, tiles, tiles_n, planes, section, False, ORDER)
         batch, owner = plane // owners, plane % owners
         first, count = _rows_of(n * BN, length, low, high, BM, BN, SIDES)
-        held = turn % TILES
-        ready = kv_full.index(held)
-        mbarrier.wait(kv_empty.index(held), ((turn // TILES) & 1) ^ 1)
-        mbarrier.expect(ready, BN * (E + EV) * 2)
+        mbarrier.wait(kv_empty, (turn & 1) ^ 1)
+        mbarrier.expect(kv_full, BN * (E + EV) * 2)
         for half in gl.static_range(2):
-            block_to_shared(key, [batch, owner, n * BN + half * HALF, 0], ready, keys.index(2 * held + half))
-            block_to_shared(value, [batch, owner, n * BN + half * HALF, 0], ready, values.index(2 * held + half))
+            at = [batch, owner // shares, n * BN + half * HALF, 0]
+            block_to_shared(key, at, kv_full, keys.index(half))
+            block_to_shared(value, at, kv_full, values.index(half))
         for j in range(group * count):
             stage = i % STAGES
             at = [batch, owner * group + j // count, (first + j % count) * BM, 0]
@@ -132,7 +136,7 @@ def _sum_rows(
     half: gl.constexpr, numbers, to_key, to_value, queries, grads, keys, values, full, empty, kv_full, kv_empty,
     key_at, value_at, tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, HEAD: gl.constexpr, VALUE: gl.constexpr,
-    STAGES: gl.constexpr, TILES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
+    STAGES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
     """Four warps with one ``half`` of the keys of every tile: scores stand with keys down and rows across."""
     HALF: gl.constexpr = BN // 2
@@ -151,10 +155,8 @@ def _sum_rows(
         first, count = _rows_of(n * BN, length, low, high, BM, BN, SIDES)
         start = n * BN + half * HALF
         col = start + gl.arange(0, HALF, gl.SliceLayout(1, over))
-        held = turn % TILES
-        mbarrier.wait(kv_full.index(held), (turn // TILES) & 1)
-        k = keys.index(2 * held + half).reshape([HALF, E])
-        v = values.index(2 * held + half).reshape([HALF, EV])
+        mbarrier.wait(kv_full, turn & 1)
+        k, v = keys.index(half).reshape([HALF, E]), values.index(half).reshape([HALF, EV])
         for_key = gl.zeros([HALF, E], gl.float32, of_key)
         for_value = gl.zeros([HALF, EV], gl.float32, of_value)
         for j in range(group * count):
@@ -182,7 +184,7 @@ def _sum_rows(
             for_value, for_key, part, change = warpgroup_mma_wait(0, deps=(for_value, for_key, part, change))
             mbarrier.arrive(empty.index(stage), count=1)
             i += 1
-        mbarrier.arrive(kv_empty.index(held), count=1)
+        mbarrier.arrive(kv_empty, count=1)
         _put(for_key * scale, to_key, batch, owner, start, size, key_at, HALF, E, HEAD)
         _put(for_value, to_value, batch, owner, start, size, value_at, HALF, EV, VALUE)
 
@@ -203,31 +205,31 @@ def _put(sums, to, batch, head, start, limit, at, ROWS: gl.constexpr, E: gl.cons
 @gluon.jit
 def attention_hopper_grad_key_value(
     query, grad, key, value, numbers, to_key, to_value, key_at, value_at,
-    tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale, factor,
+    tiles, tiles_n, planes, section, owners, group, shares, length, size, left, right, scale, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, HEAD: gl.constexpr, VALUE: gl.constexpr,
-    STAGES: gl.constexpr, TILES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
+    STAGES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """A tile of BN keys and values a turn, summed over blocks of BM rows of all heads that share them."""
-    keys = gl.allocate_shared_memory(key.dtype, [2 * TILES] + key.block_type.shape, key.layout)
-    values = gl.allocate_shared_memory(value.dtype, [2 * TILES] + value.block_type.shape, value.layout)
+    keys = gl.allocate_shared_memory(key.dtype, [2] + key.block_type.shape, key.layout)
+    values = gl.allocate_shared_memory(value.dtype, [2] + value.block_type.shape, value.layout)
     queries = gl.allocate_shared_memory(query.dtype, [STAGES] + query.block_type.shape, query.layout)
     grads = gl.allocate_shared_memory(grad.dtype, [STAGES] + grad.block_type.shape, grad.layout)
     full, empty = barriers(STAGES, 1), barriers(STAGES, 2)
-    kv_full, kv_empty = barriers(TILES, 1), barriers(TILES, 2)
+    kv_full, kv_empty = barriers(1, 1).index(0), barriers(1, 2).index(0)
     fence_async_shared()
     upper: gl.constexpr = 0
     lower: gl.constexpr = 1
     gl.warp_specialize([
         (_sum_rows, (upper, numbers, to_key, to_value, queries, grads, keys, values, full, empty, kv_full, kv_empty,
                      key_at, value_at, tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale,
-                     factor, BM, BN, E, EV, HEAD, VALUE, STAGES, TILES, SIDES, BOTTOM, ORDER)),
+                     factor, BM, BN, E, EV, HEAD, VALUE, STAGES, SIDES, BOTTOM, ORDER)),
         (_sum_rows, (lower, numbers, to_key, to_value, queries, grads, keys, values, full, empty, kv_full, kv_empty,
                      key_at, value_at, tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale,
-                     factor, BM, BN, E, EV, HEAD, VALUE, STAGES, TILES, SIDES, BOTTOM, ORDER)),
+                     factor, BM, BN, E, EV, HEAD, VALUE, STAGES, SIDES, BOTTOM, ORDER)),
         (_load_rows, (query, grad, key, value, queries, grads, keys, values, full, empty, kv_full, kv_empty,
-                      tiles, tiles_n, planes, section, owners, group, length, size, left, right,
-                      BM, BN, E, EV, STAGES, TILES, SIDES, BOTTOM, ORDER)),
+                      tiles, tiles_n, planes, section, owners, group, shares, length, size, left, right,
+                      BM, BN, E, EV, STAGES, SIDES, BOTTOM, ORDER)),
     ], [4, 1], [240, 24])  # fmt: skip
 
 
@@ -238,7 +240,7 @@ def attention_hopper_grad_key_value(
 def _load_keys(
     query, grad, key, value, queries, grads, keys, values, full, empty, q_full, q_empty,
     tiles, tiles_m, planes, section, heads, group, length, size, left, right,
-    BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, STAGES: gl.constexpr,
     SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads for queries: their rows once, then blocks of keys and values."""
@@ -247,14 +249,12 @@ def _load_keys(
         batch, head, m, first, count = _place(
             turn, tiles, tiles_m, planes, section, heads, length, size, left, right, BM, BN, SIDES, BOTTOM, ORDER
         )
-        held = turn % TILES
-        ready = q_full.index(held)
-        mbarrier.wait(q_empty.index(held), ((turn // TILES) & 1) ^ 1)
-        mbarrier.expect(ready, BM * (E + EV) * 2)
+        mbarrier.wait(q_empty, (turn & 1) ^ 1)
+        mbarrier.expect(q_full, BM * (E + EV) * 2)
         for half in gl.static_range(2):
             at = [batch, head, m * BM + half * (BM // 2), 0]
-            block_to_shared(query, at, ready, queries.index(2 * held + half))
-            block_to_shared(grad, at, ready, grads.index(2 * held + half))
+            block_to_shared(query, at, q_full, queries.index(half))
+            block_to_shared(grad, at, q_full, grads.index(half))
         for j in range(count):
             stage = i % STAGES
             at = [batch, head // group, (first + j) * BN, 0]
@@ -270,7 +270,7 @@ def _sum_keys(
     half: gl.constexpr, numbers, to_query, queries, grads, keys, values, full, empty, q_full, q_empty,
     query_at, tiles, tiles_m, planes, section, heads, length, size, left, right, scale, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, HEAD: gl.constexpr, STAGES: gl.constexpr,
-    TILES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
+    SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
     """Four warps with one ``half`` of the rows of every tile."""
     HALF: gl.constexpr = BM // 2
@@ -293,10 +293,8 @@ def _sum_keys(
         at = numbers + ((batch * heads + head).to(gl.int64) * blocks + start // HALF) * (2 * HALF) + local
         lse = gl.load(at, row < length, float("inf"))
         delta = gl.load(at + HALF, row < length, 0.0)
-        held = turn % TILES
-        mbarrier.wait(q_full.index(held), (turn // TILES) & 1)
-        q = queries.index(2 * held + half).reshape([HALF, E])
-        g = grads.index(2 * held + half).reshape([HALF, EV])
+        mbarrier.wait(q_full, turn & 1)
+        q, g = queries.index(half).reshape([HALF, E]), grads.index(half).reshape([HALF, EV])
         acc = gl.zeros([HALF, E], gl.float32, wide)
         stage = i % STAGES
         mbarrier.wait(full.index(stage), (i // STAGES) & 1)
@@ -327,7 +325,7 @@ def _sum_keys(
         acc, change = warpgroup_mma_wait(0, deps=(acc, change))
         mbarrier.arrive(empty.index(stage), count=1)
         i += 1
-        mbarrier.arrive(q_empty.index(held), count=1)
+        mbarrier.arrive(q_empty, count=1)
         _put(acc * scale, to_query, batch, head, start, length, query_at, HALF, E, HEAD)
 
 
@@ -336,28 +334,28 @@ def attention_hopper_grad_query(
     query, grad, key, value, numbers, to_query, query_at,
     tiles, tiles_m, planes, section, heads, group, length, size, left, right, scale, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, HEAD: gl.constexpr, STAGES: gl.constexpr,
-    TILES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr, num_warps: gl.constexpr,
+    SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """A tile of BM rows a turn, summed over blocks of BN keys."""
-    queries = gl.allocate_shared_memory(query.dtype, [2 * TILES] + query.block_type.shape, query.layout)
-    grads = gl.allocate_shared_memory(grad.dtype, [2 * TILES] + grad.block_type.shape, grad.layout)
+    queries = gl.allocate_shared_memory(query.dtype, [2] + query.block_type.shape, query.layout)
+    grads = gl.allocate_shared_memory(grad.dtype, [2] + grad.block_type.shape, grad.layout)
     keys = gl.allocate_shared_memory(key.dtype, [STAGES] + key.block_type.shape, key.layout)
     values = gl.allocate_shared_memory(value.dtype, [STAGES] + value.block_type.shape, value.layout)
     full, empty = barriers(STAGES, 1), barriers(STAGES, 2)
-    q_full, q_empty = barriers(TILES, 1), barriers(TILES, 2)
+    q_full, q_empty = barriers(1, 1).index(0), barriers(1, 2).index(0)
     fence_async_shared()
     upper: gl.constexpr = 0
     lower: gl.constexpr = 1
     gl.warp_specialize([
         (_sum_keys, (upper, numbers, to_query, queries, grads, keys, values, full, empty, q_full, q_empty, query_at,
                      tiles, tiles_m, planes, section, heads, length, size, left, right, scale, factor,
-                     BM, BN, E, EV, HEAD, STAGES, TILES, SIDES, BOTTOM, ORDER)),
+                     BM, BN, E, EV, HEAD, STAGES, SIDES, BOTTOM, ORDER)),
         (_sum_keys, (lower, numbers, to_query, queries, grads, keys, values, full, empty, q_full, q_empty, query_at,
                      tiles, tiles_m, planes, section, heads, length, size, left, right, scale, factor,
-                     BM, BN, E, EV, HEAD, STAGES, TILES, SIDES, BOTTOM, ORDER)),
+                     BM, BN, E, EV, HEAD, STAGES, SIDES, BOTTOM, ORDER)),
         (_load_keys, (query, grad, key, value, queries, grads, keys, values, full, empty, q_full, q_empty,
                       tiles, tiles_m, planes, section, heads, group, length, size, left, right,
-                      BM, BN, E, EV, STAGES, TILES, SIDES, BOTTOM, ORDER)),
+                      BM, BN, E, EV, STAGES, SIDES, BOTTOM, ORDER)),
     ], [4, 1], [232, 32])  # fmt: skip
 
 
@@ -373,7 +371,6 @@ def run(
     if widths is None or max(widths) > 128:
         return False
     e, ev = widths
-    small = max(widths) <= 64
     side, block = 128, 64
     tensors = ((p.query, e), (grad, ev), (p.key, e), (p.value, ev))
     whole = [_descriptor(t, block, width) for t, width in tensors]
@@ -394,15 +391,22 @@ def run(
     causal = p.shape["SIDES"] == 1
     sizes = (p.length, p.size, *p.sides, scale, scale * LOG2E.value)
     if to_key is not None or to_value is not None:
-        planes, tiles = p.batch * p.owners, _layout.cdiv(p.size, side)
-        section = sections(planes, p.length * p.group, e + ev, 1)
+        tiles = _layout.cdiv(p.size, side)
+        shares = _shares(p.batch * p.owners * tiles, p.group, config["processors"])
+        owners, group = p.owners * shares, p.group // shares
+        sums = [t if t is None or shares == 1 else _apart(t, shares) for t in (to_key, to_value)]
+        planes = p.batch * owners
+        section = sections(planes, p.length * group, e + ev, 1)
         programs, how = order(planes, tiles, section, config["processors"], causal)
         launch(
             attention_hopper_grad_key_value, (programs,),
-            (*whole, numbers, to_key, to_value, _strides(to_key), _strides(to_value),
-             planes * tiles, tiles, planes, section, p.owners, p.group, *sizes),
-            dict(meta, BM=block, BN=side, VALUE=width, STAGES=2, TILES=2 if small else 1, ORDER=how),
+            (*whole, numbers, *sums, *map(_strides, sums),
+             planes * tiles, tiles, planes, section, owners, group, shares, *sizes),
+            dict(meta, BM=block, BN=side, VALUE=width, STAGES=2, ORDER=how),
         )  # fmt: skip
+        for t, parts in zip((to_key, to_value), sums):
+            if t is not None and parts is not None and parts is not t:
+                copy(sum(parts.unflatten(1, (p.owners, shares)), 2), t)
     if to_query is not None:
         planes, tiles = p.batch * p.heads, _layout.cdiv(p.length, side)
         section = sections(planes, p.size, e + ev, p.group)
@@ -411,9 +415,19 @@ def run(
             attention_hopper_grad_query, (programs,),
             (*whole, numbers, to_query, _strides(to_query),
              planes * tiles, tiles, planes, section, p.heads, p.group, *sizes),
-            dict(meta, BM=side, BN=block, STAGES=2, TILES=2, ORDER=how),
+            dict(meta, BM=side, BN=block, STAGES=3, ORDER=how),
         )  # fmt: skip
     return True
+
+
+def _shares(tiles: int, group: int, processors: int) -> int:
+    """In how many shares the heads of a key head come: as many as give every processor two tiles, if there are so many."""
+    return next((n for n in range(1, group) if group % n == 0 and n * tiles >= 2 * processors), group)
+
+
+def _apart(t: Tensor, shares: int) -> Tensor:
+    batch, owners, *rest = t.shape
+    return torch.empty((batch, owners * shares, *rest), dtype=torch.float32, device=t.device)
 
 
 def _strides(t: Tensor | None) -> tuple[int, ...]:

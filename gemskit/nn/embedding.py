@@ -17,7 +17,7 @@ from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
 from gemskit._op import Named, Op, P, R, operator
-from gemskit.errors import ArgumentError, DtypeError, NoKernel
+from gemskit.errors import ArgumentError, DtypeError, NoKernel, ShapeError
 from gemskit.pointwise._drive import Elementwise
 
 
@@ -175,6 +175,8 @@ def embedding(
     ``torch.use_deterministic_algorithms(True)`` chooses a slower kernel with a fixed one. ``max_norm`` and ``sparse``
     have no kernel. Source: ``torch.nn.functional.embedding``.
     """
+    if weight.ndim != 2:
+        raise ShapeError(f"embedding: weight has {weight.ndim} dimensions; accepted: 2")
     if padding_idx is not None and not -weight.shape[0] <= padding_idx < weight.shape[0]:
         raise ArgumentError(f"embedding: padding_idx is {padding_idx}; accepted: None or a row of {list(weight.shape)}")
     return torch.nn.functional.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)

@@ -22,7 +22,7 @@ import torch
 from gemskit import _bench_cases, _bench_report, backends
 from gemskit._bench_cases import BenchCase
 from gemskit._bench_reasons import reason
-from gemskit._bench_run import Roof, identity, package, public, time_case
+from gemskit._bench_run import Roof, family, identity, package, public, time_case
 from gemskit._op import REGISTRY
 from gemskit._report import environment, replace
 from gemskit._warmup import warmup
@@ -121,11 +121,14 @@ def _options(argv: list[str]) -> argparse.Namespace:
 
 def _known(case: BenchCase) -> dict[str, Any]:
     """What a row says even if its process died."""
-    return dict(**identity(case), package=package(REGISTRY[case.op]))
+    op = REGISTRY[case.op]
+    return dict(**identity(case), package=package(op), family=family(op))
 
 
 def _compiled(case: BenchCase, left_out: Sequence[str] | None) -> bool:
     """Whether torch.compile is timed: ``--no-compile`` alone leaves it out everywhere."""
+    if not case.compiled:
+        return False
     return left_out is None or (bool(left_out) and package(REGISTRY[case.op]) not in left_out)
 
 

@@ -40,6 +40,10 @@ def main(argv: list[str]) -> int:
         from gemskit._bench_host import main as host
 
         return host([a for a in argv if a != "--host"])
+    if "--model" in argv:
+        from gemskit._bench_model import main as model
+
+        return model([a for a in argv if a != "--model"])
     options = _options(argv)
     if options.render:
         _bench_report.render(options.render)
@@ -104,6 +108,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
         "--no-compile", nargs="*", metavar="PACKAGE", help="leave torch.compile out (of the rows of these packages)"
     )
     parser.add_argument("--host", action="store_true", help="time the host instead; --host --help tells its options")
+    parser.add_argument("--model", action="store_true", help="time a model instead; --model --help tells its options")
     options = parser.parse_args(argv)
     if options.resume and not options.report:
         parser.error("--resume goes on with the report that --report names")

@@ -24,6 +24,10 @@ def _rms_norm(functions: Any, x: Tensor, shape: Sequence[int], weight: Tensor) -
     return lambda x, w: functions.liger_rms_norm(x, w, EPS, 0.0, "llama", False), Sample((x, weight))
 
 
+def _add_rms_norm(functions: Any, x: Tensor, residual: Tensor, shape: Sequence[int], weight: Tensor) -> Peer:
+    return lambda x, r, w: functions.liger_fused_add_rms_norm(x, r, w, 1e-5), Sample((x, residual, weight))
+
+
 def _layer_norm(functions: Any, x: Tensor, shape: Sequence[int], weight: Tensor, bias: Tensor) -> Peer:
     return lambda x, w, b: functions.liger_layer_norm(x, w, b, 1e-5), Sample((x, weight, bias))
 
@@ -52,6 +56,7 @@ def _linear_loss(functions: Any, x: Tensor, weight: Tensor, target: Tensor, prep
 
 PEERS: dict[str, Callable[..., Peer]] = {
     "rms_norm": _rms_norm,
+    "fused_add_rms_norm": _add_rms_norm,
     "layer_norm": _layer_norm,
     "softmax": _softmax,
     "silu_and_mul": _silu_and_mul,
@@ -74,7 +79,7 @@ def peer(case: BenchCase, sample: Sample) -> Peer | None:
         return None
     try:
         functions = importlib.import_module("liger_kernel.transformers.functional")
-    except ImportError:
+    except Exception:  # where it is not installed, or fails with these versions of torch and triton
         return None
 
     def copied(v: Any) -> Any:

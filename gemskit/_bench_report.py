@@ -23,7 +23,7 @@ def line(row: dict[str, Any]) -> str:
     t = row["times"]
     mine = t.get("gemskit", math.nan)
     parts = [
-        f"{row['op'][:22]:22} {row['label'][:28]:28} {mine:8.4f} ms {row.get('floor', math.nan) / mine:5.0%} of roof"
+        f"{row['op'][:28]:28} {row['label'][:48]:48} {mine:8.4f} ms {row.get('floor', math.nan) / mine:5.0%} of roof"
     ]
     parts += [f"{name} {t[name]:8.4f} ({t[name] / mine:4.2f}x)" for name in PEERS if name in t]
     if not row["ok"]:

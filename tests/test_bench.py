@@ -6,13 +6,14 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -240,6 +241,10 @@ class Liger:
         return F.rms_norm(x, (x.shape[-1],), w, eps)
 
     @staticmethod
+    def liger_fused_add_rms_norm(x: Tensor, r: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return F.rms_norm(x + r, (x.shape[-1],), w, eps), x + r
+
+    @staticmethod
     def liger_layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float) -> Tensor:
         return F.layer_norm(x, (x.shape[-1],), w, b, eps)
 
@@ -270,7 +275,7 @@ class Liger:
 
 
 def test_liger_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch, on_cpu: None) -> None:
-    monkeypatch.setattr(_bench_liger.importlib, "import_module", lambda name: Liger)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", cast(ModuleType, Liger))
     served = {c.op: c for c in CASES if _bench_liger.serves(c)}
     assert set(served) == set(_bench_liger.PEERS)
     for op, case in served.items():

@@ -22,7 +22,7 @@ import torch
 from gemskit import _bench_cases, _bench_report, backends
 from gemskit._bench_cases import BenchCase
 from gemskit._bench_reasons import reason
-from gemskit._bench_run import Roof, identity, package, public, time_case
+from gemskit._bench_run import Roof, family, identity, package, public, time_case
 from gemskit._op import REGISTRY
 from gemskit._report import environment, replace
 from gemskit._warmup import warmup
@@ -40,6 +40,10 @@ def main(argv: list[str]) -> int:
         from gemskit._bench_host import main as host
 
         return host([a for a in argv if a != "--host"])
+    if "--model" in argv:
+        from gemskit._bench_model import main as model
+
+        return model([a for a in argv if a != "--model"])
     options = _options(argv)
     if options.render:
         _bench_report.render(options.render)
@@ -104,6 +108,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
         "--no-compile", nargs="*", metavar="PACKAGE", help="leave torch.compile out (of the rows of these packages)"
     )
     parser.add_argument("--host", action="store_true", help="time the host instead; --host --help tells its options")
+    parser.add_argument("--model", action="store_true", help="time a model instead; --model --help tells its options")
     options = parser.parse_args(argv)
     if options.resume and not options.report:
         parser.error("--resume goes on with the report that --report names")
@@ -121,11 +126,14 @@ def _options(argv: list[str]) -> argparse.Namespace:
 
 def _known(case: BenchCase) -> dict[str, Any]:
     """What a row says even if its process died."""
-    return dict(**identity(case), package=package(REGISTRY[case.op]))
+    op = REGISTRY[case.op]
+    return dict(**identity(case), package=package(op), family=family(op))
 
 
 def _compiled(case: BenchCase, left_out: Sequence[str] | None) -> bool:
     """Whether torch.compile is timed: ``--no-compile`` alone leaves it out everywhere."""
+    if not case.compiled:
+        return False
     return left_out is None or (bool(left_out) and package(REGISTRY[case.op]) not in left_out)
 
 

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gemskit
 from gemskit import _native, backends
-from gemskit._bench_cases import _add_rms_norm, _rotate, _silu_and_mul
+from gemskit._bench_rows import add_rms_norm, rotate, silu_and_mul
 from gemskit._launch import record
 from gemskit._op import REGISTRY, Op
 from gemskit._report import environment
@@ -162,9 +162,9 @@ def cases() -> list[Case]:
             "scaled_dot_product_attention", F.scaled_dot_product_attention,
             _tensors(*[lambda n: (1, 2, n, 64)] * 3, is_causal=True), grad=True,
         ),
-        Case("fused_add_rms_norm", _add_rms_norm, _per_row(2, 1), composition=True, grad=True),
-        Case("silu_and_mul", _silu_and_mul, _tensors(_rows), composition=True, grad=True),
-        Case("apply_rotary_pos_emb", _rotate, _rotated, composition=True, grad=True),
+        Case("fused_add_rms_norm", add_rms_norm, _per_row(2, 1), composition=True, grad=True),
+        Case("silu_and_mul", silu_and_mul, _tensors(_rows), composition=True, grad=True),
+        Case("apply_rotary_pos_emb", rotate, _rotated, composition=True, grad=True),
     ]  # fmt: skip
     return rows
 

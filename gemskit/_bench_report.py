@@ -12,6 +12,8 @@ from gemskit._bench_reasons import reason
 from gemskit.errors import MissingExtra
 
 FACTS = ("machine", "date", "gemskit", "commit", "torch", "triton", "python", "command", "devices", "seconds", "note")
+#: Against whom; the last is an optional package.
+PEERS = {"eager": "torch eager", "compile": "torch.compile", "liger": "Liger"}
 #: What counts as slower than torch eager: half of this is the spread of two runs.
 SLOWER = 0.95
 
@@ -21,9 +23,9 @@ def line(row: dict[str, Any]) -> str:
     t = row["times"]
     mine = t.get("gemskit", math.nan)
     parts = [
-        f"{row['op'][:22]:22} {row['label'][:28]:28} {mine:8.4f} ms {row.get('floor', math.nan) / mine:5.0%} of roof"
+        f"{row['op'][:28]:28} {row['label'][:48]:48} {mine:8.4f} ms {row.get('floor', math.nan) / mine:5.0%} of roof"
     ]
-    parts += [f"{name} {t[name]:8.4f} ({t[name] / mine:4.2f}x)" for name in ("eager", "compile") if name in t]
+    parts += [f"{name} {t[name]:8.4f} ({t[name] / mine:4.2f}x)" for name in PEERS if name in t]
     if not row["ok"]:
         parts.append(
             f"WRONG: error {row.get('error', math.nan):.3g}, eager's {row.get('eager_error', math.nan):.3g} "
@@ -37,11 +39,11 @@ def line(row: dict[str, Any]) -> str:
 def summary(rows: Sequence[dict[str, Any]]) -> str:
     """Geometric means against both peers, over all rows and package by package."""
     lines = []
-    for peer in ("eager", "compile"):
+    for peer, name in (("eager", "torch eager"), ("compile", "torch compile"), ("liger", "Liger")):
         ratios = _ratios(rows, peer)
         if ratios:
             lines.append(
-                f"geometric mean against torch {peer}: {_mean(ratios):.2f}x over {len(ratios)} rows, "
+                f"geometric mean against {name}: {_mean(ratios):.2f}x over {len(ratios)} rows, "
                 f"{sum(x < SLOWER for x in ratios)} under {SLOWER}x"
             )
             packages = _packages(rows)
@@ -99,13 +101,41 @@ def page(report: dict[str, Any], stem: str) -> str:
         f"![speed against torch eager]({stem}.svg)", "",
         "Milliseconds (medians, cold L2); ratios are the peer's time over ours, so above 1 gemskit is faster. A row is timed "
         "wholly in one process on one device, whose roof was measured by that process. Every row was verified against float64 "
-        "first. Where torch has no such operator, its time is that of the composition that its users write.", "",
-        *_under(rows),
+        "first. Where torch has no such operator, its time is that of the composition that its users write; where it has several "
+        "backends, that of the fastest, which is named. torch.compile is left out where it calls the same library. Liger's are "
+        "the rows of its functions, where it is installed.", "",
+        *_families(_groups(rows)), *_under(rows),
     ]  # fmt: skip
-    for package in _packages(rows) or ["rows"]:
-        some = [r for r in rows if r.get("package", "rows") == package]
-        lines += [f"## {package}", "", f"{_shares(some)}.", "", *_table(some), ""]
+    for name, some in _groups(rows).items():
+        lines += [f"## {name}", "", f"{_shares(some)}.", "", *_table(some), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _groups(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows by family; older reports have packages, and still older ones neither."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for r in rows:
+        found.setdefault(r.get("family") or r.get("package") or "rows", []).append(r)
+    return found
+
+
+def _families(groups: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Geometric mean and minimum of the ratios to each peer, forward and backward apart."""
+    lines = [
+        "## Families", "", f"| family | peer | rows | geometric mean | minimum | under {SLOWER} | slowest row |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, rows in groups.items():
+        for what, backward in (("", False), (" backward", True)):
+            some = [r for r in rows if r["backward"] == backward]
+            for peer, title in PEERS.items():
+                found = [(x, f"{r['op']} {r['label']}") for r in some for x in _ratios([r], peer)]
+                if found:
+                    ratios, (least, row) = [x for x, _ in found], min(found)
+                    under = sum(x < SLOWER for x in ratios)
+                    cells = (f"{name}{what}", title, len(found), f"{_mean(ratios):.2f}", f"{least:.2f}", under, row)
+                    lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return [*lines, ""]
 
 
 def _span(values: Sequence[float], form: str) -> str:
@@ -137,10 +167,10 @@ def _shares(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    lines = [
-        "| operator | case | dtype | gemskit ms | of roof | torch eager ms | ratio | torch.compile ms | ratio |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    shown = [p for p in PEERS if p != "liger" or any(p in r["times"] for r in rows)]
+    titles = ["operator", "case", "dtype", "gemskit ms", "of roof"]
+    titles += [title for p in shown for title in (f"{PEERS[p]} ms", "ratio")]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for r in rows:
         t = r["times"]
         mine = t.get("gemskit")
@@ -148,8 +178,10 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
             f"`{r['op']}`", r["label"], r["dtype"], f"{mine:.4f}" if mine else "failed",
             f"{r['floor'] / mine:.0%}" if mine else "",
         ]  # fmt: skip
-        for peer in ("eager", "compile"):
-            cells += [f"{t[peer]:.4f}", f"{t[peer] / mine:.2f}" if mine else ""] if peer in t else ["", ""]
+        for peer in shown:
+            # Which of torch's ways it is, where there are several.
+            way = f" ({r['peer']})" if peer == "eager" and "peer" in r else ""
+            cells += [f"{t[peer]:.4f}{way}", f"{t[peer] / mine:.2f}" if mine else ""] if peer in t else ["", ""]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 

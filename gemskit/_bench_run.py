@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.attention
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
-from gemskit import backends
-from gemskit._bench_cases import BenchCase
+from gemskit import _bench_liger, backends
+from gemskit._bench_cases import BenchCase, Way
 from gemskit._conformance import slack
 from gemskit._op import REGISTRY, Op
 from gemskit.testing import Make, Sample
@@ -50,37 +53,63 @@ def time_case(case: BenchCase, roof: Roof, compiled: bool) -> dict[str, Any]:
     """One row: verified against float64, then timed."""
     op = REGISTRY[case.op]
     sample = case.build(Make(case.dtype, device=backends.device, fast=True))
-    candidates: dict[str, Callable[..., Any]] = {"gemskit": op, "eager": case.peer or op.meaning}
-    if compiled:
-        torch._dynamo.reset()
-        candidates["compile"] = torch.compile(case.peer or op.meaning, dynamic=False)
-    row: dict[str, Any] = dict(**identity(case), package=package(op))
+    row: dict[str, Any] = dict(**identity(case), package=package(op), family=family(op))
     tensors = [t for t in (*sample.args, *sample.kwargs.values()) if isinstance(t, Tensor)]
     leaves = [t.requires_grad_() for t in tensors if case.backward and t.dtype.is_floating_point]
+    sides = [("gemskit", Way("", op)), *(("eager", way) for way in case.ways or (Way("", case.peer or op.meaning),))]
+    if compiled:
+        torch._dynamo.reset()
+        sides.append(("compile", Way("", torch.compile(case.peer or op.meaning, dynamic=False))))
     times: dict[str, float] = {}
     took: dict[str, float] = {}
     outs: dict[str, list[Tensor]] = {}
-    upstream = 0
-    for name, fn in candidates.items():
+    peers: dict[str, float | str] = {}
+    upstream: list[Tensor] = []
+
+    def side(name: str, way: Way, given: Sample, leaves: Sequence[Tensor]) -> None:
+        nonlocal upstream
         start = time.perf_counter()
         try:
-            call, result, upstream = _prepared(fn, sample, leaves)
-            outs[name] = [t.detach() for t in result]
-            times[name] = _milliseconds(call)
+            with warnings.catch_warnings(), _only(way.backend):
+                if way.backend is not None:
+                    warnings.simplefilter("ignore")  # why a backend does not serve: the row says that it does not
+                call, result, upstream = _prepared(case, way.call, given, leaves)
+                found = _milliseconds(call)
+            peers[way.name] = found
+            if found < times.get(name, math.inf):
+                times[name], outs[name] = found, [t.detach() for t in result]
+                row.pop(f"{name}_error", None)
+                if way.name:
+                    row["peer"] = way.name
         except Exception as e:  # one row that fails is one row
-            row[f"{name}_error"] = f"{type(e).__name__}: {e}"[:300]
-        took[name] = round(time.perf_counter() - start, 2)
+            peers[way.name] = said = f"{type(e).__name__}: {e}"[:300]
+            if name not in times:
+                row[f"{name}_error"] = said
+        took[name] = round(took.get(name, 0) + time.perf_counter() - start, 2)
+
+    for name, way in sides:
+        side(name, way, sample, leaves)
+    if case.ways:
+        row["peers"] = {way.name: peers[way.name] for way in case.ways}
     read = sample.read or sum(_bytes(t) for t in tensors)
-    moved = read + upstream + sum(_bytes(t) for t in outs.get("eager", ()))
+    moved = read + sum(map(_bytes, upstream)) + sum(_bytes(t) for t in outs.get("eager", ()))
     # Attention's backward has five products where its forward has two.
-    flops = sample.flops * (2.5 if case.backward else 1)
+    flops = sample.flops * (2.5 if case.backward and not case.whole else 1)
     row.update(times=times, floor=roof.floor(moved, flops), flops=flops, bytes=moved)
     start = time.perf_counter()
-    row["ok"], row["error"], row["eager_error"] = _verify(case, sample, leaves, outs)
+    row["ok"], row["error"], row["eager_error"] = _verify(case, sample, leaves, outs, upstream)
     took["verification"] = round(time.perf_counter() - start, 2)
+    if (liger := _bench_liger.peer(case, sample)) is not None:
+        outs.clear()
+        fn, own = liger
+        side("liger", Way("", fn), own, [t for t in own.args if t.requires_grad])
     #: Seconds of this row, compilation included.
     row["took"] = took
     return row
+
+
+def _only(backend: SDPBackend | None) -> AbstractContextManager[Any]:
+    return nullcontext() if backend is None else torch.nn.attention.sdpa_kernel(backend)
 
 
 def identity(case: BenchCase) -> dict[str, Any]:
@@ -99,43 +128,64 @@ def package(op: Op[..., Any]) -> str:
     return op.__module__.split(".")[1]
 
 
+def family(op: Op[..., Any]) -> str:
+    """What rows are judged together by: the package, in whose place products, attention and other fused rows are told apart."""
+    if "attention" in op.name:
+        return "attention"
+    return {"blas": "products", "nn": "rows"}.get(package(op), package(op))
+
+
 def _prepared(
-    fn: Callable[..., Any], sample: Sample, leaves: Sequence[Tensor]
-) -> tuple[Callable[[], Any], list[Tensor], int]:
-    """What is timed (the call, or only its backward), its results once, and the bytes of incoming gradients."""
+    case: BenchCase, fn: Callable[..., Any], sample: Sample, leaves: Sequence[Tensor],
+    upstream: Sequence[Tensor] | None = None,
+) -> tuple[Callable[[], Any], list[Tensor], list[Tensor]]:  # fmt: skip
+    """What is timed (the call, its backward, or both), its results once, and the incoming gradients (drawn, if not given)."""
+
+    def results() -> list[Tensor]:
+        found = _flat(fn(*sample.args, **sample.kwargs))
+        return found[:1] if case.first else found
+
     if not leaves:
-        with torch.no_grad():
-            first = _flat(fn(*sample.args, **sample.kwargs))
 
         def forward() -> Any:
             with torch.no_grad():
                 return fn(*sample.args, **sample.kwargs)
 
-        return forward, first, 0
-    outs = [o for o in _flat(fn(*sample.args, **sample.kwargs)) if o.requires_grad]
-    generator = torch.Generator(outs[0].device).manual_seed(1)
-    grads = [torch.randn(o.shape, generator=generator, device=o.device).to(torch.bfloat16).to(o.dtype) for o in outs]
+        with torch.no_grad():
+            return forward, results(), []
+    outs = [o for o in results() if o.requires_grad]
+    if upstream is None:
+        generator = torch.Generator(outs[0].device).manual_seed(1)
+        upstream = [torch.randn(o.shape, generator=generator, device=o.device).to(torch.bfloat16) for o in outs]
+    grads = [g.to(o.dtype) for g, o in zip(upstream, outs, strict=True)]
 
     def backward() -> Any:
         return torch.autograd.grad(outs, leaves, grads, retain_graph=True)
 
-    return backward, list(backward()), sum(map(_bytes, grads))
+    def both() -> Any:
+        return torch.autograd.grad([o for o in results() if o.requires_grad], leaves, grads)
+
+    first = list(backward())
+    if case.whole:
+        outs.clear()
+    return both if case.whole else backward, first, grads
 
 
 def _verify(
-    case: BenchCase, sample: Sample, leaves: Sequence[Tensor], outs: dict[str, list[Tensor]]
+    case: BenchCase, sample: Sample, leaves: Sequence[Tensor], outs: dict[str, list[Tensor]], upstream: Sequence[Tensor]
 ) -> tuple[bool, float, float]:
     """Whether gemskit's error against float64 is within 1.5 times torch eager's (or a few units), and both errors."""
     if "gemskit" not in outs or "eager" not in outs:
         return False, math.nan, math.nan
-    op = REGISTRY[case.op]
     try:
-        reference = _exact(op, sample, leaves, torch.float64)
+        reference = _exact(case, sample, leaves, torch.float64, upstream)
     except torch.OutOfMemoryError:  # the scores of a long sequence
-        reference = _exact(op, sample, leaves, torch.float32)
-    dtype = outs["gemskit"][0].dtype
+        reference = _exact(case, sample, leaves, torch.float32, upstream)
+    op, dtype = REGISTRY[case.op], outs["gemskit"][0].dtype
     if case.compare is not None:
         outs, reference = {n: case.compare(sample, found) for n, found in outs.items()}, case.compare(sample, reference)
+    if case.cut is not None:
+        outs = {n: list(map(case.cut, found)) for n, found in outs.items()}
     mine, eager = (_error(outs[name], reference) for name in ("gemskit", "eager"))
     return mine <= max(1.5 * eager, slack(op, dtype, bool(leaves))), mine, eager
 
@@ -159,19 +209,26 @@ def _error(found: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
     return worst
 
 
-def _exact(op: Op[..., Any], sample: Sample, leaves: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The results (or gradients) of the meaning in a wide dtype."""
+def _exact(
+    case: BenchCase, sample: Sample, leaves: Sequence[Tensor], dtype: torch.dtype, upstream: Sequence[Tensor]
+) -> list[Tensor]:
+    """The results (or gradients) of the meaning in a wide dtype, of the part that the row verifies."""
     torch.get_device_module(backends.device).empty_cache()
 
     def wide(v: Any) -> Any:
-        if isinstance(v, Tensor) and v.dtype.is_floating_point:
-            return v.detach().to(dtype).requires_grad_(any(v is leaf for leaf in leaves))
-        return v
+        if not isinstance(v, Tensor):
+            return v
+        part = v.detach() if case.cut is None else case.cut(v.detach())
+        if part.dtype.is_floating_point:
+            return part.to(dtype).requires_grad_(any(v is leaf for leaf in leaves))
+        return part
 
     exact = Sample(tuple(map(wide, sample.args)), {k: wide(v) for k, v in sample.kwargs.items()})
     widened = [t for t in (*exact.args, *exact.kwargs.values()) if isinstance(t, Tensor) and t.requires_grad]
-    with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]):
-        return [t.detach() for t in _prepared(op.meaning, exact, widened)[1]]
+    grads = list(upstream) if case.cut is None else list(map(case.cut, upstream))
+    with torch.nn.attention.sdpa_kernel([SDPBackend.MATH]):
+        fn = case.exact or REGISTRY[case.op].meaning
+        return [t.detach() for t in _prepared(case, fn, exact, widened, grads)[1]]
 
 
 def _milliseconds(fn: Callable[[], Any]) -> float:

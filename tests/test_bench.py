@@ -6,26 +6,31 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import gemskit
 from gemskit import (
     _bench,
+    _bench_attention,
     _bench_cases,
     _bench_elementwise,
+    _bench_liger,
     _bench_reasons,
     _bench_reduce,
     _bench_report,
+    _bench_rows,
     _bench_run,
     backends,
 )
@@ -61,6 +66,18 @@ PROMISED: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
             for size in ("8192x1024", "8192x4096", "8192x16384", "8192x32768", "1024x65536", "256x131072")
         ),
     ),
+    (
+        ("mm",),
+        (
+            *(f"{m}x{w}" for w in ("6144x4096", "4096x4096", "28672x4096", "4096x14336")
+              for m in (1, 16, 64, 128, 512, 2048, 8192)),
+            *(f"{m}x{w}" for w in ("10240x5120", "5120x8192", "51200x5120", "5120x25600") for m in (1, 16, 128, 2048)),
+            *("x".join(3 * [str(n)]) for n in (512, 1024, 2048, 4096, 8192, 16384)),
+            "2048x4096x14336 f16", "4097x4095x1023", "1000x1000x1000", "2048x4096x6144 grad of input",
+            "6144x4096x2048 grad of weight",
+        ),
+    ),
+    (("gated_linear",), tuple(f"{m}x14336x4096" for m in (16, 2048, 8192))),
     (("cumsum",), ("4096x16384 dim=1 f32", "8192² dim=0 f32", "64M f32")),
     (("sort",), ("64x128256", "64x128256 f32", "8192x4096", "8192x4096 f32", "1x16M", "1x16M f32")),
     (("topk",), tuple(f"{k} of {n}{f}" for k in (1, 8, 50, 1024) for n in ("64x128256", "8192x4096") for f in ("", " f32"))),
@@ -72,6 +89,9 @@ def test_promised_rows_are_there() -> None:
     assert not [(op, label) for ops, labels in PROMISED for op in ops for label in labels if (op, label) not in rows]
     assert all((" backward" in c.label) == c.backward for c in CASES)
     assert {c.peer for c in CASES if c.op == "topk"} == {torch.topk}
+    dense = [c for c in CASES if c.op == "scaled_dot_product_attention" and "decode" not in c.label]
+    assert sum(c.backward for c in dense) * 2 == len(dense) >= 48 and all(len(c.ways) == 3 for c in dense)
+    assert not [c.label for c in CASES if c.ways and c.compiled and c.op != "gated_linear"]
 
 
 def test_rows_have_names_of_their_own() -> None:
@@ -91,10 +111,17 @@ def test_both_sides_take_the_arguments(case: BenchCase) -> None:
     sample = case.build(Make(case.dtype, device="meta", empty=True))
     bound = op.signature.bind(*sample.args, **sample.kwargs)
     meant = _bench_run._flat(op.meaning(*bound.args, **bound.kwargs))
+    for way in case.ways:
+        if way.backend is None:
+            found = _bench_run._flat(way.call(*sample.args, **sample.kwargs))
+            assert [(t.shape, t.dtype) for t in found] == [
+                (t.shape, t.dtype) for t in meant[: 1 if case.first else None]
+            ]
     if case.backward:
         assert op.differentiable and any(o.is_floating_point() for o in meant)
     if case.peer is not None:
         peers = _bench_run._flat(case.peer(*sample.args, **sample.kwargs))
+        meant = meant[:1] if case.first else meant
         assert [(t.shape, t.dtype) for t in peers] == [(t.shape, t.dtype) for t in meant]
     assert sum(map(_bench_run._bytes, meant)) > 0 or not meant
 
@@ -152,6 +179,124 @@ def test_a_row(case: BenchCase, on_cpu: None) -> None:
     assert row["ok"] and not {"gemskit_error"} & set(row), row
     assert set(row["times"]) == {"gemskit", "eager"} and row["floor"] > 0
     assert row["op"] == case.op.lstrip("_") in _bench_report.line(row)
+
+
+ATTENTION = [
+    *_bench_attention._dense(2, 6, 3, 40, 16, True),
+    *_bench_attention._packed(6, 3, 16, True, (17, 5, 1)),
+    _bench_attention._decode(3, 64),
+    _bench_attention._paged(2, 64, 16),
+]
+
+
+@pytest.mark.parametrize("case", ATTENTION, ids=label)
+def test_attention_is_held_against_the_fastest_way(
+    case: BenchCase, on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of the batches and heads is verified, a part of the rows at a time; backends that refuse cost nothing."""
+    monkeypatch.setattr(_bench_attention, "SCORES", 1 << 10)
+    with gemskit.interpret():
+        row = _bench_run.time_case(case, Roof(1e12, 1e12), compiled=False)
+    assert row["ok"] and row["family"] == "attention", row
+    assert row["peer"] in row["peers"] and row["peers"][row["peer"]] == row["times"]["eager"] == 1.0
+    assert any("Error" in str(found) for found in row["peers"].values()), "not all backends serve CPU tensors"
+    assert f"({row['peer']})" in _bench_report._table([row])[2]
+    if case.cut is not None and not case.backward:
+        sample = case.build(Make(torch.bfloat16))
+        ours = REGISTRY[case.op].meaning(*sample.args, **sample.kwargs)
+        whole, part = (ours[0] if case.first else ours), case.cut
+        assert 0 < part(whole).numel() < whole.numel()
+        wrong = part(whole).clone()
+        wrong[-1, ..., -1] += 1
+        assert _bench_run._error([wrong], [part(whole)]) > 0.1
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_exact_attention_is_attention(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_bench_attention, "SCORES", 200)
+    make = Make(torch.float64)
+    given = [make(2, n, 24, 8).requires_grad_() for n in (6, 2, 2)]
+    named = dict(is_causal=causal, enable_gqa=True)
+    outs = [fn(*given, **named) for fn in (_bench_attention.exact_attention, F.scaled_dot_product_attention)]
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*(torch.autograd.grad(o.square().sum(), given) for o in outs))
+
+
+def test_forward_and_backward_as_one(on_cpu: None) -> None:
+    def build(make: Make) -> Sample:
+        return Sample((make(20, 16), make(50, 16), make(20, dtype=torch.int64, low=0, high=50)), {"prepare": "input"})
+
+    case = BenchCase("fused_linear_cross_entropy", "forward and backward", build, F32, backward=True, whole=True)
+    with gemskit.interpret():
+        row = _bench_run.time_case(case, Roof(1e12, 1e12), compiled=False)
+    assert row["ok"] and row["family"] == "rows", row
+
+
+class Liger:
+    """Stands for ``liger_kernel.transformers.functional``, with plain torch; as the original it may overwrite inputs."""
+
+    @staticmethod
+    def liger_rms_norm(x: Tensor, w: Tensor, eps: float, offset: float, casting: str, in_place: bool) -> Tensor:
+        assert not in_place
+        return F.rms_norm(x, (x.shape[-1],), w, eps)
+
+    @staticmethod
+    def liger_fused_add_rms_norm(x: Tensor, r: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return F.rms_norm(x + r, (x.shape[-1],), w, eps), x + r
+
+    @staticmethod
+    def liger_layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float) -> Tensor:
+        return F.layer_norm(x, (x.shape[-1],), w, b, eps)
+
+    @staticmethod
+    def liger_softmax(x: Tensor) -> Tensor:
+        return torch.softmax(x, -1)
+
+    @staticmethod
+    def liger_swiglu(a: Tensor, b: Tensor) -> Tensor:
+        return F.silu(a) * b
+
+    @staticmethod
+    def liger_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        assert cos.shape == (1, q.shape[2], q.shape[3])
+        half = cos.shape[-1] // 2
+        found = _bench_rows.rotate(q.transpose(1, 2), k.transpose(1, 2), cos[0, :, :half], sin[0, :, :half])
+        return found[0].transpose(1, 2), found[1].transpose(1, 2)
+
+    @staticmethod
+    def liger_cross_entropy(x: Tensor, target: Tensor) -> Tensor:
+        loss = F.cross_entropy(x, target)
+        x.data.zero_()
+        return loss
+
+    @staticmethod
+    def liger_fused_linear_cross_entropy(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, w), target)
+
+
+def test_liger_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch, on_cpu: None) -> None:
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", cast(ModuleType, Liger))
+    served = {c.op: c for c in CASES if _bench_liger.serves(c)}
+    assert set(served) == set(_bench_liger.PEERS)
+    for op, case in served.items():
+        sample = case.build(Make(case.dtype, device="meta", empty=True))
+        found = _bench_liger.peer(case, sample)
+        assert found is not None
+        fn, own = found
+        if op != "cross_entropy":
+            meant, theirs = (
+                _bench_run._flat(f) for f in (REGISTRY[op].meaning(*sample.args, **sample.kwargs), fn(*own.args))
+            )
+            assert [t.numel() for t in meant] == [t.numel() for t in theirs]
+    for backward in (False, True):
+        rows = lambda make: Sample((make(6, 50), make(6, dtype=torch.int64, low=0, high=50)))
+        case = BenchCase("cross_entropy", f"{backward}", rows, F32, backward=backward, whole=backward)
+        with gemskit.interpret():
+            row = _bench_run.time_case(case, Roof(1e12, 1e12), compiled=False)
+        assert row["ok"] and row["times"]["liger"] == 1.0, row
+    assert "Liger ms" in _bench_report._table([row])[0]
+    assert "Liger" not in _bench_report._table([row_of("add", "pointwise", 1.0)])[0]
+    assert "| rows backward | Liger | 1 | 1.00 | 1.00 | 0 |" in _bench_report.page(facts() | {"rows": [row]}, "r")
 
 
 @pytest.mark.parametrize("compare", [_bench_elementwise._percent_nonzero, _bench_elementwise._percentiles])

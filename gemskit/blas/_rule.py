@@ -12,17 +12,17 @@ from typing import Any
 from gemskit._layout import cdiv
 from gemskit._native import cache_dir
 
-#: Tiles (M, N), their step along K, stages that fit into 227 KiB, and the time of one step in us when all programs work (H200).
-#: Small tiles take long steps: a step costs 0.2 us at least.
+#: Tiles (M, N), stages of K = 64 that fit into 227 KiB, and the time of one step of K in us when all programs work (H200).
 TILES = (
-    (128, 256, 64, 4, 0.70), (256, 128, 64, 4, 0.70), (128, 128, 64, 6, 0.38), (128, 64, 64, 8, 0.25),
-    (128, 32, 64, 10, 0.21), (128, 16, 64, 11, 0.23), (128, 64, 128, 4, 0.40), (128, 32, 128, 5, 0.34), (128, 16, 128, 6, 0.34),
+    (128, 256, 4, 0.735), (256, 128, 4, 0.767), (128, 128, 6, 0.38), (128, 64, 8, 0.248), (128, 32, 10, 0.231),
+    (128, 16, 11, 0.207),
 )  # fmt: skip
+STEP = 64
 #: us: of a launch, of the second one that adds up parts; bytes a us that memory gives.
-LAUNCH, JOIN, BANDWIDTH = 5.0, 6.0, 3.5e6
-#: How much of the shorter of both, multiplying and moving, the longer one does not hide. Over 51 products of 60 us and more
-#: (H200) the choices that follow take 1.000 of cuBLAS' time, the best of all 0.995; without it 1.002, and 64 rows 1.08.
-EXPOSED = 0.15
+LAUNCH, JOIN, BANDWIDTH = 5.0, 5.0, 3.5e6
+#: How much of the shorter of both, multiplying and moving, the longer one does not hide.
+#: Fitted to all choices of 77 products of 64 to 16384 rows: those that follow take 1.008 times as long as the best.
+EXPOSED = 0.1
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,16 @@ def choices(M: int, N: int, K: int, batches: int, processors: int, gated: bool =
     """All that are considered. Tiles of a gated product are half gate, half up, so there are twice N columns."""
     if gated:
         N *= 2
+    steps = max(1, cdiv(K, STEP))
     moved = 2 * batches * (M * K + K * N + M * N) / BANDWIDTH
     for transposed in (False,) if gated else (False, True):
         m, n = (N, M) if transposed else (M, N)
-        for BM, BN, BK, stages, step in TILES[:4] if gated else TILES:
-            steps = max(1, cdiv(K, BK))
+        for BM, BN, stages, step in TILES[:4] if gated else TILES:
             tiles = cdiv(m, BM) * cdiv(n, BN) * batches
             rounds, last = divmod(tiles, processors)
             whole = LAUNCH + _together(moved, (rounds + (last > 0)) * steps * step)
             group = 8 if BM <= BN else 4
-            yield Choice(BM, BN, BK, stages, group, processors, tiles, 0, 1, steps, transposed, whole)
+            yield Choice(BM, BN, STEP, stages, group, processors, tiles, 0, 1, steps, transposed, whole)
             # No part shorter than what it costs to begin one.
             pieces = min(processors // last if last else 1, max(1, steps // 4))
             if pieces > 1:
@@ -66,7 +66,9 @@ def choices(M: int, N: int, K: int, batches: int, processors: int, gated: bool =
                 pieces = cdiv(steps, part)
                 parts = 2 * 4 * last * pieces * BM * BN / BANDWIDTH
                 time = LAUNCH + JOIN + _together(moved, (rounds * steps + part) * step) + parts
-                yield Choice(BM, BN, BK, stages, group, processors, tiles - last, last, pieces, part, transposed, time)
+                yield Choice(
+                    BM, BN, STEP, stages, group, processors, tiles - last, last, pieces, part, transposed, time
+                )
 
 
 def _together(moving: float, multiplying: float) -> float:
@@ -97,9 +99,9 @@ def name_of(batches: int, M: int, N: int, K: int, gated: bool = False) -> str:
     return "x".join(str(n) for n in ((batches, M, N, K) if batches > 1 else (M, N, K))) + (" gated" if gated else "")
 
 
-def pick_of(choice: Choice) -> tuple[int, int, int, bool, bool]:
-    """What a table says of a choice: its tile and step, whether it is transposed, whether tiles are split."""
-    return choice.BM, choice.BN, choice.BK, choice.transposed, choice.split > 0
+def pick_of(choice: Choice) -> tuple[int, int, bool, bool]:
+    """What a table says of a choice: its tile, whether it is transposed, whether tiles are split."""
+    return choice.BM, choice.BN, choice.transposed, choice.split > 0
 
 
 def user_table() -> Path:

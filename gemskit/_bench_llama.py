@@ -117,6 +117,9 @@ class Gemskit:
         return gemskit.linear(x, weight)
 
     def gated(self, x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            # Keeps what the gradient needs, as torch does; gated_linear multiplies again.
+            return gemskit.silu_and_mul(gemskit.linear(x, gate), gemskit.linear(x, up))
         return gemskit.gated_linear(x, gate, up)
 
     def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -230,7 +230,7 @@ def parts_of(rows: int, size: int, planes: int, block: Mapping[str, int], config
     """In how many parts keys are read: enough programs for every processor, each with four tiles at least."""
     programs = _layout.cdiv(rows, block["M"]) * planes
     tiles = _layout.cdiv(size, block["N"])
-    return max(1, min(2 * config.get("processors", 128) // max(programs, 1), tiles // 4, 64))
+    return max(1, min(2 * config.get("processors", 128) // max(programs, 1), tiles // 4, 72))
 
 
 def few_rows(block: dict[str, int], rows: int) -> dict[str, int]:

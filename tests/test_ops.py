@@ -57,7 +57,7 @@ def test_the_cpu_says_what_is_right_where_a_device_of_torch_has_no_kernel() -> N
     def meaning(input: torch.Tensor) -> torch.Tensor:
         tried.append(input)
         if len(tried) == 1:
-            raise NotImplementedError('"addmm_cuda" not implemented for \'Int\'')
+            raise NotImplementedError("\"addmm_cuda\" not implemented for 'Int'")
         return input + 1
 
     found = _conformance._wanted(SimpleNamespace(meaning=meaning), Sample((torch.ones(3),)))  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from torch import Tensor
 from gemskit import _layout, backends, language
 from gemskit._driver import tf32
 from gemskit._dtypes import TRITON
+from gemskit._factors import as_factor
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit.blas._drive import ACCUMULATORS
@@ -46,7 +47,7 @@ def _blocks(
         x = tl.load(a + a_at, m_live[:, None] & (k[None, :] < K - at), other=0.0)
         y = tl.load(b + b_at, (k[:, None] < K - at) & n_live[None, :], other=0.0)
         if x.dtype.is_floating() and not y.dtype.is_floating():
-            y = y.to(x.dtype)
+            y = as_factor(y, x.dtype)
         if ONE:
             acc = tl.dot(x, y, acc, input_precision=PRECISION, out_dtype=UNITS)
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
+from gemskit._factors import as_factor
 from gemskit._jit import jit
 from gemskit.nn._attention_tiles import (
     LN2,
@@ -45,7 +46,8 @@ def _forward_steps(
         keys = cached_tile(
             key, start, local[None, :], k_at[2], e[:, None], k_at[3], size, table, table_step, k_at[0], k_at[4],
             HEAD, E, EDGE, WIDE, PAGE, SPLIT, N,
-        ).to(queries.dtype)  # fmt: skip
+        )  # fmt: skip
+        keys = as_factor(keys, queries.dtype)
         product = tl.zeros((rows.shape[0], N), acc.dtype)
         product = tl.dot(queries, keys, product, input_precision=PRECISION, out_dtype=acc.dtype)
         cols = start + local
@@ -67,7 +69,8 @@ def _forward_steps(
         values = cached_tile(
             value, start, local[:, None], v_at[2], ev[None, :], v_at[3], size, table, table_step, v_at[0], 0,
             VALUE, EV, EDGE, WIDE, PAGE, 0, N,
-        ).to(queries.dtype)  # fmt: skip
+        )  # fmt: skip
+        values = as_factor(values, queries.dtype)
         acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION, out_dtype=acc.dtype)
         peak = top
     return acc, total, peak

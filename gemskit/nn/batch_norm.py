@@ -108,7 +108,8 @@ def gradient(
         if len(grads) == 3:
             of = {n: _flat(g, ndim) for n, g in zip(of, grads[1:])}
         named |= {**of, "total": total, "dot": dot, "weight": along(weight, ndim)}
-        named |= {"share": 1.0 / max(count, 1), "freedom": 2.0 / max(count - 1, 1)}
+        count = max(count, 1)
+        named |= {"share": 1.0 / count, "count": float(count), "freedom": 2.0 / max(count - 1, 1)}
         SLOPE(named, (found["input"],), compute)
     return found
 

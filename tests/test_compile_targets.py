@@ -338,6 +338,27 @@ def test_factors_of_float64_from_narrow_memory_compile(name: str) -> None:
     assert len(launches) >= 2 and not problems, "\n".join(problems)
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_float8_products_for_hopper_compile(fast: bool) -> None:
+    """With sums of float32 next to those of tensor cores, unless these suffice."""
+    row, launches = next(row for row in ROWS if row.name == "sm_90"), Launches()
+    f8, f32 = Unfilled(torch.float8_e4m3fn), Unfilled(FP32)
+    ends = torch.empty(4, dtype=torch.int32)
+    a, b = f8(1024, 1024), f8(1024, 1024).mT
+    _forget_plans()
+    with _launch.capturing(launches), backends.use_arch(row):
+        for scales in ((f32(), f32()), (f32(8, 1), f32(1, 1024))):
+            gemskit.scaled_mm(a, b, *scales, None, None, BF16, fast)
+        gemskit.scaled_grouped_mm(a, f8(4, 1024, 1024).mT, f32(1024), f32(4, 1024), ends, use_fast_accum=fast)
+        gemskit.scaled_grouped_mm(a, b, f32(4096), f32(4096), ends, use_fast_accum=fast)
+        if not fast:
+            gemskit.bmm_fp8(f8(4, 512, 512), f8(4, 512, 512).mT, f32(), f32(), BF16)
+    _forget_plans()
+    assert len(launches) == 5 - fast and all(launch.meta["PROMOTED"] is not fast for launch in launches.values())
+    problems = [f"{launch}: {problem}" for launch in launches.values() for problem in launch.problems(row)]
+    assert not problems, "\n".join(problems)
+
+
 def _forget_plans() -> None:
     """Plans hold numbers of the row they were made for."""
     for op in REGISTRY.values():

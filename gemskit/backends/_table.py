@@ -97,6 +97,7 @@ DEFAULT: Launch = {
         "fill": 128,
         "wgmma": 0,
         "processors": 132,
+        "promote": 0,
     },
     "gemm_few": {"m": 64, "n": 64, "k": 64, "warps": 4, "stages": 2},
     "attention": {"m": 64, "n": 64, "warps": 4, "wide": 4, "stages": 2, "wgmma": 0, "turns": 0, "processors": 128},

@@ -16,7 +16,8 @@ NO_E4M3 = FNUZ | {"float8_e4m3fn"}
 HOPPER = {
     # wgmma 1 takes the kernels in Gluon; turns 1 lets their groups issue products in turns (docs/decisions/007).
     "attention": {"m": 64, "n": 64, "warps": 4, "wide": 8, "stages": 3, "wgmma": 1, "turns": 0, "processors": 132},
-    "gemm": {"wgmma": 1, "processors": 132},
+    # promote 1 adds sums of float8, of 14 bits on tensor cores, to those of float32 in each step of a product.
+    "gemm": {"wgmma": 1, "processors": 132, "promote": 1},
 }
 AMPERE = {"attention": {"m": 128, "n": 64, "warps": 8, "wide": 8, "stages": 2}}
 BLACKWELL = {"attention": {"m": 128, "n": 64, "warps": 8, "wide": 8, "stages": 3}}

@@ -41,7 +41,7 @@ VENDOR = Vendor(
     launch={
         "pointwise": {"side": 64},
         "gemm": {"stages": 3},
-        "gemm_few": {"k": 128, "stages": 4},
+        "gemm_few": {"k": 128, "stages": 4, "float8": 1},
         "rowwise": {
             "loop_tile": 8192,
             "warps": 32,

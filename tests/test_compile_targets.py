@@ -359,6 +359,33 @@ def test_float8_products_for_hopper_compile(fast: bool) -> None:
     assert not problems, "\n".join(problems)
 
 
+@pytest.mark.parametrize("page", [16, 256])
+def test_keys_in_pages_are_loaded_as_far_ahead_as_others(page: int) -> None:
+    """Which shows in shared memory: a look-up that the loads of the same step wait for would take a stage."""
+    row, make = next(row for row in ROWS if row.name == "sm_90"), Unfilled(BF16)
+    (query, keys), pages = (make(4, 1, 32, 128), make(4, 2048, 4, 128)), make(4 * 2048 // page, page, 4, 128)
+    ends, used = torch.empty(5, dtype=torch.int32), torch.empty(4, dtype=torch.int32)
+    table = torch.empty(4, 2048 // page, dtype=torch.int32)
+    shared = []
+    for paged in (False, True):
+        launches = Launches()
+        _forget_plans()
+        with _launch.capturing(launches), backends.use_arch(row):
+            if paged:
+                gemskit.flash_attn_varlen_func(
+                    query[:, 0], pages, pages, max_seqlen_q=1, cu_seqlens_q=ends, max_seqlen_k=2048, seqused_k=used,
+                    block_table=table, causal=True,
+                )  # fmt: skip
+            else:
+                gemskit.flash_attn_func(query, keys, keys, causal=True)
+        _forget_plans()
+        forward = next(launch for launch in launches.values() if launch.name.endswith("attention_forward"))
+        assert not list(forward.problems(row))
+        compiled = _driver.compile(forward.kernel, tuple(map(_driver.described, forward.args)), forward.meta)
+        shared.append(compiled.metadata.shared)
+    assert shared[0] == shared[1]
+
+
 def _forget_plans() -> None:
     """Plans hold numbers of the row they were made for."""
     for op in REGISTRY.values():

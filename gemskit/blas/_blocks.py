@@ -9,10 +9,10 @@ from torch import Tensor
 from gemskit import _layout, backends, language
 from gemskit._driver import tf32
 from gemskit._dtypes import TRITON
-from gemskit._factors import as_factor, plus_product, promoted
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit.blas._drive import ACCUMULATORS
+from gemskit.blas._factors import as_factor, plus_product, promoted
 from gemskit.errors import NoKernel
 
 

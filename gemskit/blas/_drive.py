@@ -19,13 +19,13 @@ from gemskit._bind import SCALARS, adapter, arguments, fill, given, parameters, 
 from gemskit._checks import describe
 from gemskit._driver import tf32
 from gemskit._dtypes import FLOAT8, TRITON
-from gemskit._factors import plus_product, promoted
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
 from gemskit._op import Named, P, R
 from gemskit.blas import _few
 from gemskit.blas._epilogue import Fused, Step, formula
+from gemskit.blas._factors import plus_product, promoted
 from gemskit.blas._integers import Integers
 from gemskit.blas._rule import Choice, choose
 from gemskit.blas._space import Space, read

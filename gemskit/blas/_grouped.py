@@ -16,9 +16,9 @@ from gemskit import _layout, backends, language
 from gemskit._bind import fill, slots
 from gemskit._driver import tf32
 from gemskit._dtypes import FLOAT8, TRITON, compute_type
-from gemskit._factors import plus_product, promoted
 from gemskit._jit import jit
 from gemskit._launch import launch
+from gemskit.blas._factors import plus_product, promoted
 
 #: Filled in per operator.
 EPILOGUE: Any = None

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from gemskit._factors import as_factor
 from gemskit._jit import jit
+from gemskit.blas._factors import as_factor
 from gemskit.nn._attention_tiles import (
     LN2,
     LOG2E,

@@ -114,10 +114,7 @@ def samples_of(op: Op[..., Any], make: Make) -> Iterator[Sample]:
 def _forward(case: Case, op: Op[..., Any], make: Make) -> str:
     refused = 0
     for sample in _each(op, make):
-        torch_result = _attempt(op.meaning, sample)
-        if isinstance(torch_result, Exception) and make.device != "cpu":
-            # torch has fewer kernels on the device than on the CPU (angle of halves, scatter of 0-dim tensors in 2.11).
-            torch_result = _attempt(op.meaning, _on_cpu(sample))
+        torch_result = _wanted(op, sample)
         before = [t.clone() for t in _tensors(sample)]
         launches = _launch.launches().total()
         result = _repeat(make, lambda: _attempt(op, sample))
@@ -172,7 +169,10 @@ def _gradient(case: Case, op: Op[..., Any], make: Make) -> str:
 
 def _out(case: Case, op: Op[..., Any], make: Make) -> str:
     for sample in _each(op, make):
-        want = _flat(op.meaning(*sample.args, **sample.kwargs))
+        found = _wanted(op, sample)
+        if isinstance(found, Exception):
+            raise found
+        want = [w.to(make.device) for w in _flat(found)]
         shaped = [torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in want]
         outs = [o.mT.contiguous().mT if case.layout == "transposed" and o.ndim > 1 else o for o in shaped]
         result = _repeat(make, lambda: _call(op, sample, outs))
@@ -195,7 +195,7 @@ def _inplace(case: Case, op: Op[..., Any], make: Make) -> str:
         targets = [_argument(op, sample, p) for p in position]
         if not all(isinstance(t, Tensor) for t in targets):
             continue
-        want = _attempt(op.meaning, sample)
+        want = _wanted(op, sample)
         if isinstance(want, Exception) or any(
             w.shape != t.shape or not torch.can_cast(w.dtype, t.dtype) or w.is_complex() != t.is_complex()
             for w, t in zip(_flat(want), targets)
@@ -295,6 +295,12 @@ def _attempt(fn: Callable[..., Any], sample: Sample) -> Any:
         return fn(*sample.args, **sample.kwargs)
     except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as e:
         return e
+
+
+def _wanted(op: Op[..., Any], sample: Sample) -> Any:
+    """torch's result or error. Its devices have fewer kernels than its CPU (2.11: angle of halves, products of ints)."""
+    found = _attempt(op.meaning, sample)
+    return _attempt(op.meaning, _on_cpu(sample)) if isinstance(found, Exception) else found
 
 
 def _raises(kind: type[Exception], fn: Callable[[], Any], what: str) -> Exception:

@@ -95,7 +95,7 @@ def test_packed(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("split", [1, 3])
-@pytest.mark.parametrize("page", [4, 32])
+@pytest.mark.parametrize("page", [4, 8, 24, 32, 128])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_pages(options: dict[str, Any], page: int, split: int) -> None:
     """Pages of fewer and of as many keys as a tile, with strides of their own."""

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
+import gemskit
 from gemskit import _launch, backends, language
 from gemskit._interpret import interpret
 from gemskit._op import REGISTRY
@@ -324,3 +325,34 @@ def test_strides_beyond_int32_take_the_wide_kernel() -> None:
         plan = Product("wide", plain).plan(far_rows, far_rows, {}, torch.empty(4, 4, device="meta"))
         plan(rand(4, 4), rand(4, 4), rand(4, 4), {})
     assert wide == [False, True]
+
+
+def test_products_of_bools_are_those_of_torch_which_has_none_of_terms() -> None:
+    """Where there is nothing to add torch has no kernel to lack."""
+
+    def bools(*shape: int) -> Tensor:
+        return torch.ones(shape, dtype=torch.bool)
+
+    calls: list[Callable[[Any, Any], Tensor]] = [
+        lambda mine, _: mine.mm(bools(0, 3), bools(3, 4)),
+        lambda mine, _: mine.mm(bools(3, 0), bools(0, 4)),
+        lambda mine, _: mine.mm(bools(3, 1), bools(1, 4)),
+        lambda mine, _: mine.addmm(bools(0, 4), bools(0, 3), bools(3, 4)),
+        lambda mine, _: mine.addmm(bools(3, 4), bools(3, 0), bools(0, 4)),
+        lambda mine, _: mine.bmm(bools(2, 0, 3), bools(2, 3, 4)),
+        lambda mine, _: mine.mv(bools(3, 0), bools(0)),
+        lambda mine, _: mine.mv(bools(3, 2), bools(2)),
+        lambda mine, _: mine.matmul(bools(0), bools(0)),
+        lambda mine, _: mine.einsum("a,b->ba", bools(5), bools(7)),
+        lambda mine, _: mine.einsum("ab,b->a", bools(3, 2), bools(2)),
+        lambda _, linear: linear(bools(0, 3), bools(4, 3), bools(4)),
+    ]
+    for call in calls:
+        try:
+            wanted = call(torch, F.linear)
+        except RuntimeError:
+            with interpret(), pytest.raises(NoKernel, match="no kernel for products of bools"):
+                call(gemskit, linear)
+        else:
+            with interpret():
+                assert torch.equal(call(gemskit, linear), wanted)

@@ -103,3 +103,15 @@ def test_cross_entropy_overwrites_only_by_name(reduction: str) -> None:
         torch.testing.assert_close(given, want)
         with pytest.raises(GradientError):
             gemskit.cross_entropy_backward_(grad, leaf, target, reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int64], ids=str)
+@pytest.mark.parametrize("shape", [(), (3,)], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_errors_of_ints_wrap_around_before_they_are_summed(
+    dtype: torch.dtype, shape: tuple[int, ...], reduction: str
+) -> None:
+    input, target = (torch.full(shape, n, dtype=dtype) for n in (2, 105))
+    with interpret():
+        found = gemskit.l1_loss(input, target, reduction=reduction)
+    torch.testing.assert_close(found, F.l1_loss(input, target, reduction=reduction), rtol=0, atol=0)

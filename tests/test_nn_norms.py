@@ -183,3 +183,14 @@ def test_modules_are_torchs(theirs: Any, mine: Any, arguments: tuple[Any, ...], 
         close(found, a(x))
     for (name, p), (_, q) in zip(a.state_dict().items(), b.state_dict().items()):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("count", [33, 41, 107])
+def test_the_mean_of_equal_gradients_is_theirs(count: int) -> None:
+    """Times ``1 / count`` it would not be, and equal inputs multiply what is left by ``eps ** -0.5``."""
+    input = torch.full((count, 3), 0.5).requires_grad_()
+    with interpret():
+        (by_batch,) = torch.autograd.grad(gemskit.batch_norm(input, None, None, training=True).sum(), [input])
+        grouped = gemskit.group_norm(input.mT[None], 3)
+        (by_group,) = torch.autograd.grad(grouped.sum(), [input])
+    assert not by_batch.any() and not by_group.any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import gemskit  # noqa: F401
 from gemskit import _conformance
 from gemskit._interpret import interpret
 from gemskit._op import REGISTRY
+from gemskit.testing import Sample
 
 #: What every operator is checked for in every run. Of the other combinations of dtype and layout each run has the same draw, one
 #: of six (of the elementwise operators, which share a driver, one of twelve); GEMSKIT_TESTS=full has all, and so has
@@ -47,3 +49,16 @@ def test_conforms(case: _conformance.Case) -> None:
         else:
             with pytest.raises(AssertionError):
                 _conformance.run(case)
+
+
+def test_the_cpu_says_what_is_right_where_a_device_of_torch_has_no_kernel() -> None:
+    tried: list[torch.Tensor] = []
+
+    def meaning(input: torch.Tensor) -> torch.Tensor:
+        tried.append(input)
+        if len(tried) == 1:
+            raise NotImplementedError("\"addmm_cuda\" not implemented for 'Int'")
+        return input + 1
+
+    found = _conformance._wanted(SimpleNamespace(meaning=meaning), Sample((torch.ones(3),)))  # type: ignore[arg-type]
+    assert torch.equal(found, torch.full((3,), 2.0))

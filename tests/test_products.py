@@ -12,8 +12,9 @@ from replaying import Fake, fake, native, warm  # noqa: F401
 from torch import Tensor
 
 import gemskit
-from gemskit import _tensor_map, backends
+from gemskit import _launch, _tensor_map, backends
 from gemskit._driver import kernel_name
+from gemskit._interpret import interpret
 from gemskit._op import REGISTRY
 from gemskit._tensor_map import Box, Descriptor, loadable
 from gemskit.blas import _rule
@@ -22,6 +23,7 @@ from gemskit.errors import NoKernel
 
 HOPPER = backends.find_arch("sm_90")
 BF16 = torch.bfloat16
+F8 = torch.float8_e4m3fn
 
 SIZES = [
     (1, 1, 1), (16, 4096, 4096), (128, 4096, 14336), (129, 257, 8), (512, 6144, 4096), (2048, 5120, 25600),
@@ -224,3 +226,29 @@ def test_names_say_which_kernel_ran() -> None:
 
     found = Kernels("linear_wgmma", REGISTRY["mm"]._product.epilogue, {})  # type: ignore[attr-defined]
     assert (kernel_name(found.product), kernel_name(found.join)) == ("linear_wgmma", "linear_wgmma_join")
+
+
+@pytest.mark.parametrize("m, n, k", [(16, 40, 64), (7, 33, 1040), (40, 16, 64), (5, 40, 70)])
+@pytest.mark.parametrize("dtypes", [(F8, F8), (torch.float8_e5m2, torch.float8_e5m2), (F8, torch.float8_e5m2)], ids=str)
+def test_few_rows_of_float8_are_exact(m: int, n: int, k: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Products as halves where loads are aligned, by tiles elsewhere; sums of float32 in both."""
+    seen: list[str] = []
+
+    def receive(kernel: Any, grid: Any, args: Any, meta: Any) -> None:
+        seen.append(kernel_name(kernel))
+
+    REGISTRY["scaled_mm"]._plans.clear()
+    a, b = (torch.randint(-8, 9, s).to(d) for s, d in zip(((m, k), (n, k)), dtypes))
+    scales = torch.rand(m, 1), torch.rand(1, n)
+    wanted = (a.double() @ b.double().T * scales[0] * scales[1]).float()
+    for shift in (0, 1):
+        # An address that is a multiple of 16, and one that is not.
+        moved = torch.empty(m * k + 16, dtype=a.dtype)[shift : m * k + shift].view(m, k)
+        moved.copy_(a)
+        with interpret(), backends.use_arch(HOPPER):
+            found = gemskit.scaled_mm(moved, b.T, *scales, None, None, torch.float32)
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+        with _launch.capturing(receive), backends.use_arch(HOPPER):
+            gemskit.scaled_mm(moved, b.T, *scales, None, None, torch.float32)
+        assert seen.pop() == ("scaled_mm_few" if k % 16 == 0 and not shift else "scaled_mm")
+    REGISTRY["scaled_mm"]._plans.clear()

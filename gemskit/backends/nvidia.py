@@ -16,7 +16,8 @@ NO_E4M3 = FNUZ | {"float8_e4m3fn"}
 HOPPER = {
     # wgmma 1 takes the kernels in Gluon; up to head size turns their groups issue products in turns.
     "attention": {"m": 64, "n": 64, "warps": 4, "wide": 8, "stages": 3, "wgmma": 1, "turns": 64, "processors": 132},
-    "gemm": {"wgmma": 1, "processors": 132},
+    # promote 1 adds sums of float8, of 14 bits on tensor cores, to those of float32 in each step of a product.
+    "gemm": {"wgmma": 1, "processors": 132, "promote": 1},
 }
 AMPERE = {"attention": {"m": 128, "n": 64, "warps": 8, "wide": 8, "stages": 2}}
 BLACKWELL = {"attention": {"m": 128, "n": 64, "warps": 8, "wide": 8, "stages": 3}}
@@ -40,7 +41,7 @@ VENDOR = Vendor(
     launch={
         "pointwise": {"side": 64},
         "gemm": {"stages": 3},
-        "gemm_few": {"k": 128, "stages": 4},
+        "gemm_few": {"k": 128, "stages": 4, "float8": 1},
         "rowwise": {
             "loop_tile": 8192,
             "warps": 32,

@@ -12,6 +12,7 @@ from gemskit._dtypes import TRITON
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit.blas._drive import ACCUMULATORS
+from gemskit.blas._factors import as_factor, plus_product, promoted
 from gemskit.errors import NoKernel
 
 
@@ -29,7 +30,7 @@ def _blocks(
     out, a, b, scale_a, scale_b, bias, scale_result, M, N, K, out_m, out_n, a_m, a_k, b_k, b_n,
     scale_m, scale_ak, scale_bk, scale_n, bias_n, block_m, block_n, block_k,
     UNITS: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr, ONE: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, SWIZZLE: tl.constexpr, WIDE: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, SWIZZLE: tl.constexpr, WIDE: tl.constexpr, PROMOTED: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
     k = tl.arange(0, BK)
@@ -46,9 +47,9 @@ def _blocks(
         x = tl.load(a + a_at, m_live[:, None] & (k[None, :] < K - at), other=0.0)
         y = tl.load(b + b_at, (k[:, None] < K - at) & n_live[None, :], other=0.0)
         if x.dtype.is_floating() and not y.dtype.is_floating():
-            y = y.to(x.dtype)
+            y = as_factor(y, x.dtype)
         if ONE:
-            acc = tl.dot(x, y, acc, input_precision=PRECISION, out_dtype=UNITS)
+            acc = plus_product(acc, x, y, PRECISION, PROMOTED)
         else:
             part = tl.dot(x, y, input_precision=PRECISION, out_dtype=UNITS)
             acc += _by_scales(part, scale_a, scale_b, rows, columns, at // block_k, scale_ak, scale_bk, m_live, n_live)
@@ -66,7 +67,7 @@ def _blocks(
 
 def blocks(
     name: str, out: Tensor, a: Tensor, b: Tensor, scale_a: Tensor | None, scale_b: Tensor, block: tuple[int, int, int],
-    bias: Tensor | None = None, scale_result: Tensor | None = None,
+    bias: Tensor | None = None, scale_result: Tensor | None = None, fast: bool = False,
 ) -> None:  # fmt: skip
     """``a`` (M, K) by ``b`` (K, N), where ``scale_a`` (rows, slices) and ``scale_b`` (slices, columns) count ``block``."""
     (M, K), N = a.shape, b.shape[1]
@@ -83,12 +84,13 @@ def blocks(
         if step < least:
             raise NoKernel(f"{name}: no kernel for blocks of {block[2]} along K; served are multiples of {least}")
     units = ACCUMULATORS[a.dtype]
-    fast = a.dtype == torch.float32 and backends.arch().target[0] == "cuda" and tf32()
+    rounds = a.dtype == torch.float32 and backends.arch().target[0] == "cuda" and tf32()
     grid = _layout.cdiv(M, bm) * _layout.cdiv(N, bn)
     meta = dict(
         UNITS=TRITON[units], TOTAL=TRITON[units if units.is_floating_point else torch.float32],
-        PRECISION="tf32" if fast else "ieee", ONE=one, BM=bm, BN=bn, BK=max(least, step),
+        PRECISION="tf32" if rounds else "ieee", ONE=one, BM=bm, BN=bn, BK=max(least, step),
         SWIZZLE=config["group"], WIDE=any(_layout.is_wide(t.shape, [t.stride()]) for t in (out, a, b)),
+        PROMOTED=promoted(a.dtype, bm, fast),
         num_warps=8 if max(bm * bn, bn * max(least, step)) > 64 * 64 else 4, num_stages=config["stages"],
     )  # fmt: skip
     scales = (*_strides(scale_a), *_strides(scale_b), bias.stride(-1) if bias is not None else 0)

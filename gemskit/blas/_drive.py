@@ -25,6 +25,7 @@ from gemskit._layout import offset
 from gemskit._op import Named, P, R
 from gemskit.blas import _few
 from gemskit.blas._epilogue import Fused, Step, formula
+from gemskit.blas._factors import plus_product, promoted
 from gemskit.blas._integers import Integers
 from gemskit.blas._rule import BANDWIDTH, LAUNCH, Choice, choose
 from gemskit.blas._space import Space, read
@@ -50,7 +51,7 @@ def _tiles(
     out, a, b, up, extras, batch_sizes, out_strides, a_strides, b_strides, extra_strides,
     out_m, out_n, a_m, a_k, b_k, b_n, extra_m, extra_n, s0, s1, s2, s3, M, N, K,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, ALONG: tl.constexpr,
+    GROUP: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, ALONG: tl.constexpr, PROMOTED: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
     k = tl.arange(0, BK)
@@ -80,13 +81,13 @@ def _tiles(
         else:
             x = tl.load(a + a_at, k[None, :] < K - start, other=0.0)
             y = tl.load(b + b_at, k[:, None] < K - start, other=0.0)
-        acc = tl.dot(x, y, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = plus_product(acc, x, y, PRECISION, PROMOTED)
         if up is not None:
             if EVEN_K:
                 y = tl.load(up + b_at)
             else:
                 y = tl.load(up + b_at, k[:, None] < K - start, other=0.0)
-            other = tl.dot(x, y, other, input_precision=PRECISION, out_dtype=ACC)
+            other = plus_product(other, x, y, PRECISION, PROMOTED)
             up += BK * b_k
         # Scalar pointers advance, tile offsets stay: one add a step, and only the offsets inside a tile can leave int32.
         a += BK * a_k
@@ -151,7 +152,9 @@ class Product:
             return lambda out, a, b, named: None
         bound = self._bind(named, operands, ACCUMULATORS[a.dtype])
         few = _few.plan(space, a.dtype, bound.acc, bound.few, self.gated)
-        plain = few or self._plain(space, a, bound)
+        # Several rows of float8 are there for aligned loads only.
+        anywhere = few if a.dtype not in FLOAT8 or 1 in (space.M, space.N) else None
+        plain = anywhere or self._plain(space, a, bound, bool(named.get("use_fast_accum")))
         fast = few or self._wgmma(space, a, bound) or plain
         lines: tuple[tuple[int, int] | None, ...] = (None, None)
         if fast is plain and not few and a.ndim == b.ndim == 2 and self._worth_copies(space, a.dtype):
@@ -198,7 +201,7 @@ class Product:
         run: Run | None = bound.wgmma.plan(Space.of(out, a, b, []), a.dtype, choice)
         return None if run is None else lambda out, a, b: run(out, a, b, None, (), slots([]))
 
-    def _plain(self, space: Space, a: Tensor, bound: Bound) -> Run:
+    def _plain(self, space: Space, a: Tensor, bound: Bound, fast_sums: bool) -> Run:
         """The kernel that runs everywhere."""
         row, acc, kernel = backends.arch(), bound.acc, bound.plain
         M, N, K = space.M, space.N, space.K
@@ -207,6 +210,7 @@ class Product:
         meta = tiles(config, few, M, N, K, a.dtype, space.batches)
         grid = (_layout.cdiv(M, meta["BM"]) * _layout.cdiv(N, meta["BN"]) * space.batches,)
         meta |= dict(ACC=TRITON[acc], EVEN_K=K % meta["BK"] == 0, WIDE=space.wide, ALONG=space.along)
+        meta["PROMOTED"] = promoted(a.dtype, meta["BM"], fast_sums)
         out_batch, a_batch, b_batch, *extra_batch = space.batch
         inner = (space.rows[0], space.cols[0], space.rows[1], space.a_k, space.b_k, space.cols[1])
         strided = (space.sizes, out_batch, a_batch, b_batch, tuple(extra_batch), *inner, space.rows[2:], space.cols[2:])

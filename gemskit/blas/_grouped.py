@@ -18,6 +18,7 @@ from gemskit._driver import tf32
 from gemskit._dtypes import FLOAT8, TRITON, compute_type
 from gemskit._jit import jit
 from gemskit._launch import launch
+from gemskit.blas._factors import plus_product, promoted
 
 #: Filled in per operator.
 EPILOGUE: Any = None
@@ -26,7 +27,8 @@ STORED: Any = None
 
 @jit
 def _summed(
-    acc, a, b, m, n, m_live, n_live, first, stop, a_m, a_k, b_k, b_n, PRECISION: tl.constexpr, BK: tl.constexpr
+    acc, a, b, m, n, m_live, n_live, first, stop, a_m, a_k, b_k, b_n,
+    PRECISION: tl.constexpr, BK: tl.constexpr, PROMOTED: tl.constexpr,
 ):  # fmt: skip
     """``acc`` plus the product of the steps from ``first`` to ``stop``."""
     k = tl.arange(0, BK)
@@ -35,7 +37,7 @@ def _summed(
     for at in range(first, stop, BK):
         x = tl.load(a + a_at, m_live[:, None] & (k[None, :] < stop - at), other=0.0)
         y = tl.load(b + b_at, (k[:, None] < stop - at) & n_live[None, :], other=0.0)
-        acc = tl.dot(x, y, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+        acc = plus_product(acc, x, y, PRECISION, PROMOTED)
         a += BK * a_k
         b += BK * b_k
     return acc
@@ -71,7 +73,7 @@ def _rows(
     out, a, b, offs, scale_a, scale_b, extras, groups, T, N, K,
     out_m, out_n, a_m, a_k, b_g, b_k, b_n, scale_m, scale_g, scale_n, extra_m, extra_n, s0, s1, s2, s3,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SWIZZLE: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr,
+    PROMOTED: tl.constexpr, SWIZZLE: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
     tiles_n = tl.cdiv(N, BN)
@@ -95,7 +97,9 @@ def _rows(
             group, m, n = group.to(tl.int64), m.to(tl.int64), n.to(tl.int64)
         stop = tl.where(group < groups, K, 0)
         acc = tl.zeros((BM, BN), ACC)
-        acc = _summed(acc, a, b + group * b_g, m, n, m_live, n_live, 0, stop, a_m, a_k, b_k, b_n, PRECISION, BK)
+        acc = _summed(
+            acc, a, b + group * b_g, m, n, m_live, n_live, 0, stop, a_m, a_k, b_k, b_n, PRECISION, BK, PROMOTED
+        )
         row_scales = None if scale_a is None else scale_a + m * scale_m
         if scale_b is not None:
             at = scale_b + group * scale_g + n * scale_n
@@ -110,7 +114,7 @@ def _steps(
     out, a, b, offs, scale_a, scale_b, extras, M, N, T, out_g, out_m, out_n, a_m, a_k, b_k, b_n,
     scale_a_g, scale_a_m, scale_b_g, scale_b_n, extra_g, extra_m, extra_n, s0, s1, s2, s3,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SWIZZLE: tl.constexpr, WIDE: tl.constexpr,
+    PROMOTED: tl.constexpr, SWIZZLE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
@@ -122,7 +126,7 @@ def _steps(
     if WIDE:
         group, m, n, first = group.to(tl.int64), m.to(tl.int64), n.to(tl.int64), first.to(tl.int64)
     acc = tl.zeros((BM, BN), ACC)
-    acc = _summed(acc, a, b, m, n, m_live, n_live, first, stop, a_m, a_k, b_k, b_n, PRECISION, BK)
+    acc = _summed(acc, a, b, m, n, m_live, n_live, first, stop, a_m, a_k, b_k, b_n, PRECISION, BK, PROMOTED)
     row_scales = None if scale_a is None else scale_a + group * scale_a_g + m * scale_a_m
     column_scales = None if scale_b is None else scale_b + group * scale_b_g + n * scale_b_n
     ours = ()
@@ -134,20 +138,25 @@ def _steps(
     )  # fmt: skip
 
 
-def _tile(rows: int, columns: int, steps: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, object]]:
+def _tile(
+    rows: int, columns: int, steps: int, dtype: torch.dtype, fast: bool
+) -> tuple[dict[str, int], dict[str, object]]:
     """The sides of a tile for groups of ``rows``, and what else the kernels are compiled with."""
     config = backends.arch().config("gemm")
     sides = {4: (64, 64, 32), 8: (32, 32, 16)}.get(dtype.itemsize, (config["m"], config["n"], config["k"]))
     # Matrix units take 32 bytes of K at a time.
     least = (16, 16, max(16, 32 // dtype.itemsize))
+    if dtype.itemsize == 1 and rows >= 64:
+        # As many bytes of K, where operands do not go through registers.
+        sides = (*sides[:2], 2 * sides[2])
     bm, bn, bk = (
         min(side, max(low, _layout.next_power_of_2(n))) for side, low, n in zip(sides, least, (rows, columns, steps))
     )
     acc = torch.float32 if dtype in FLOAT8 else compute_type(dtype)
-    fast = dtype == torch.float32 and backends.arch().target[0] == "cuda" and tf32()
+    rounds = dtype == torch.float32 and backends.arch().target[0] == "cuda" and tf32()
     warps = config["warps"] if bm * bn > 64 * 64 else 8 if dtype == torch.float32 and bm * bn > 32 * 64 else 4
     return dict(BM=bm, BN=bn, BK=bk), dict(
-        ACC=TRITON[acc], PRECISION="tf32" if fast else "ieee", SWIZZLE=config["group"],
+        ACC=TRITON[acc], PRECISION="tf32" if rounds else "ieee", PROMOTED=promoted(dtype, bm, fast), SWIZZLE=config["group"],
         num_warps=warps, num_stages=config["stages"],
     )  # fmt: skip
 
@@ -176,10 +185,11 @@ PLAIN = After("grouped", _plain)
 def rows(
     out: Tensor, a: Tensor, b: Tensor, offs: Tensor, scale_a: Tensor | None = None, scale_b: Tensor | None = None,
     after: After = PLAIN, extras: tuple[Tensor, ...] = (), scalars: tuple[Any, ...] = slots(()),
+    fast: bool = False,
 ) -> None:  # fmt: skip
     """``out[i] = a[i] @ b[g]``, ``g`` the group of row ``i``; times ``scale_a[i]`` and ``scale_b[g]``."""
     (T, K), (groups, _, N) = a.shape, b.shape
-    sides, meta = _tile(_layout.cdiv(T, max(groups, 1)), N, K, a.dtype)
+    sides, meta = _tile(_layout.cdiv(T, max(groups, 1)), N, K, a.dtype, fast)
     most = T // sides["BM"] + min(groups + 1, T)
     grid = most * _layout.cdiv(N, sides["BN"])
     scales = (scale_a.stride(0) if scale_a is not None else 0, *(scale_b.stride() if scale_b is not None else (0, 0)))
@@ -196,11 +206,14 @@ def rows(
 def steps(
     out: Tensor, a: Tensor, b: Tensor, offs: Tensor, scale_a: Tensor | None = None, scale_b: Tensor | None = None,
     after: After = PLAIN, extras: tuple[Tensor, ...] = (), scalars: tuple[Any, ...] = slots(()),
+    fast: bool = False,
 ) -> None:  # fmt: skip
     """``out[g] = a[:, g] @ b[g]``, the products of groups of steps; times ``scale_a[g]`` and ``scale_b[g]``."""
     groups, M, N = out.shape
     T = a.shape[1]
-    sides, meta = _tile(M, N, _layout.cdiv(T, max(groups, 1)), a.dtype)
+    # Groups begin anywhere, so that loads go through registers: longer steps spill, as do 128 x 128 sums next to those of a step.
+    most = 64 if promoted(a.dtype, M, fast) else M
+    sides, meta = _tile(min(M, most), N, min(_layout.cdiv(T, max(groups, 1)), 64), a.dtype, fast)
     grid = groups * _layout.cdiv(M, sides["BM"]) * _layout.cdiv(N, sides["BN"])
     scales = [s for t in (scale_a, scale_b) for s in (t.stride() if t is not None else (0, 0))]
     along = tuple(zip(*(_layout.broadcast_strides(t, out.shape) for t in extras))) or ((), (), ())

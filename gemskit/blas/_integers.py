@@ -17,7 +17,7 @@ from gemskit._launch import launch
 from gemskit._layout import offset
 from gemskit._op import Named
 from gemskit.blas._space import Space
-from gemskit.errors import NoKernel
+from gemskit.blas._terms import no_bools
 
 #: Filled in per operator.
 EPILOGUE: Any = None
@@ -65,9 +65,9 @@ class Integers:
 
     def plan(self, a: Tensor, b: Tensor, named: Named, out: Tensor) -> Callable[..., None]:
         """The launch for ``a`` (.., M, K), ``b`` (.., K, N) and ``out`` (.., M, N), batches broadcast."""
-        if a.dtype == torch.bool:
-            raise NoKernel(f"{self.name}: no kernel for products of bools, which torch has none for either")
         operands = [n for n in self.names if isinstance(named.get(n), Tensor)]
+        # Of bools, those of no terms are served, but torch takes no multiple of an operand either.
+        no_bools(self.name, a.dtype, out.numel() * (a.shape[-1] or len(operands)))
         space = Space.of(out, a, b, [named[n] for n in operands])
         acc = torch.int64 if a.dtype == torch.int64 else torch.int32
         kernel, runtime = self._bind(named, operands, acc)

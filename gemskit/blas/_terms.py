@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton.language as tl
@@ -101,9 +100,12 @@ def widened(out_dtype: torch.dtype | None, *tensors: Tensor) -> tuple[Tensor, ..
 
 
 def one_dtype(name: str, **tensors: Tensor) -> None:
-    """Refuse factors of several dtypes or of none that torch multiplies."""
-    found: Any = {t.dtype for t in tensors.values()}
-    if len(found) > 1:
+    """Refuse factors of several dtypes."""
+    if len({t.dtype for t in tensors.values()}) > 1:
         raise DtypeError(f"{name}: all tensors must have one dtype, given {describe(tensors)}")
-    if found == {torch.bool}:
+
+
+def no_bools(name: str, dtype: torch.dtype, terms: int) -> None:
+    """Refuse sums of products of bools, as torch does where there are ``terms`` to add."""
+    if dtype == torch.bool and terms:
         raise NoKernel(f"{name}: no kernel for products of bools, which torch has none for either")

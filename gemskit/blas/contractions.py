@@ -15,7 +15,7 @@ from gemskit._dtypes import Number
 from gemskit._op import operator
 from gemskit.blas._drive import Product
 from gemskit.blas._integers import Integers
-from gemskit.blas._terms import multiply, one_dtype, plain
+from gemskit.blas._terms import multiply, no_bools, one_dtype, plain
 from gemskit.blas.matmul import addmm, addmm_, matmul
 from gemskit.errors import ArgumentError, ShapeError
 from gemskit.pointwise._place import copy
@@ -67,6 +67,7 @@ def _(outs: tuple[Tensor, ...], keep: Any, input: Tensor, other: Tensor, first: 
     rows, columns = by_memory(a - b, out, result), by_memory(b - a, out, result)
     if not (inner and rows and columns):
         space = result + inner
+        no_bools("einsum", input.dtype, out.numel() * math.prod(_sizes(input, first, inner)) if inner else 0)
         x, y = _seen(input, first, space), _seen(other, second, space)
         out = _seen(out, result, space)
         multiply(x, y, torch.broadcast_shapes(x.shape, y.shape), (out.shape, out.dtype), out=out)
@@ -106,9 +107,10 @@ def _(
     }
 
 
-def _without(t: Tensor, letters: str, dropped: set[str]) -> tuple[Tensor, str]:
+def _without(name: str, t: Tensor, letters: str, dropped: set[str]) -> tuple[Tensor, str]:
     """``t`` summed over what nothing else has."""
     dims = tuple(d for d, c in enumerate(letters) if c in dropped)
+    no_bools(name, t.dtype, len(dims))
     return (sum(t, dims, dtype=t.dtype), "".join(c for c in letters if c not in dropped)) if dims else (t, letters)
 
 
@@ -148,13 +150,13 @@ def _contract(
     for k in range(1, len(operands)):
         right, letters = _one(name, operands[k], terms[k], sizes)
         later = set(result).union(*terms[k + 1 :])
-        left, have = _without(left, have, set(have) - set(letters) - later)
-        right, letters = _without(right, letters, set(letters) - set(have) - later)
+        left, have = _without(name, left, have, set(have) - set(letters) - later)
+        right, letters = _without(name, right, letters, set(letters) - set(have) - later)
         last = k == len(operands) - 1
         kept = result if last else "".join(c for c in dict.fromkeys(have + letters) if c in later)
         left = _contraction(left, right, have, letters, kept, out=out if last else None)
         have = kept
-    left, have = _without(left, have, set(have) - set(result))
+    left, have = _without(name, left, have, set(have) - set(result))
     return left if have == result else left.permute([have.index(c) for c in result])
 
 

@@ -129,14 +129,15 @@ grouped_mm.kernel(grouped_mm.launched)
 def _run(
     out: Tensor, a: Tensor, b: Tensor, offs: Tensor, scale_a: Tensor | None = None, scale_b: Tensor | None = None,
     after: _grouped.After = _grouped.PLAIN, extras: tuple[Tensor, ...] = (), scalars: tuple[Any, ...] = slots(()),
+    fast: bool = False,
 ) -> None:  # fmt: skip
     if a.ndim == b.ndim:
-        _grouped.steps(out, a, b, offs, scale_a, scale_b, after, extras, scalars)
+        _grouped.steps(out, a, b, offs, scale_a, scale_b, after, extras, scalars, fast)
     elif a.ndim == 2:
-        _grouped.rows(out, a, b, offs, scale_a, scale_b, after, extras, scalars)
+        _grouped.rows(out, a, b, offs, scale_a, scale_b, after, extras, scalars, fast)
     else:
         extras = tuple([t.expand(out.shape).mT for t in extras])
-        _grouped.rows(out.mT, b.mT, a.mT, offs, scale_b, scale_a, after, extras, scalars)
+        _grouped.rows(out.mT, b.mT, a.mT, offs, scale_b, scale_a, after, extras, scalars, fast)
 
 
 @grouped_mm.gradient_by
@@ -197,13 +198,13 @@ _SCALED_BATCHES = Product("scaled_grouped_mm", _by_scales)
 @scaled_grouped_mm.kernel
 def _(
     outs: tuple[Tensor, ...], keep: Any, mat_a: Tensor, mat_b: Tensor, scale_a: Tensor, scale_b: Tensor,
-    offs: Tensor | None, **_: Any,
+    offs: Tensor | None, use_fast_accum: bool, **_: Any,
 ) -> None:  # fmt: skip
     if mat_a.dtype not in FLOAT8:
         raise NoKernel(f"scaled_grouped_mm: no kernel for {describe(mat_a)}; served are two factors of one float8")
     (out,) = outs
     scale_a, scale_b = _shaped(mat_a, mat_b, scale_a, scale_b, offs)
     if offs is not None:
-        return _run(out, mat_a, mat_b, offs, scale_a, scale_b)
-    named = {"scale_a": scale_a.unsqueeze(-1), "scale_b": scale_b.unsqueeze(-2)}
+        return _run(out, mat_a, mat_b, offs, scale_a, scale_b, fast=use_fast_accum)
+    named = {"scale_a": scale_a.unsqueeze(-1), "scale_b": scale_b.unsqueeze(-2), "use_fast_accum": use_fast_accum}
     _SCALED_BATCHES.plan(mat_a, mat_b, named, out)(out, mat_a, mat_b, named)

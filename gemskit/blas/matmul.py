@@ -16,7 +16,7 @@ from gemskit._layout import contiguous
 from gemskit._op import Named
 from gemskit.blas._drive import Gemm, gemm
 from gemskit.blas._epilogue import AnyEpilogue
-from gemskit.blas._terms import multiply, one_dtype, plain, plus, scaled, shaped, widened
+from gemskit.blas._terms import multiply, no_bools, one_dtype, plain, plus, scaled, shaped, widened
 from gemskit.pointwise._place import cast, copy
 from gemskit.reduce._fold import Fold
 
@@ -158,6 +158,7 @@ class _Matmul(Gemm[Any, Any]):
         if a.ndim > 1 < b.ndim:
             return super().plan(named, outs)
         one_dtype(self.name, input=a, other=b)
+        no_bools(self.name, a.dtype, outs[0].numel() * a.shape[-1] or (a.ndim == b.ndim == 1))
 
         def run(outs: Sequence[Tensor], keep: Any, arguments: Named) -> None:
             a, b = arguments["input"], arguments["other"]

@@ -81,7 +81,7 @@ class _Scaled(Gemm[P, R]):
             a, b = (arguments[n] for n in self.factors)
             scales = [s if s.ndim == 2 else s.view(1, 1) for s in (arguments["scale_a"], arguments["scale_b"])]
             rest = arguments["bias"], arguments["scale_result"]
-            blocks(self.name, outs[0], a, b, scales[0], scales[1], block, *rest)
+            blocks(self.name, outs[0], a, b, scales[0], scales[1], block, *rest, named["use_fast_accum"])
 
         return run
 
@@ -100,8 +100,9 @@ def scaled_mm(
     """Product of scaled float8 (or int8) matrices (M, K) and (K, N), plus ``bias`` (N,), times ``scale_result``.
 
     Scales are those of tensors (one element), of rows (M, 1) and columns (1, N), or of blocks: (M, K / 128) or
-    (M / 128, K / 128), and (K / 128, N) or (K / 128, N / 128). All layouts and sizes are taken; sums are float32 whatever
-    ``use_fast_accum`` says. The result has the dtype of ``input`` unless ``out_dtype`` is given. Source: ``torch._scaled_mm``.
+    (M / 128, K / 128), and (K / 128, N) or (K / 128, N / 128). All layouts and sizes are taken; sums are float32,
+    with ``use_fast_accum`` of 14 bits on Hopper. The result has the dtype of ``input`` unless ``out_dtype`` is given.
+    Source: ``torch._scaled_mm``.
     """
     found = _scaled(input, mat2, scale_a, scale_b, (BLOCK, BLOCK, BLOCK))
     found = found if bias is None else found + bias

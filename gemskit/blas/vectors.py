@@ -11,7 +11,7 @@ from torch import Tensor
 from gemskit._dtypes import Number, accumulate_type, common_dtype, compute_type
 from gemskit._jit import jit
 from gemskit._op import operator
-from gemskit.blas._terms import multiply, one_dtype, plus, scaled, shaped, times
+from gemskit.blas._terms import multiply, no_bools, one_dtype, plus, scaled, shaped, times
 from gemskit.blas.matmul import Like
 from gemskit.errors import ShapeError
 from gemskit.pointwise._drive import Elementwise
@@ -27,6 +27,7 @@ def mv(input: Tensor, vec: Tensor, *, out: Tensor | None = None) -> Tensor:
 @mv.kernel
 def _(outs: tuple[Tensor, ...], keep: Any, input: Tensor, vec: Tensor) -> None:
     one_dtype("mv", input=input, vec=vec)
+    no_bools("mv", vec.dtype, input.numel())
     out = outs[0][:, None]
     multiply(input, vec, input.shape, (out.shape, out.dtype), out=out)
 
@@ -56,6 +57,7 @@ def _(
     outs: tuple[Tensor, ...], keep: Any, input: Tensor, mat: Tensor, vec: Tensor, beta: Number, alpha: Number
 ) -> None:
     one_dtype("addmv", input=input, mat=mat, vec=vec)
+    no_bools("addmv", mat.dtype, mat.numel())
     like = (mat.shape[0], 1), accumulate_type(mat.dtype)
     product = multiply(mat, vec, mat.shape, like)
     named = {"acc": product[:, 0], "input": input, "beta": beta, "alpha": alpha}
@@ -84,6 +86,7 @@ def dot(input: Tensor, tensor: Tensor, *, out: Tensor | None = None) -> Tensor:
 @dot.kernel
 def _(outs: tuple[Tensor, ...], keep: Any, input: Tensor, tensor: Tensor) -> None:
     one_dtype("dot", input=input, tensor=tensor)
+    no_bools("dot", input.dtype, 1)
     out = outs[0][None]
     multiply(input, tensor, input.shape, (out.shape, out.dtype), out=out)
 

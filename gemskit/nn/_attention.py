@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from gemskit._jit import jit
+from gemskit.blas._factors import as_factor
 from gemskit.nn._attention_tiles import (
     LN2,
     LOG2E,
@@ -18,6 +19,7 @@ from gemskit.nn._attention_tiles import (
     kept,
     logits,
     masked,
+    pages_of,
     put,
     scaled,
     slope_of,
@@ -35,17 +37,22 @@ def _forward_steps(
     scale, dropout, cap, slope, shift, aux,
     HEAD: tl.constexpr, E: tl.constexpr, VALUE: tl.constexpr, EV: tl.constexpr, N: tl.constexpr,
     MASK: tl.constexpr, SIDES: tl.constexpr, SCORE: tl.constexpr, VISIBLE: tl.constexpr, EDGE: tl.constexpr,
-    PAGE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    PAGE: tl.constexpr, AHEAD: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     local, e, ev = tl.arange(0, N), tl.arange(0, E), tl.arange(0, EV)
+    pages = table
+    # Pages are looked up a step before the loads that need them: else those wait, and only one of them is in flight.
+    if AHEAD:
+        pages = pages_of(table, first, size, table_step, PAGE, N)
     for at in range(first, last, N):
         start = at
         if listed is not None:
             start = tl.load(listed + at // N) * N
         keys = cached_tile(
-            key, start, local[None, :], k_at[2], e[:, None], k_at[3], size, table, table_step, k_at[0], k_at[4],
-            HEAD, E, EDGE, WIDE, PAGE, SPLIT, N,
-        ).to(queries.dtype)  # fmt: skip
+            key, start, local[None, :], k_at[2], e[:, None], k_at[3], size, pages, table_step, k_at[0], k_at[4],
+            HEAD, E, EDGE, WIDE, PAGE, AHEAD, SPLIT, N,
+        )  # fmt: skip
+        keys = as_factor(keys, queries.dtype)
         product = tl.zeros((rows.shape[0], N), acc.dtype)
         product = tl.dot(queries, keys, product, input_precision=PRECISION, out_dtype=acc.dtype)
         cols = start + local
@@ -65,11 +72,14 @@ def _forward_steps(
         if dropout is not None:
             weights = tl.where(kept(seed, number, start, cols, width, dropout), weights, 0.0)
         values = cached_tile(
-            value, start, local[:, None], v_at[2], ev[None, :], v_at[3], size, table, table_step, v_at[0], 0,
-            VALUE, EV, EDGE, WIDE, PAGE, 0, N,
-        ).to(queries.dtype)  # fmt: skip
+            value, start, local[:, None], v_at[2], ev[None, :], v_at[3], size, pages, table_step, v_at[0], 0,
+            VALUE, EV, EDGE, WIDE, PAGE, AHEAD, 0, N,
+        )  # fmt: skip
+        values = as_factor(values, queries.dtype)
         acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION, out_dtype=acc.dtype)
         peak = top
+        if AHEAD:
+            pages = pages_of(table, at + N, size, table_step, PAGE, N)
     return acc, total, peak
 
 
@@ -83,7 +93,8 @@ def attention_forward(
     HEAD: tl.constexpr, E: tl.constexpr, VALUE: tl.constexpr, EV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
     MASK: tl.constexpr, SIDES: tl.constexpr, BOTTOM: tl.constexpr, SCORE: tl.constexpr, VISIBLE: tl.constexpr,
-    PACK: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    PACK: tl.constexpr, PAGE: tl.constexpr, AHEAD: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """``*_at`` are strides by batch, head, row and column (``out_at`` and ``lse_at`` end with that of a split).
 
@@ -195,7 +206,7 @@ def attention_forward(
             factor, dropout, cap, slope, shift, aux,
             HEAD, E, VALUE, EV, N,
             MASK, SIDES, SCORE, VISIBLE, True,
-            PAGE, SPLIT, PRECISION, WIDE,
+            PAGE, AHEAD, SPLIT, PRECISION, WIDE,
         )  # fmt: skip
     elif splits is not None:
         inner = first
@@ -209,7 +220,7 @@ def attention_forward(
             factor, dropout, cap, slope, shift, aux,
             HEAD, E, VALUE, EV, N,
             MASK, SIDES, SCORE, VISIBLE, False,
-            PAGE, SPLIT, PRECISION, WIDE,
+            PAGE, AHEAD, SPLIT, PRECISION, WIDE,
         )  # fmt: skip
     acc, total, peak = _forward_steps(
         acc, total, peak, queries,
@@ -219,7 +230,7 @@ def attention_forward(
         factor, dropout, cap, slope, shift, aux,
         HEAD, E, VALUE, EV, N,
         MASK, SIDES, SCORE, VISIBLE, True,
-        PAGE, SPLIT, PRECISION, WIDE,
+        PAGE, AHEAD, SPLIT, PRECISION, WIDE,
     )  # fmt: skip
     safe = tl.where(total == 0.0, 1.0, total)  # a row with no key gives 0, as torch's safe softmax
     result = acc * (1.0 / safe)[:, None]

@@ -265,7 +265,9 @@ def run(p: Problem, out: Tensor, lse: Tensor, config: Mapping[str, int], *, part
         to = torch.empty((parts, *out.shape), dtype=p.type, device=out.device)
         to_lse = torch.empty((parts, *lse.shape), dtype=p.type, device=out.device)
     listed, counts, listed_at = lists(p, block["M"], block["N"])
-    page = 0 if p.table is None else p.key.shape[2]
+    page, n = 0 if p.table is None else p.key.shape[2], block["N"]
+    # A block of keys that lies in one page or fills a few is looked up before it is needed.
+    ahead = listed is None and 0 < page and (page % n == 0 or (n % page == 0 and n <= 8 * page))
     keys_at, values_at = (t.stride() if page else p.at(t) for t in (p.key, p.value))
     planes = p.batch * (p.owners if pack else p.heads)
     launch(
@@ -282,7 +284,7 @@ def run(p: Problem, out: Tensor, lse: Tensor, config: Mapping[str, int], *, part
             *p.numbers, p.cap_or_none,
         ),
         {
-            **p.shape, **p.modified, "MASK": p.kind, "PACK": pack, "PAGE": page, "SPLIT": p.split[0],
+            **p.shape, **p.modified, "MASK": p.kind, "PACK": pack, "PAGE": page, "AHEAD": ahead, "SPLIT": p.split[0],
             "WIDE": p.wide(out), **block,
         },
     )  # fmt: skip

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped, assignment"
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 """What the attention kernels share: tiles of matrices, where sequences lie, scores with what modifies them, dropout.
 
@@ -45,12 +45,22 @@ def _loaded(at, rows, limit, cols, WIDTH: tl.constexpr, PADDED: tl.constexpr, ED
 
 
 @jit
+def pages_of(table, start, limit, table_step, PAGE: tl.constexpr, N: tl.constexpr):
+    """The pages that N keys from ``start`` on fill or lie in, each looked up once; any page where there is no key."""
+    pages = ()
+    for j in tl.static_range((N + PAGE - 1) // PAGE):
+        place = start + j * PAGE
+        pages = pages + (tl.load(table + place // PAGE * table_step, mask=place < limit, other=0),)
+    return pages
+
+
+@jit
 def cached_tile(
-    base, start, rows, row_stride, cols, col_stride, limit, table, table_step, page_stride, split_stride,
+    base, start, rows, row_stride, cols, col_stride, limit, pages, table_step, page_stride, split_stride,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, EDGE: tl.constexpr, WIDE: tl.constexpr,
-    PAGE: tl.constexpr, SPLIT: tl.constexpr, N: tl.constexpr,
+    PAGE: tl.constexpr, AHEAD: tl.constexpr, SPLIT: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """A tile of N keys or values, which may lie in pages of PAGE rows.
+    """A tile of N keys or values, which may lie in pages of PAGE rows: those of `pages_of` with AHEAD, else a table of all.
 
     With SPLIT, column c is at ``c // SPLIT * split_stride + c % SPLIT * col_stride``.
     """
@@ -62,13 +72,21 @@ def cached_tile(
         else:
             columns = (cols // SPLIT).to(tl.int64) * split_stride + cols % SPLIT * col_stride
         if PAGE % N == 0:
-            page = tl.load(table + start // PAGE * table_step).to(tl.int64)
-            at = base + page * page_stride + tl.cast(start % PAGE, tl.int64) * row_stride
+            if AHEAD:
+                page = pages[0]
+            else:
+                page = tl.load(pages + start // PAGE * table_step)
+            at = base + page.to(tl.int64) * page_stride + tl.cast(start % PAGE, tl.int64) * row_stride
             at = at + (rows.to(tl.int64) * row_stride + columns)
         else:
             place = start + rows
-            page = tl.load(table + place // PAGE * table_step, mask=place < limit, other=0).to(tl.int64)
-            at = base + (page * page_stride + (place % PAGE).to(tl.int64) * row_stride) + columns
+            if AHEAD:
+                page = tl.zeros_like(rows) + pages[0]
+                for j in tl.static_range(1, N // PAGE):
+                    page = tl.where(rows < j * PAGE, page, pages[j])
+            else:
+                page = tl.load(pages + place // PAGE * table_step, mask=place < limit, other=0)
+            at = base + (page.to(tl.int64) * page_stride + (place % PAGE).to(tl.int64) * row_stride) + columns
         return _loaded(at, start + rows, limit, cols, WIDTH, PADDED, EDGE)
 
 

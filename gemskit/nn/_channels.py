@@ -78,10 +78,28 @@ def _twice(state0, state1):
 
 
 @jit
-def _slope(grad, input, mean, rstd, weight, total, dot, share, grad_mean, grad_var, freedom):
+def _mean(total, share, count):
+    """``total / count``, rounded once, by ``1 / count`` and what that is off by: a division takes more registers."""
+    n = tl.zeros_like(total) + count
+    near = total * share
+    mean = tl.math.fma(tl.math.fma(-near, n, total), share + tl.zeros_like(total), near)
+    return tl.where(mean == mean, mean, near)
+
+
+@jit
+def _centred(grad, input, mean, rstd, total, dot, share, count):
+    """``grad`` less its part along ones and along the normalised input, from the sums of a row of ``count``, ``1 / share``.
+
+    ``total * share`` for the mean would leave a rounding error of equal gradients, which a large ``rstd`` shows.
+    """
+    return grad - _mean(total, share, count) - (input - mean) * (rstd * dot * share)
+
+
+@jit
+def _slope(grad, input, mean, rstd, weight, total, dot, share, count, grad_mean, grad_var, freedom):
     """From the sums of the row; ``grad_mean`` and ``grad_var`` are the gradients of statistics that are results too."""
     if total is not None:
-        grad = grad - total * share - (input - mean) * (rstd * dot * share)
+        grad = _centred(grad, input, mean, rstd, total, dot, share, count)
     grad = grad * rstd
     if weight is not None:
         grad = grad * weight
@@ -91,11 +109,11 @@ def _slope(grad, input, mean, rstd, weight, total, dot, share, grad_mean, grad_v
 
 
 @jit
-def _weighted_slope(grad, input, mean, rstd, weight, total, dot, share):
+def _weighted_slope(grad, input, mean, rstd, weight, total, dot, share, count):
     """The same where rows have several weights: they are in the sums."""
     if weight is not None:
         grad = grad * weight
-    return (grad - total * share - (input - mean) * (rstd * dot * share)) * rstd
+    return _centred(grad, input, mean, rstd, total, dot, share, count) * rstd
 
 
 def _pair(name: str, map: Any) -> Fold:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -107,7 +108,8 @@ def gradient(
         if len(grads) == 3:
             of = {n: _flat(g, ndim) for n, g in zip(of, grads[1:])}
         named |= {**of, "total": total, "dot": dot, "weight": along(weight, ndim)}
-        named |= {"share": 1.0 / max(count, 1), "freedom": 2.0 / max(count - 1, 1)}
+        count = max(count, 1)
+        named |= {"share": 1.0 / count, "count": float(count), "freedom": 2.0 / max(count - 1, 1)}
         SLOPE(named, (found["input"],), compute)
     return found
 
@@ -192,9 +194,22 @@ _track.elementwise = True
 
 
 @jit
+def _rounded(x, factor):
+    """The product as torch has it, in a kernel of its own: compilers would fuse it with the sum that it goes into."""
+    if factor.dtype.is_floating():
+        # A zero that compilers do not know to be one.
+        return tl.math.fma(x.to(factor.dtype), factor, (factor - factor) * -1.0)
+    else:
+        return x * factor
+
+
+@jit
 def _moved(running_mean, running_var, mean, var, momentum):
     old = 1 - momentum
-    return running_mean * old + mean * momentum, running_var * old + var * momentum
+    return (
+        _rounded(running_mean, old) + _rounded(mean, momentum),
+        _rounded(running_var, old) + _rounded(var, momentum),
+    )
 
 
 _MOVED = Elementwise("batch_norm_track", _moved, results=2)

@@ -51,7 +51,7 @@ class _Loss(Pointwise[P, R]):
         self._probe(named)
         given = [v for v in named.values() if isinstance(v, Tensor)]
         shape = tuple(torch.broadcast_shapes(*(v.shape for v in given))) or (1,)
-        compute = compute_type(common_dtype([*given, *outs]))
+        compute = compute_type(common_dtype(given))
         divisor = _divisor(how, shape)
         fold, dims = self._fold if divisor is None else self._mean_of, tuple(range(len(shape)))
 

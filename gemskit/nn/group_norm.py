@@ -108,8 +108,8 @@ def gradient(
             kept = row_shape(x.shape, dims)
             total, dot = (torch.empty(kept, dtype=compute, device=grad.device) for _ in range(2))
             WEIGHTED(by_channel, (total, dot), tuple(by_channel["total"].shape), (2,), compute)
-        share = 1.0 / math.prod(x.shape[2:])
-        rows = {"mean": mean, "rstd": rstd, "total": total, "dot": dot, "share": share}
+        count = math.prod(x.shape[2:])
+        rows = {"mean": mean, "rstd": rstd, "total": total, "dot": dot, "share": 1.0 / count, "count": float(count)}
         named = {"grad": g, "input": x, "weight": w, **rows}
         WEIGHTED_SLOPE(named, (_grouped(found["input"], num_groups),), compute)
     return found

@@ -31,8 +31,9 @@ OVERLAP = "an out= that overlaps an operand, or has another dtype: as if it did 
 SERVED = {
     **dict.fromkeys(("cat", "gather", "index_select", "masked_scatter", "masked_select", "take", "aminmax"), OVERLAP),
     "median": "more dimensions than torch's kernel has",
+    "_softmax_backward_data": "gradients of a result of another dtype than the input's",
 }
-#: Operators that say where the value was found: which of equal ones they take is not defined, so integers are compared by value.
+#: Operators that say where the value was found: which of equal ones they take is not defined, so what has equal elements is compared by value.
 TIES = {"kthvalue", "median", "nanmedian", "topk", "sort", "argsort"}
 SAMPLES = 12 if FULL else 4
 
@@ -53,7 +54,7 @@ def test_opinfo_on_the_device(op: Any) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.int64):
         if dtype in supported:
             for sample in aten_samples.samples(op, dtype, SAMPLES, DEVICE):
-                same(op, sample, op.name in TIES and dtype == torch.int64)
+                same(op, sample, op.name in TIES and dtype != torch.float32)
 
 
 def outcome(op: Any, sample: Any) -> Any:
@@ -68,7 +69,7 @@ def same(op: Any, sample: Any, first: bool) -> None:
     with use_aten("all"):
         found = outcome(op, sample)
     if isinstance(expected, type) or isinstance(found, type):
-        assert found is expected
+        assert found is expected or (isinstance(expected, type) and op.name in SERVED)
         return
     reference = None
     for part, (e, f) in enumerate(zip(expected, found, strict=True)):

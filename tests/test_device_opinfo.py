@@ -33,7 +33,7 @@ SERVED = {
     "median": "more dimensions than torch's kernel has",
     "_softmax_backward_data": "gradients of a result of another dtype than the input's",
 }
-#: Operators that say where the value was found: which of equal ones they take is not defined, so what has equal elements is compared by value.
+#: Operators that say where the value was found: which of equal ones they take is not defined, so these are compared by value.
 TIES = {"kthvalue", "median", "nanmedian", "topk", "sort", "argsort"}
 SAMPLES = 12 if FULL else 4
 

@@ -10,8 +10,16 @@ REASONS: tuple[tuple[str, str, str], ...] = (
     ("remainder", "*", "exact division, which agrees with the CPU; torch on CUDA divides approximately"),
     ("*attention", "* d256* backward", "no kernel of Hopper's above head size 128, but the one that runs everywhere"),
     ("*attention", "*packed*", "packed sequences take the kernel that runs everywhere"),
-    ("*attention", "*decode*", "a launch for the parts of the keys and one for their sum, or fewer programs than processors"),
-    ("*attention", "* backward", "seven products for cuDNN's five: nothing is added by atomics, so gradients repeat bitwise"),
+    (
+        "*attention",
+        "*decode*",
+        "a launch for the parts of the keys and one for their sum, or fewer programs than processors",
+    ),
+    (
+        "*attention",
+        "* backward",
+        "seven products for cuDNN's five: nothing is added by atomics, so gradients repeat bitwise",
+    ),
     ("*", "1M*", "one launch of 6 us: 0.3 us of it is the difference"),
 )
 

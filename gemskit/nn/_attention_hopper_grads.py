@@ -31,6 +31,8 @@ from gemskit.nn._hopper_order import number_of_tiles, order, sections, tile_of
 from gemskit.pointwise._place import copy
 from gemskit.reduce import sum
 
+#: Lines of a tile of queries or keys, half of them for each group.
+SIDE = 128
 #: Rows whose two numbers (lse and delta) lie side by side.
 ROWS: tl.constexpr = tl.constexpr(64)
 
@@ -80,7 +82,7 @@ def _load_rows(
     query, grad, key, value, queries, grads, keys, values, full, empty, kv_full, kv_empty,
     tiles, tiles_n, planes, section, owners, group, shares, length, size, left, right,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, STAGES: gl.constexpr,
-    SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
+    SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads for keys: once their own tiles, then blocks of rows of every head that shares them.
 
@@ -94,11 +96,12 @@ def _load_rows(
         batch, owner = plane // owners, plane % owners
         first, count = _rows_of(n * BN, length, low, high, BM, BN, SIDES)
         mbarrier.wait(kv_empty, (turn & 1) ^ 1)
-        mbarrier.expect(kv_full, BN * (E + EV) * 2)
+        mbarrier.expect(kv_full, BN * ((E + EV) if KEYS else E) * 2)
         for half in gl.static_range(2):
             at = [batch, owner // shares, n * BN + half * HALF, 0]
             block_to_shared(key, at, kv_full, keys.index(half))
-            block_to_shared(value, at, kv_full, values.index(half))
+            if KEYS:
+                block_to_shared(value, at, kv_full, values.index(half))
         for j in range(group * count):
             stage = i % STAGES
             at = [batch, owner * group + j // count, (first + j % count) * BM, 0]
@@ -140,12 +143,14 @@ def _sum_rows(
 ):  # fmt: skip
     """Four warps with one ``half`` of the keys of every tile: scores stand with keys down and rows across."""
     HALF: gl.constexpr = BN // 2
+    KEYS: gl.constexpr = to_key is not None
+    VALUES: gl.constexpr = to_value is not None
     over: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
     of_key: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, E, 16])
     of_value: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, EV, 16])
     dtype: gl.constexpr = keys.dtype
     _, low, high = window(size, length, left, right, SIDES, BOTTOM)
-    blocks = gl.cdiv(length, BM)
+    blocks = gl.cdiv(length, ROWS)
     row = gl.arange(0, BM, gl.SliceLayout(0, over))
     none = gl.zeros([HALF, BM], gl.float32, over)
     i = 0
@@ -156,32 +161,49 @@ def _sum_rows(
         start = n * BN + half * HALF
         col = start + gl.arange(0, HALF, gl.SliceLayout(1, over))
         mbarrier.wait(kv_full, turn & 1)
-        k, v = keys.index(half).reshape([HALF, E]), values.index(half).reshape([HALF, EV])
+        k = keys.index(half).reshape([HALF, E])
+        if KEYS:
+            v = values.index(half).reshape([HALF, EV])
         for_key = gl.zeros([HALF, E], gl.float32, of_key)
         for_value = gl.zeros([HALF, EV], gl.float32, of_value)
         for j in range(group * count):
             stage = i % STAGES
             begin = (first + j % count) * BM
             head = batch * (owners * group) + owner * group + j // count
-            at = numbers + (head.to(gl.int64) * blocks + begin // BM) * (2 * BM) + row
+            at = numbers + (head.to(gl.int64) * blocks + begin // ROWS) * (2 * ROWS) + row
+            if BM < ROWS:
+                at += begin % ROWS
             lse = gl.load(at)
             mbarrier.wait(full.index(stage), (i // STAGES) & 1)
             q, g = queries.index(stage).reshape([BM, E]), grads.index(stage).reshape([BM, EV])
             scores = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
-            slopes = warpgroup_mma(v, g.permute((1, 0)), none, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(1, deps=(scores,))
+            if KEYS:
+                slopes = warpgroup_mma(v, g.permute((1, 0)), none, use_acc=False, is_async=True)
+                scores = warpgroup_mma_wait(1, deps=(scores,))
+            else:
+                scores = warpgroup_mma_wait(0, deps=(scores,))
             scores = _seen_from(scores, col, row, start, begin, low, high, HALF, BM, SIDES)
             weights = gl.exp2(scores * factor - lse[None, :])
-            part = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, of_value, k_width=2))
-            for_value = warpgroup_mma(part, g, for_value, is_async=True)
-            delta = gl.load(at + BM)
-            slopes = warpgroup_mma_wait(1, deps=(slopes,))
-            change = gl.convert_layout(
-                (weights * (slopes - delta[None, :])).to(dtype), gl.DotOperandLayout(0, of_key, k_width=2)
-            )
-            for_key = warpgroup_mma(change, q, for_key, is_async=True)
+            if VALUES:
+                part = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, of_value, k_width=2))
+                for_value = warpgroup_mma(part, g, for_value, is_async=True)
+            if KEYS:
+                delta = gl.load(at + ROWS)
+                if VALUES:
+                    slopes = warpgroup_mma_wait(1, deps=(slopes,))
+                else:
+                    slopes = warpgroup_mma_wait(0, deps=(slopes,))
+                change = gl.convert_layout(
+                    (weights * (slopes - delta[None, :])).to(dtype), gl.DotOperandLayout(0, of_key, k_width=2)
+                )
+                for_key = warpgroup_mma(change, q, for_key, is_async=True)
             # In flight into the next step, with a factor in registers, it would make the compiler wait after every product.
-            for_value, for_key, part, change = warpgroup_mma_wait(0, deps=(for_value, for_key, part, change))
+            if KEYS and VALUES:
+                for_value, for_key, part, change = warpgroup_mma_wait(0, deps=(for_value, for_key, part, change))
+            elif KEYS:
+                for_key, change = warpgroup_mma_wait(0, deps=(for_key, change))
+            else:
+                for_value, part = warpgroup_mma_wait(0, deps=(for_value, part))
             mbarrier.arrive(empty.index(stage), count=1)
             i += 1
         mbarrier.arrive(kv_empty, count=1)
@@ -211,8 +233,11 @@ def attention_hopper_grad_key_value(
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """A tile of BN keys and values a turn, summed over blocks of BM rows of all heads that share them."""
+    KEYS: gl.constexpr = to_key is not None
     keys = gl.allocate_shared_memory(key.dtype, [2] + key.block_type.shape, key.layout)
-    values = gl.allocate_shared_memory(value.dtype, [2] + value.block_type.shape, value.layout)
+    values = keys
+    if KEYS:
+        values = gl.allocate_shared_memory(value.dtype, [2] + value.block_type.shape, value.layout)
     queries = gl.allocate_shared_memory(query.dtype, [STAGES] + query.block_type.shape, query.layout)
     grads = gl.allocate_shared_memory(grad.dtype, [STAGES] + grad.block_type.shape, grad.layout)
     full, empty = barriers(STAGES, 1), barriers(STAGES, 2)
@@ -229,7 +254,7 @@ def attention_hopper_grad_key_value(
                      factor, BM, BN, E, EV, HEAD, VALUE, STAGES, SIDES, BOTTOM, ORDER)),
         (_load_rows, (query, grad, key, value, queries, grads, keys, values, full, empty, kv_full, kv_empty,
                       tiles, tiles_n, planes, section, owners, group, shares, length, size, left, right,
-                      BM, BN, E, EV, STAGES, SIDES, BOTTOM, ORDER)),
+                      BM, BN, E, EV, STAGES, SIDES, BOTTOM, ORDER, KEYS)),
     ], [4, 1], [240, 24])  # fmt: skip
 
 
@@ -368,14 +393,17 @@ def run(
 ) -> bool:  # fmt: skip
     """Launch for the gradients that are not None; False, with nothing launched, where ``p`` is no problem for these kernels."""
     widths = served(p, grad, out, *(t for t in (to_query, to_key, to_value) if t is not None))
-    if widths is None or max(widths) > 128:
+    if widths is None or max(widths) > config.get("grads", 128):
         return False
     e, ev = widths
-    side, block = 128, 64
     tensors = ((p.query, e), (grad, ev), (p.key, e), (p.value, ev))
-    whole = [_descriptor(t, block, width) for t, width in tensors]
-    if None in whole:
+    # Blocks of 64 lines, and of 32 where two matrices of 128 lines of 256 stay in shared memory.
+    whole = {rows: [_descriptor(t, rows, width) for t, width in tensors] for rows in (64, 32)}
+    if None in whole[64] + whole[32]:
         return False
+    small = max(widths) <= 128
+    # The sums of both gradients do not fit into registers together above 128 columns.
+    parts = [(to_key, to_value)] if small else [(to_key, None), (None, to_value)]
     short, rest, *_ = p.numbers
     scale = short + rest
     rows = _layout.cdiv(p.length, ROWS.value)
@@ -390,32 +418,37 @@ def run(
     meta = dict(E=e, EV=ev, HEAD=p.shape["HEAD"], SIDES=p.shape["SIDES"], BOTTOM=p.bottom, num_warps=4)
     causal = p.shape["SIDES"] == 1
     sizes = (p.length, p.size, *p.sides, scale, scale * LOG2E.value)
-    if to_key is not None or to_value is not None:
-        tiles = _layout.cdiv(p.size, side)
+    for for_key, for_value in parts:
+        if for_key is None and for_value is None:
+            continue
+        # Where values stay in shared memory too there is room for half as many rows.
+        block, stages = (32, 2) if for_value is None and not small else (64, 2)
+        tiles = _layout.cdiv(p.size, SIDE)
         shares = _shares(p.batch * p.owners * tiles, p.group, config["processors"])
         owners, group = p.owners * shares, p.group // shares
-        sums = [t if t is None or shares == 1 else _apart(t, shares) for t in (to_key, to_value)]
+        sums = [t if t is None or shares == 1 else _apart(t, shares) for t in (for_key, for_value)]
         planes = p.batch * owners
         section = sections(planes, p.length * group, e + ev, 1)
         programs, how = order(planes, tiles, section, config["processors"], causal)
         launch(
             attention_hopper_grad_key_value, (programs,),
-            (*whole, numbers, *sums, *map(_strides, sums),
+            (*whole[block][:2], *whole[64][2:], numbers, *sums, *map(_strides, sums),
              planes * tiles, tiles, planes, section, owners, group, shares, *sizes),
-            dict(meta, BM=block, BN=side, VALUE=width, STAGES=2, ORDER=how),
+            dict(meta, BM=block, BN=SIDE, VALUE=width, STAGES=stages, ORDER=how),
         )  # fmt: skip
-        for t, parts in zip((to_key, to_value), sums):
-            if t is not None and parts is not None and parts is not t:
-                copy(sum(parts.unflatten(1, (p.owners, shares)), 2), t)
+        for t, found in zip((for_key, for_value), sums):
+            if t is not None and found is not None and found is not t:
+                copy(sum(found.unflatten(1, (p.owners, shares)), 2), t)
     if to_query is not None:
-        planes, tiles = p.batch * p.heads, _layout.cdiv(p.length, side)
+        planes, tiles = p.batch * p.heads, _layout.cdiv(p.length, SIDE)
+        block = 64 if small else 32
         section = sections(planes, p.size, e + ev, p.group)
         programs, how = order(planes, tiles, section, config["processors"], causal)
         launch(
             attention_hopper_grad_query, (programs,),
-            (*whole, numbers, to_query, _strides(to_query),
+            (*whole[64][:2], *whole[block][2:], numbers, to_query, _strides(to_query),
              planes * tiles, tiles, planes, section, p.heads, p.group, *sizes),
-            dict(meta, BM=side, BN=block, STAGES=3, ORDER=how),
+            dict(meta, BM=SIDE, BN=block, STAGES=3 if small else 2, ORDER=how),
         )  # fmt: skip
     return True
 

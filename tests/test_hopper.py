@@ -290,6 +290,9 @@ def test_every_tile_has_one_program(planes: int, tiles_m: int, section: int) -> 
         )
         # At most one pair more than the mean, which other orders do not ensure.
         assert how != 2 or work.max() <= work.mean() + tiles_m + 1
+        if how == 1:
+            counted = work + torch.bincount(out.flatten().long() - 1, minlength=programs)
+            assert counted.max() == _hopper_order.busiest(planes, tiles_m, min(section, planes), programs)
 
 
 def test_attention_operators_take_it(attending: list[Any]) -> None:

@@ -61,6 +61,11 @@ SPILLS: dict[str, tuple[int, str]] = {
     "lgamma_grad": (256, "it is digamma"),
     "polar_complex": (16, "sine and cosine with the reduction of large arguments"),
     "attention_hopper_grad_key_value": (88, "numbers of a tile, outside of the loop over rows"),
+    "attention_hopper": (
+        112,
+        "head size 256 in Triton 3.9, 0 in 3.6: numbers of a tile, outside of the loop over keys",
+    ),
+    "attention_hopper_grad_query": (272, "head size 256 in Triton 3.9, 0 in 3.6; the table does not choose it yet"),
     "matmul": (8, "a small tile of float32 without tensor cores"),
     "cos_grad": (16, "sine with the reduction of large arguments"),
     "group_norm": (8, "32 masked elements a thread; a row that is not held would be read twice"),
@@ -312,19 +317,22 @@ def test_epilogues_compile(name: str) -> None:
     assert launches and not problems, "\n".join(problems)
 
 
-def test_attention_for_hopper_compiles() -> None:
-    """Which the table of sm_90 does not choose yet."""
+@pytest.mark.parametrize("columns", [128, 256])
+def test_attention_for_hopper_compiles(columns: int) -> None:
+    """Gradients of 256 columns too, which the table does not choose yet."""
     row = next(row for row in ROWS if row.name == "sm_90")
-    row = dataclasses.replace(row, launch={**row.launch, "attention": {**row.config("attention"), "wgmma": 1}})
+    row = dataclasses.replace(row, launch={**row.launch, "attention": {**row.config("attention"), "grads": 256}})
     launches, make = Launches(), Unfilled(BF16)
-    q, k, v = (make(2, n, 4096, 128).requires_grad_() for n in (8, 2, 2))
+    q, k, v = (make(2, n, 4096, columns).requires_grad_() for n in (8, 2, 2))
     with _launch.capturing(launches), backends.use_arch(row):
         _forget_plans()
         out = gemskit.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
     _forget_plans()
-    problems = [f"{launch}: {problem}" for launch in launches.values() for problem in launch.problems(row)]
-    assert len(launches) == 4 and not problems, "\n".join(problems)
+    hopper = [launch for launch in launches.values() if "attention" in launch.name]
+    problems = [f"{launch}: {problem}" for launch in hopper for problem in launch.problems(row)]
+    # Above 128 columns keys and values have a launch each.
+    assert len(hopper) == (4 if columns == 128 else 5) and not problems, "\n".join(problems)
 
 
 @pytest.mark.parametrize("name", MAIN)

@@ -318,8 +318,11 @@ def test_epilogues_compile(name: str) -> None:
 
 
 @pytest.mark.parametrize("columns", [128, 256])
-def test_attention_for_hopper_compiles(columns: int) -> None:
-    """Gradients of 256 columns too, which the table does not choose yet."""
+def test_attention_for_hopper_compiles(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of 256 columns too, which the table does not choose yet; only those columns may spill."""
+    if columns == 128:
+        for name in ("attention_hopper", "attention_hopper_grad_query"):
+            monkeypatch.delitem(SPILLS, name)
     row = next(row for row in ROWS if row.name == "sm_90")
     row = dataclasses.replace(row, launch={**row.launch, "attention": {**row.config("attention"), "grads": 256}})
     launches, make = Launches(), Unfilled(BF16)

@@ -54,6 +54,7 @@ DEFAULT: Launch = {
     "reduction_across": {
         "tile": 512,
         "rows": 128,
+        "few": 4096,
         "warps": 4,
         "most": 16,
         "unroll": 8,
@@ -64,6 +65,7 @@ DEFAULT: Launch = {
     "reduction_across_states": {
         "tile": 512,
         "rows": 128,
+        "few": 4096,
         "warps": 4,
         "most": 16,
         "unroll": 8,

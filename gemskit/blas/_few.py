@@ -23,7 +23,7 @@ from gemskit.blas._space import Space, read
 #: Filled in per operator.
 EPILOGUE: Any = None
 
-#: Most rows: the smallest side of a product on tensor cores.
+#: Most rows.
 ROWS = 16
 
 
@@ -97,6 +97,14 @@ def few_rows(
     tl.store(out + at, result.to(out.dtype.element_ty), live)
 
 
+def tile(M: int, N: int) -> tuple[int, int, int, int]:
+    """Columns and K of a tile of several rows, warps and stages.
+
+    Many columns: fewer, larger programs, as those of 16 columns read the first factor N / 16 times.
+    """
+    return (16, 512, 2, 3) if N <= 8192 else (64, 128, 4, 4)
+
+
 def plan(
     space: Space, dtype: torch.dtype, acc: torch.dtype, kernel: Any, gated: bool = False
 ) -> Callable[..., None] | None:
@@ -117,8 +125,8 @@ def plan(
         bn, warps, stages = max(1, 4096 // bk), 4, 1
         bm = 1
     else:
-        # Many columns: fewer, larger programs, as those of 16 columns read the first factor N / 16 times.
-        bm, (bn, bk, warps, stages) = ROWS, (16, 512, 2, 3) if N <= 8192 else (64, 128, 4, 4)
+        # 16 is the smallest side of a product on tensor cores.
+        bm, (bn, bk, warps, stages) = max(16, _layout.next_power_of_2(M)), tile(M, N)
         # As many bytes of float8.
         bk = min(bk * 2 // dtype.itemsize, max(16, _layout.next_power_of_2(K)))
     if gated:

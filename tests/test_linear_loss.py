@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import gemskit
-from gemskit import _launch, _replay
+from gemskit import _launch, _replay, backends
 from gemskit._interpret import interpret
 from gemskit.errors import ArgumentError, DtypeError, ShapeError
 from gemskit.nn import linear_loss
@@ -68,6 +69,25 @@ def test_memory(prepare: str, reduction: str) -> None:
     total = allocated(lambda: op._vjp(**{n: have.get(n) for n in op._saves}))
     total += sum(t.numel() * t.element_size() for t in kept.values() if t is not None)
     assert total < (1.35 * 2**30 if "linear_weight" in needs else 2 * N * H * 3 + N * C * 2 // 13 * (not early)), total
+
+
+def test_memory_of_a_replay_on_hopper() -> None:
+    """A replay allocates all at once, so what products of parts put together has to be one memory."""
+    op, values, kept = fused_linear_cross_entropy, arguments(prepare=EVERY), {}
+    with backends.use_arch("sm_90"):
+        allocated(lambda: op.forward(values, None, kept))
+        named = dict(zip(op.params, values))
+        like = {n: (named[n].shape, named[n].dtype) for n in EVERY.split()}
+        have = {**named, **kept, "needs": {*like}, "like": like, "grad": torch.empty((), device="meta")}
+        names = [n for n in op._saves if isinstance(have.get(n), Tensor)]
+
+        def backward(*tensors: Tensor) -> list[Tensor]:
+            assert op._vjp is not None
+            given = {**have, **dict(zip(names, tensors))}
+            return list(op._vjp(**{n: given.get(n) for n in op._saves}).values())
+
+        program = _replay.trace(backward, [have[n] for n in names], [0] * len(names))
+    assert sum(math.prod(size) * dtype.itemsize for size, _, dtype in program.allocations) < 1.35 * 2**30
 
 
 def test_few_rows_keep_their_logits() -> None:

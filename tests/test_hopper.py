@@ -413,7 +413,7 @@ def test_tuned_products_are_obeyed(
             a, w = halves(rows, 512), halves(264, 512)
             close(gemskit.linear(a, w), a.double() @ w.double().t())
         assert hopper == [better, _rule.best(201, 264, 512, 1, PROCESSORS)]
-        assert _rule.choose(200, 264, 512, 1, PROCESSORS, False, "sm_100") == timed[0][0]
+        assert _rule.choose(200, 264, 512, 1, PROCESSORS, arch="sm_100") == timed[0][0]
         assert any(line.endswith("kept") for line in _tune._lines((1, 200, 264, 512), timed, better))
     finally:
         _rule.tuned.cache_clear()

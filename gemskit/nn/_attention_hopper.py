@@ -96,7 +96,7 @@ def _load(
     HALF: gl.constexpr = BM // 2
     i = 0
     for turn in range(_turns(listed, tiles, heads, ORDER)):
-        batch, head, m, first, count, top, rows, begin, amount = _tile(
+        batch, head, m, first, count, top, _, begin, _ = _tile(
             turn, listed, tiles, tiles_m, planes, section, heads, length, size, left, right,
             BM, BN, SIDES, BOTTOM, ORDER,
         )  # fmt: skip
@@ -187,7 +187,7 @@ def _multiply(
     i = 0
     count_of_turns = 0
     for turn in range(_turns(listed, tiles, heads, ORDER)):
-        batch, head, m, first, count, top, rows, begin, amount = _tile(
+        batch, head, m, first, count, top, rows, _, amount = _tile(
             turn, listed, tiles, tiles_m, planes, section, heads, length, size, left, right,
             BM, BN, SIDES, BOTTOM, ORDER,
         )  # fmt: skip
@@ -321,7 +321,9 @@ def served(p: Any, *others: Tensor, packed: bool = False) -> tuple[int, int] | N
 
     Packed sequences are one only where the caller serves those, too.
     """
+    alone = not packed or p.bounds_q is None or p.bounds_k is None
     extras = (
+        *((p.bounds_q, p.bounds_k, p.used) if alone else ()),
         p.mask,
         p.slopes,
         p.sinks,
@@ -332,9 +334,7 @@ def served(p: Any, *others: Tensor, packed: bool = False) -> tuple[int, int] | N
     )
     halves = {p.query.dtype, p.key.dtype, p.value.dtype} in ({torch.bfloat16}, {torch.float16})
     short, rest, dropout, _ = p.numbers
-    together = [e is not None for e in (p.bounds_q, p.bounds_k)]
-    plain = any(together) and not (packed and all(together)) or p.used is not None and not all(together)
-    plain = plain or any(e is not None for e in extras) or p.split[0] or p.cap or dropout or p.empty
+    plain = any(e is not None for e in extras) or p.split[0] or p.cap or dropout or p.empty
     # The largest score becomes the largest exponent only by a positive factor.
     if plain or not halves or p.wide(*others) or not short + rest > 0:
         return None
@@ -359,16 +359,17 @@ def run(p: Any, out: Tensor, lse: Tensor, config: Mapping[str, int]) -> bool:
     if p.bounds_q is not None:
         listed, room = packed_tiles(p, bm)
         programs, how = min(config["processors"], room * p.heads), LISTED.value
-        numbers = (0, 0, p.heads, 0, p.heads, p.group)
+        # What is not read is 0: it would be one more kernel to compile where it is a multiple of 16 for the first time.
+        numbers = (0, 0, p.heads, 0, p.heads, p.group, 0, 0)
     else:
         planes, tiles_m = p.batch * p.heads, _layout.cdiv(p.length, bm)
         section = sections(planes, p.size, e + ev, p.group)
         programs, how = order(planes, tiles_m, section, config["processors"], p.shape["SIDES"] == 1)
-        numbers = (planes * tiles_m, tiles_m, planes, section, p.heads, p.group)
+        numbers = (planes * tiles_m, tiles_m, planes, section, p.heads, p.group, p.length, p.size)
     factor = (p.numbers[0] + p.numbers[1]) * LOG2E.value
     launch(
         attention_hopper, (programs,),
-        (*described, out, lse, listed, out.stride(), lse.stride(), *numbers, p.length, p.size, *p.sides, factor),
+        (*described, out, lse, listed, p.at(out), p.at(lse), *numbers, *p.sides, factor),
         dict(BM=bm, BN=bn, E=e, EV=ev, VALUE=p.shape["VALUE"], STAGES=2, TILES=2 if small else 1,
              SIDES=p.shape["SIDES"], BOTTOM=p.bottom, TURNS=max(e, ev) <= config.get("turns", 0), ORDER=how, num_warps=4),
     )  # fmt: skip

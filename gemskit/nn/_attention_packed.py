@@ -48,7 +48,7 @@ def _with_more(least, keys, high, tiles, ROWS: tl.constexpr, SIDES: tl.constexpr
     return tl.where(least < 0, tiles, tl.where(keys > least, tiles - fewer, 0))
 
 
-@jit
+@jit(do_not_specialize=["sequences", "size", "right", "most", "room"])
 def attention_packed_tiles(
     listed, bounds_q, bounds_k, used, steps, sequences, size, right, most, room,
     ROWS: tl.constexpr, TILES: tl.constexpr, SEQUENCES: tl.constexpr, SIDES: tl.constexpr, BOTTOM: tl.constexpr,

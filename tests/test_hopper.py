@@ -6,6 +6,7 @@ Layouts, registers and instructions are not part of it: those compile in test_co
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,13 @@ from gemskit._op import REGISTRY
 from gemskit._tensor_map import Descriptor
 from gemskit.blas import _drive, _hopper, _rule
 from gemskit.errors import ArgumentError, InterpreterError
-from gemskit.nn import _attention_hopper, _attention_hopper_grads, _attention_host, _hopper_order
+from gemskit.nn import (
+    _attention_hopper,
+    _attention_hopper_grads,
+    _attention_host,
+    _attention_packed,
+    _hopper_order,
+)
 from gemskit.nn._attention_host import Problem
 
 PROCESSORS = 3
@@ -312,6 +319,123 @@ def test_attention_operators_take_it(attending: list[Any]) -> None:
     close(gemskit.flash_attn_func(q, k, v, window_size=(20, 0)).transpose(1, 2),
           reference(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 20, 0)[0], 2**-7)  # fmt: skip
     assert len(attending) == 5
+
+
+PACKED: list[dict[str, Any]] = [
+    dict(rows=[150, 1, 0, 128, 200], right=0),
+    dict(rows=[5, 260, 64], heads=4, owners=1, size=128, width=128),
+    dict(rows=[100, 0, 140, 60], keys=[300, 20, 90, 0], right=0),
+    dict(rows=[100, 140, 60], keys=[130, 500, 40], left=70, right=30, size=80, width=64),
+    dict(rows=[129, 128, 300], keys=[128, 256, 300], left=100),
+    dict(rows=[40, 130], keys=[300, 200], used=[170, 0], right=0, heads=3, owners=3, size=256, width=256),
+]
+
+
+@pytest.mark.parametrize("how", PACKED, ids=str)
+def test_packed_sequences(how: dict[str, Any], attending: list[Any]) -> None:
+    """Where every second sequence, what is behind the last and keys that are not used are NaN."""
+    rows, used = how["rows"], how.get("used")
+    keys = how.get("keys", rows)
+    heads, owners, size, width = (how.get(n, 2 if n == "heads" else 1 if n == "owners" else 64) for n in (
+        "heads", "owners", "size", "width"))  # fmt: skip
+    left, right = how.get("left", -1), how.get("right", -1)
+    edges, key_edges = ([sum(n[:b]) for b in range(len(n) + 1)] for n in (rows, keys))
+    q = halves(edges[-1] + 9, heads, size)
+    k, v = halves(key_edges[-1] + 9, owners, size), halves(key_edges[-1] + 9, owners, width)
+    ints = [torch.tensor(n, dtype=torch.int32) for n in (edges, key_edges, used or keys)]
+    for broken in (0, 1):
+        mine = [t.clone() for t in (q, k, v)]
+        for n, t in enumerate(mine):
+            at = edges if n == 0 else key_edges
+            t[at[-1] :] = torch.nan
+            for b in range(len(rows)):
+                if n and used:
+                    t[at[b] + used[b] : at[b + 1]] = torch.nan
+                if b % 2 == broken:
+                    t[at[b] : at[b + 1]] = torch.nan
+        out, lse = torch.full((q.shape[0], heads, width), 7.0, dtype=BF16), torch.full((1, heads, q.shape[0]), 7.0)
+        p = Problem(
+            *(t[None].transpose(1, 2) for t in mine), len(rows), max(rows), max(keys),
+            left=None if left < 0 else left, right=None if right < 0 else right, bottom=True,
+            bounds_q=ints[0], bounds_k=ints[1], used=ints[2] if used else None,
+        )  # fmt: skip
+        attending.clear()
+        _attention_host.run(p, out[None].transpose(1, 2), lse, backends.arch().config("attention"))
+        assert [kernel_name(args[0]) for args in attending] == ["attention_hopper"]
+        for b in range(len(rows)):
+            here, count = slice(edges[b], edges[b + 1]), (used or keys)[b]
+            if b % 2 == broken or not rows[b]:
+                continue
+            there = slice(key_edges[b], key_edges[b] + count)
+            parts = (t[None].transpose(1, 2) for t in (q[here], k[there], v[there]))
+            want, want_lse = reference(*parts, left, right, count - rows[b]) if count else (
+                torch.zeros(1, heads, rows[b], width).double(), torch.full((1, heads, rows[b]), -torch.inf).double()
+            )  # fmt: skip
+            close(out[None, here].transpose(1, 2), want, 2**-7)
+            torch.testing.assert_close(lse[..., here].double(), want_lse, rtol=1e-5, atol=1e-5)
+        assert (out[edges[-1] :] == 7).all() and (lse[..., edges[-1] :] == 7).all()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_tiles_of_packed_sequences(seed: int) -> None:
+    """Each has one entry, and none sees more keys than one before it."""
+    numbers = torch.Generator().manual_seed(seed)
+    count = int(torch.randint(1, 80, (), generator=numbers))
+    rows = torch.randint(0, 700, (count,), generator=numbers) * (torch.rand(count, generator=numbers) > 0.2)
+    keys = rows if seed % 3 == 0 else torch.randint(0, 900, (count,), generator=numbers)
+    used = torch.minimum(keys, torch.randint(0, 900, (count,), generator=numbers)) if seed % 3 == 2 else None
+    bounds = [torch.cat((torch.zeros(1), n.cumsum(0))).int() for n in (rows, keys)]
+    right = (0, None, 50)[seed // 3 % 3]
+    q, k = halves(1, 1, int(rows.sum()) + 3, 8), halves(1, 1, int(keys.sum()) + 3, 8)
+    p = Problem(
+        q, k, k, count, max(int(rows.max()), 1), max(int(keys.max()), 1), left=60 if seed % 2 else None, right=right,
+        bottom=True, bounds_q=bounds[0], bounds_k=bounds[1], used=None if used is None else used.int(),
+    )  # fmt: skip
+    with interpret():
+        listed, room = _attention_packed.packed_tiles(p, 64)
+    mine = keys if used is None else used
+    tiles = {(b, m) for b in range(count) for m in range(-(-int(rows[b]) // 64))}
+    assert listed[0, 0] == len(tiles) <= room and listed.shape[0] == room + 1
+    by_row = {int(bounds[0][b]): b for b in range(count) if rows[b]}
+    found, before = set(), math.inf
+    for top, m, amount, begin, size in listed[1 : 1 + len(tiles), :5].tolist():
+        b = by_row[top]
+        assert (amount, begin, size) == (rows[b], bounds[1][b], mine[b])
+        sees = size if right is None else max(0, min(size, (m + 1) * 64 + size - amount + right))
+        assert sees <= before
+        before = sees
+        found.add((b, m))
+    assert found == tiles
+
+
+@pytest.mark.parametrize("tiles", [0, 1, 5, 12, 13, 41])
+def test_every_listed_tile_has_one_program(tiles: int) -> None:
+    out = torch.zeros(3, max(tiles, 1), dtype=torch.int32)
+    run(_visit, (4,), (out, 3 * tiles, out.shape[1], 3, 0), dict(LAST_FIRST=False, ORDER=3))
+    assert (out[:, :tiles] > 0).all() and (torch.bincount(out.flatten())[1:] <= -(-3 * tiles // 4)).all()
+
+
+def test_packed_operator_takes_it(attending: list[Any]) -> None:
+    """Its gradients are those of the plain kernels; a few rows, bounds of one side and pages are theirs."""
+    q, k, v = halves(150, 4, 64), halves(150, 2, 64), halves(150, 2, 64)
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+    bounds = torch.tensor([0, 100, 150], dtype=torch.int32)
+    got = gemskit.flash_attn_varlen_func(q, k, v, 100, bounds, 100, bounds, causal=True)
+    grads = torch.autograd.grad(got, (q, k, v), torch.ones_like(got))
+    assert [kernel_name(args[0]) for args in attending] == ["attention_hopper"]
+    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    parts = []
+    for a, b in ((0, 100), (100, 150)):
+        part = torch.nn.functional.scaled_dot_product_attention(
+            *(t[None, a:b].transpose(1, 2) for t in wide), is_causal=True, enable_gqa=True
+        )
+        parts.append(part[0].transpose(0, 1))
+    want = torch.cat(parts)
+    close(got.detach(), want.detach(), 2**-7)
+    for g, w in zip(grads, torch.autograd.grad(want, wide, torch.ones_like(want))):
+        torch.testing.assert_close(g.double(), w, rtol=2**-6, atol=0.02 * w.abs().max().item())
+    gemskit.flash_attn_varlen_func(q.detach(), k.detach(), v.detach(), 16, bounds, 100, bounds)
+    assert len(attending) == 1
 
 
 def test_what_has_no_blocks_takes_the_plain_kernel(attending: list[Any]) -> None:

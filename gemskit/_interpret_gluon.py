@@ -19,6 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.runtime.jit import JITFunction
 
+from . import _block_add
 from ._interpret_builder import BUILDER, decide, integer, np_dtype, quiet
 from ._interpret_builder import _tensor as tensor_of
 from .errors import InterpreterError
@@ -36,7 +37,8 @@ class Matrix:
     """A matrix in global memory of which blocks are copied."""
 
     def __init__(self, descriptor: Any, layout: Any) -> None:
-        self.load, self.dtype, self.layout = descriptor.load, descriptor.dtype, layout
+        self.load, self.add = descriptor.load, descriptor.atomic_add
+        self.dtype, self.layout = descriptor.dtype, layout
         self.block_type = SimpleNamespace(shape=[_number(n) for n in descriptor.block_shape])
 
 
@@ -56,6 +58,11 @@ class Shared:
 
     def index(self, index: Any) -> Shared:
         return self._view(self.data[:, _number(index)])
+
+    def slice(self, start: Any, length: Any, dim: Any = 0) -> Shared:
+        first = _number(start)
+        at = (slice(None),) * (_number(dim) + 1) + (slice(first, first + _number(length)),)
+        return self._view(self.data[at])
 
     def permute(self, order: Sequence[int]) -> Shared:
         return self._view(self.data.transpose(0, *(_number(axis) + 1 for axis in order)))
@@ -101,6 +108,11 @@ class Groups:
         found: list[list[tuple[Shared, Array]]] = self.here.__dict__.setdefault("products", [])
         return found
 
+    def adding(self) -> list[tuple[Shared, Array]]:
+        """Of each block that this group lets be added to global memory, its place and what it was."""
+        found: list[tuple[Shared, Array]] = self.here.__dict__.setdefault("adding", [])
+        return found
+
     def run(self, functions: Sequence[Callable[[], None]], running: set[int]) -> None:
         self.waiting = {n: lambda: True for n in range(len(functions))}
         self.turn, self.failure = 0, None
@@ -119,6 +131,8 @@ class Groups:
             self._await(n)
             with quiet():
                 function()
+            if self.adding():
+                raise InterpreterError(f"shared memory ends before all is read from it: kernel {BUILDER.kernel}")
         except _Stopped:
             pass
         except BaseException as error:  # a Split, too: the launch goes on with it
@@ -265,6 +279,21 @@ def _product_wait(num_outstanding: Any = 0, deps: Any = None) -> Any:
     return deps[0] if len(deps) == 1 else tuple(deps)
 
 
+def _add(descriptor: Any, coord: Sequence[Any], src: Shared) -> None:
+    block = src.load().handle.data
+    shape = descriptor.block_type.shape
+    descriptor.add(list(coord), tensor_of(block.reshape(block.shape[0], *shape), src.dtype))
+    GROUPS.adding().append((src, src.data.copy()))
+
+
+def _add_wait(pendings: Any, read_only: Any = True) -> None:
+    adding = GROUPS.adding()
+    while len(adding) > _number(pendings):
+        place, before = adding.pop(0)
+        if not np.array_equal(_bits(place.data), _bits(before)):
+            raise InterpreterError(f"a block changed before it was read to be added: kernel {BUILDER.kernel}")
+
+
 def _same(value: Any, *_: Any, **__: Any) -> Any:
     return value
 
@@ -314,6 +343,9 @@ def patches(running: set[int]) -> Iterator[tuple[Any, str, Any]]:
     for name in ("async_load", "async_copy_global_to_shared"):
         if hasattr(hopper.tma, name):
             yield hopper.tma, name, _copy
+    if _block_add.add_block is not None:
+        yield _block_add, "add_block", _add
+    yield hopper.tma, "store_wait", _add_wait
     yield hopper, "fence_async_shared", _nothing
     yield hopper, "warpgroup_mma", _product
     yield hopper, "warpgroup_mma_init", _same

@@ -66,6 +66,10 @@ SPILLS: dict[str, tuple[int, str]] = {
         "head size 256 in Triton 3.9, 0 in 3.6: numbers of a tile, outside of the loop over keys",
     ),
     "attention_hopper_grad_query": (272, "head size 256 in Triton 3.9, 0 in 3.6; the table does not choose it yet"),
+    "attention_hopper_grads_together": (
+        244,
+        "head size 128: numbers of a tile, and 8 in the loop over rows if together is 3",
+    ),
     "matmul": (8, "a small tile of float32 without tensor cores"),
     "cos_grad": (16, "sine with the reduction of large arguments"),
     "group_norm": (8, "32 masked elements a thread; a row that is not held would be read twice"),
@@ -317,14 +321,15 @@ def test_epilogues_compile(name: str) -> None:
     assert launches and not problems, "\n".join(problems)
 
 
-@pytest.mark.parametrize("columns", [128, 256])
-def test_attention_for_hopper_compiles(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("columns", "together"), [(128, 0), (256, 0), (64, 1), (128, 1), (128, 2), (128, 3)])
+def test_attention_for_hopper_compiles(columns: int, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients of 256 columns too, which the table does not choose yet; only those columns may spill."""
-    if columns == 128:
+    if columns <= 128:
         for name in ("attention_hopper", "attention_hopper_grad_query"):
             monkeypatch.delitem(SPILLS, name)
     row = next(row for row in ROWS if row.name == "sm_90")
-    row = dataclasses.replace(row, launch={**row.launch, "attention": {**row.config("attention"), "grads": 256}})
+    chosen = {"grads": 256, "together": together}
+    row = dataclasses.replace(row, launch={**row.launch, "attention": {**row.config("attention"), **chosen}})
     launches, make = Launches(), Unfilled(BF16)
     q, k, v = (make(2, n, 4096, columns).requires_grad_() for n in (8, 2, 2))
     with _launch.capturing(launches), backends.use_arch(row):
@@ -334,8 +339,8 @@ def test_attention_for_hopper_compiles(columns: int, monkeypatch: pytest.MonkeyP
     _forget_plans()
     hopper = [launch for launch in launches.values() if "attention" in launch.name]
     problems = [f"{launch}: {problem}" for launch in hopper for problem in launch.problems(row)]
-    # Above 128 columns keys and values have a launch each.
-    assert len(hopper) == (4 if columns == 128 else 5) and not problems, "\n".join(problems)
+    # Above 128 columns keys and values have a launch each; together all gradients have one.
+    assert len(hopper) == (3 if together else 4 if columns == 128 else 5) and not problems, "\n".join(problems)
 
 
 @pytest.mark.parametrize("columns", [64, 128, 256])

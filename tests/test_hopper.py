@@ -16,10 +16,17 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 import gemskit
 from gemskit import _tune, backends, epilogues
+from gemskit._block_add import add_block
 from gemskit._driver import kernel_name
 from gemskit._interpret import interpret, run
 from gemskit._op import REGISTRY
@@ -244,9 +251,10 @@ def test_attention(
 
 
 @WALK
+@pytest.mark.parametrize("together", [0, 1, 2, 3])
 def test_attention_gradients(
     batch: int, heads: int, owners: int, rows: int, keys: int, size: int, width: int, how: dict[str, int],
-    monkeypatch: pytest.MonkeyPatch,
+    together: int, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Also where the log-sum-exp has a gradient; a row that sees nothing has none."""
     p = placed(batch, heads, owners, rows, keys, size, width, how)
@@ -255,7 +263,7 @@ def test_attention_gradients(
     grad, grad_lse = halves(*out.shape), torch.randn(lse.shape)
     sees = ~lse.detach().isinf()
     want = torch.autograd.grad((out * grad.double()).sum() + (lse * grad_lse.double())[sees].sum(), leaves)
-    _on_hopper(monkeypatch, grads=256)
+    _on_hopper(monkeypatch, grads=256, together=together)
     found = [torch.full_like(t, torch.nan) for t in (p.query, p.key, p.value)]
     with interpret():
         assert _attention_hopper_grads.run(
@@ -438,6 +446,21 @@ def test_packed_operator_takes_it(attending: list[Any]) -> None:
     assert len(attending) == 1
 
 
+@pytest.mark.parametrize("given", ["nothing", "setting", "argument", "two gradients"])
+def test_gradients_together_only_where_they_need_not_be_repeatable(
+    given: str, attending: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _on_hopper(monkeypatch, together=1)
+    q, k, v = (halves(1, 70, 2, 64) for _ in range(3))
+    leaves = [t.requires_grad_() for t in ((q, k) if given == "two gradients" else (q, k, v))]
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: given == "setting")
+    got = gemskit.flash_attn_func(q, k, v, causal=True, deterministic=given == "argument")
+    torch.autograd.grad(got, leaves, torch.ones_like(got))
+    two = ["attention_hopper_grad_key_value", "attention_hopper_grad_query"]
+    names = [kernel_name(args[0]) for args in attending]
+    assert names[2:] == (["attention_hopper_grads_together"] if given == "nothing" else two)
+
+
 def test_what_has_no_blocks_takes_the_plain_kernel(attending: list[Any]) -> None:
     q = halves(1, 2, 40, 64)
     mask = torch.ones(40, 40, dtype=torch.bool)
@@ -513,6 +536,48 @@ def test_a_block_that_overwrites_an_operand_is_found() -> None:
 def test_barriers_that_never_come_are_found() -> None:
     with pytest.raises(InterpreterError, match="every group of warps waits"):
         two_groups(FOREVER=True)
+
+
+@gluon.jit
+def _add_twice(sums, EARLY: gl.constexpr, NEVER: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [1, 1], [1, 0])
+    place = gl.allocate_shared_memory(gl.float32, sums.block_type.shape, sums.layout)
+    for k in gl.static_range(2):
+        if not EARLY:
+            tma.store_wait(0)
+        place.store(gl.full([8, 32], k + 1.0, gl.float32, layout))
+        fence_async_shared()
+        add_block(sums, [4, 0], place)
+    if not NEVER:
+        tma.store_wait(0)
+
+
+@gluon.jit
+def _adding(sums, EARLY: gl.constexpr, NEVER: gl.constexpr):
+    gl.warp_specialize([(_add_twice, (sums, EARLY, NEVER))], [], [])
+
+
+def added(**how: bool) -> Tensor:
+    """Blocks of 8 rows, of which the last four do not exist, in a matrix of 8."""
+    out = torch.zeros(8, 32)
+    layout = gl.NVMMASharedLayout.get_default_for([8, 32], gl.float32)
+    flags = dict(EARLY=False, NEVER=False) | how
+    run(_adding, (3,), (Descriptor(out, (8, 32), (32, 1), (8, 32), layout),), flags)
+    return out
+
+
+def test_blocks_are_added() -> None:
+    assert torch.equal(added(), torch.tensor([0.0, 9.0]).repeat_interleave(4)[:, None].expand(8, 32))
+
+
+def test_a_block_that_changes_before_it_is_read_is_found() -> None:
+    with pytest.raises(InterpreterError, match="a block changed before it was read to be added"):
+        added(EARLY=True)
+
+
+def test_shared_memory_that_ends_before_it_is_read_is_found() -> None:
+    with pytest.raises(InterpreterError, match="shared memory ends before all is read from it"):
+        added(NEVER=True)
 
 
 # -- tuning -------------------------------------------------------------------------------------------------------------

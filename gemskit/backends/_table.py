@@ -104,7 +104,17 @@ DEFAULT: Launch = {
     # rows: as many of halves take a kernel of their own. float8 1: conversions to float16 are instructions, so that few rows of
     # float8 are best multiplied as halves.
     "gemm_few": {"rows": 16, "m": 64, "n": 64, "k": 64, "warps": 4, "stages": 2, "float8": 0},
-    "attention": {"m": 64, "n": 64, "warps": 4, "wide": 4, "stages": 2, "wgmma": 0, "turns": 0, "processors": 128},
+    "attention": {
+        "m": 64,
+        "n": 64,
+        "warps": 4,
+        "wide": 4,
+        "stages": 2,
+        "wgmma": 0,
+        "turns": 0,
+        "together": 0,
+        "processors": 128,
+    },
     # H200, 256 MiB of float32: rows of 16,384 0.142 ms (90 % of the copy rate), columns 0.149, one row 0.211 (it is read twice).
     "scan_along": {"tile": 4096, "warps": 8, "split_below": 1024},
     "scan_across": {"tile": 2048, "rows": 32, "warps": 4, "split_below": 512},

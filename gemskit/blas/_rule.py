@@ -80,9 +80,7 @@ def _together(moving: float, multiplying: float) -> float:
     return max(moving, multiplying) + EXPOSED * min(moving, multiplying)
 
 
-def best(
-    M: int, N: int, K: int, batches: int, processors: int, gated: bool = False, small: bool = False
-) -> Choice:
+def best(M: int, N: int, K: int, batches: int, processors: int, gated: bool = False, small: bool = False) -> Choice:
     """The fastest by the model."""
     return min(choices(M, N, K, batches, processors, gated, small), key=lambda c: c.time)
 

@@ -1,7 +1,7 @@
 """Gradients of attention on Hopper's tensor cores, in Gluon: one kernel for keys and values, one for queries, no atomics.
 
-Both have one warp that loads and two groups of four warps with half of a tile each. A kernel that did both would need five
-products for these seven, but would add up the queries' gradients in global memory, in an order that changes.
+Both have one warp that loads and two groups of four warps with half of a tile each. Their seven products have a fixed order, so
+results are bitwise repeatable. Where they need not be, :mod:`gemskit.nn._attention_hopper_together` does with five.
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ ROWS: tl.constexpr = tl.constexpr(64)
 
 @jit
 def attention_row_numbers(
-    out, grad, grad_lse, lse, numbers, o_at, g_at, lse_at, gl_at, heads, length, VALUE: tl.constexpr, EV: tl.constexpr
-):
+    out, grad, grad_lse, lse, numbers, sums, o_at, g_at, lse_at, gl_at, heads, length, VALUE: tl.constexpr, EV: tl.constexpr,
+    E: tl.constexpr,
+):  # fmt: skip
     """For each ROWS rows their lse in base 2, then ``sum(out * grad)`` less the gradient of the lse.
 
-    A row that sees no key, or is none, gets an lse of inf, so that all its weights are zero.
+    A row that sees no key, or is none, gets an lse of inf, so that all its weights are zero. ``sums``, if there, has E columns
+    and becomes zero.
     """
     tiles = tl.cdiv(length, ROWS)
     plane, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS
@@ -61,6 +63,9 @@ def attention_row_numbers(
     to = numbers + tl.program_id(0).to(tl.int64) * (2 * ROWS) + local
     tl.store(to, tl.where(found == -float("inf"), float("inf"), found * LOG2E))
     tl.store(to + ROWS, total)
+    if sums is not None:
+        line = plane.to(tl.int64) * length + row
+        tl.store(sums + line[:, None] * E + tl.arange(0, E)[None, :], tl.zeros((ROWS, E), tl.float32), inside[:, None])
 
 
 # -- keys and values ----------------------------------------------------------------------------------------------------
@@ -392,6 +397,8 @@ def run(
     to_query: Tensor | None, to_key: Tensor | None, to_value: Tensor | None,
 ) -> bool:  # fmt: skip
     """Launch for the gradients that are not None; False, with nothing launched, where ``p`` is no problem for these kernels."""
+    from gemskit.nn import _attention_hopper_together as together
+
     widths = served(p, grad, out, *(t for t in (to_query, to_key, to_value) if t is not None))
     if widths is None or max(widths) > config.get("grads", 128):
         return False
@@ -409,11 +416,14 @@ def run(
     rows = _layout.cdiv(p.length, ROWS.value)
     numbers = torch.empty((p.batch * p.heads * rows, 2, ROWS.value), dtype=torch.float32, device=grad.device)
     width = p.shape["VALUE"]
+    added = None
+    if small and together.wanted(p, config, to_query, to_key, to_value):
+        added = torch.empty((p.batch, p.heads, p.length, e), dtype=torch.float32, device=grad.device)
     launch(
         attention_row_numbers, (numbers.shape[0],),
-        (out, grad, grad_lse, lse, numbers, out.stride(), grad.stride(), lse.stride(),
+        (out, grad, grad_lse, lse, numbers, added, out.stride(), grad.stride(), lse.stride(),
          (0, 0, 0) if grad_lse is None else grad_lse.stride(), p.heads, p.length),
-        dict(VALUE=width, EV=p.shape["EV"], num_warps=4),
+        dict(VALUE=width, EV=p.shape["EV"], E=e, num_warps=4),
     )  # fmt: skip
     meta = dict(E=e, EV=ev, HEAD=p.shape["HEAD"], SIDES=p.shape["SIDES"], BOTTOM=p.bottom, num_warps=4)
     causal = p.shape["SIDES"] == 1
@@ -430,16 +440,24 @@ def run(
         planes = p.batch * owners
         section = sections(planes, p.length * group, e + ev, 1)
         programs, how = order(planes, tiles, section, config["processors"], causal)
+        inputs: list[Any] = [*whole[block][:2], *whole[64][2:], numbers]
+        kernel, extra = attention_hopper_grad_key_value, {}
+        if added is not None:
+            kernel, extra = together.attention_hopper_grads_together, {"MODE": config["together"]}
+            inputs[2:] = together.halved(inputs[2]), inputs[3], *together.blocks(numbers, added)
         launch(
-            attention_hopper_grad_key_value, (programs,),
-            (*whole[block][:2], *whole[64][2:], numbers, *sums, *map(_strides, sums),
+            kernel, (programs,),
+            (*inputs, *sums, *map(_strides, sums),
              planes * tiles, tiles, planes, section, owners, group, shares, *sizes),
-            dict(meta, BM=block, BN=SIDE, VALUE=width, STAGES=stages, ORDER=how),
+            dict(meta, BM=block, BN=SIDE, VALUE=width, STAGES=stages, ORDER=how, **extra),
         )  # fmt: skip
         for t, found in zip((for_key, for_value), sums):
             if t is not None and found is not None and found is not t:
                 copy(sum(found.unflatten(1, (p.owners, shares)), 2), t)
-    if to_query is not None:
+    if added is not None:
+        assert to_query is not None
+        copy(added[..., : to_query.shape[3]], to_query)
+    elif to_query is not None:
         planes, tiles = p.batch * p.heads, _layout.cdiv(p.length, SIDE)
         block = 64 if small else 32
         section = sections(planes, p.size, e + ev, p.group)

@@ -116,6 +116,8 @@ class Problem:
     mods: Mods = field(default_factory=Mods)
     precision: str = "ieee"
     name: str = "scaled_dot_product_attention"
+    #: Whether gradients are to be the same in every run, whatever torch's setting is.
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         head, width = self.query.shape[-1], self.value.shape[-1]

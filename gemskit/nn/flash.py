@@ -29,13 +29,15 @@ def flash_attention(
     s_aux: Tensor | None = None, q_descale: Tensor | None = None, k_descale: Tensor | None = None,
     v_descale: Tensor | None = None, max_seqlen_q: int = 0, max_seqlen_k: int = 0, dropout_p: float = 0.0,
     softmax_scale: float | None = None, left: int = -1, right: int = -1, softcap: float = 0.0, num_splits: int = 0,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What the functions of this module call: the result, and the log-sum-exp of each row, (.., Hq, tokens).
 
     q is (B, Sq, Hq, D), or (T, Hq, D) with ``cu_seqlens_q`` (B + 1); k and v likewise with Hkv heads, or pages
     (pages, P, Hkv, D) named by ``block_table`` (B, n). Row i of a sequence sees columns from ``i + Sk - Sq - left`` to
     ``i + Sk - Sq + right``; -1 is no bound. ``s_aux`` are logits of a key without value. ``num_splits`` 0 chooses by rule.
-    Differentiable by q, k, v and s_aux, not with pages or scales. Tokens outside of every sequence are not written.
+    Differentiable by q, k, v and s_aux, not with pages or scales; ``deterministic``: by sums in a fixed order. Tokens outside of
+    every sequence are not written.
     """
     meaning.check(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, alibi_slopes, s_aux)
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
@@ -91,7 +93,7 @@ def _problem(named: dict[str, Any]) -> Problem:
         dropout=named["dropout_p"], left=left, right=right, bottom=True, cap=named["softcap"],
         slopes=named["alibi_slopes"], sinks=named["s_aux"], bounds_q=bounds_q, bounds_k=bounds_k, used=used, table=table,
         descale=(named["q_descale"], named["k_descale"], named["v_descale"]),
-        precision=settings(q)["precision"], name="flash_attention",
+        precision=settings(q)["precision"], name="flash_attention", deterministic=named["deterministic"],
     )  # fmt: skip
 
 
@@ -160,16 +162,17 @@ def flash_attn_func(
     window_size: Sequence[int] = (-1, -1), softcap: float = 0.0, alibi_slopes: Tensor | None = None,
     deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Any:  # fmt: skip
-    """``softmax(scale * q @ k.mT) @ v`` for q (B, Sq, Hq, D), k and v (B, Sk, Hkv, D); differentiable, always deterministic.
+    """``softmax(scale * q @ k.mT) @ v`` for q (B, Sq, Hq, D), k and v (B, Sk, Hkv, D); differentiable.
 
     ``causal`` and ``window_size`` (left, right) are aligned at the bottom right; scores become ``softcap * tanh(s / softcap)``,
     then lose ``alibi_slopes * |i + Sk - Sq - j|``. ``return_attn_probs`` adds the log-sum-exp (B, Hq, Sq), and None in the
-    place of the probabilities. Source: ``flash_attn.flash_attn_func``.
+    place of the probabilities. The result is bitwise repeatable, gradients are with ``deterministic`` or under
+    ``torch.use_deterministic_algorithms(True)``. Source: ``flash_attn.flash_attn_func``.
     """
     left, right = _window(causal, window_size)
     out, lse = flash_attention(
         q, k, v, alibi_slopes=alibi_slopes, dropout_p=dropout_p, softmax_scale=softmax_scale, left=left, right=right,
-        softcap=softcap,
+        softcap=softcap, deterministic=deterministic,
     )  # fmt: skip
     return (out, lse, None) if return_attn_probs else out
 
@@ -196,7 +199,7 @@ def flash_attn_varlen_func(
     left, right = _window(causal, window_size)
     found, lse = flash_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, alibi_slopes, s_aux, q_descale, k_descale, v_descale,
-        max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, left, right, softcap, num_splits,
+        max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, left, right, softcap, num_splits, deterministic,
     )  # fmt: skip
     if out is not None:
         if out.shape != found.shape:

@@ -9,7 +9,7 @@ REASONS: tuple[tuple[str, str, str], ...] = (
     ("floor_divide", "*", "exact division, which agrees with the CPU; torch on CUDA divides approximately"),
     ("remainder", "*", "exact division, which agrees with the CPU; torch on CUDA divides approximately"),
     ("*attention", "* d256* backward", "no kernel of Hopper's above head size 128, but the one that runs everywhere"),
-    ("*attention", "*packed*", "packed sequences take the kernel that runs everywhere"),
+    ("*attention", "*packed* backward", "gradients of packed sequences take the kernels that run everywhere"),
     (
         "*attention",
         "*decode*",

@@ -64,17 +64,23 @@ def _weight_norm(op: Op[..., Any], named: Mapping[str, Any], out: Tensor) -> dic
 
 
 def _linear_cross_entropy(op: Op[..., Any], named: Mapping[str, Any], out: Tensor) -> dict[str, Spec]:
-    if named["reduction"] == "none":
-        return {}
-    input, weight = named["input"], named["linear_weight"]
-    size, compute = tuple(weight.shape), compute_type(input.dtype)
-    specs: dict[str, Spec] = {
-        "input": ((1,) * (2 - input.ndim) + tuple(input.shape), input.dtype),
-        "linear_weight": (size, named["acc_dtype"] or compute),
-        "linear_bias": (size[:1], compute),
-    }
-    kept = {f"d_{n}": spec for n, spec in specs.items() if n in named["prepare"].split()}
-    return kept | ({"denominator": ((1, 1), compute)} if named["reduction"] == "mean" else {})
+    # That module imports this one by way of the operator.
+    from gemskit.nn.linear_loss import in_forward, keeps_logits
+
+    input, (classes, features), dtype = named["input"], named["linear_weight"].shape, compute_type(out.dtype)
+    rows = 1 if input.ndim == 1 else input.shape[0]
+    kept: dict[str, Spec] = dict.fromkeys(("peak", "log_total", "mass"), ((rows, 1), dtype))
+    if named["reduction"] == "mean":
+        kept["denominator"] = ((1, 1), dtype)
+    if keeps_logits(rows, classes, features):
+        kept["logits"] = ((rows, (classes + 63) // 64 * 64), input.dtype)
+    elif in_forward(named["prepare"], named["reduction"], rows, features):
+        specs: dict[str, Spec] = {
+            "input": ((rows, features), input.dtype), "linear_weight": ((classes, features), dtype),
+            "linear_bias": ((classes,), dtype),
+        }  # fmt: skip
+        kept |= {f"d_{n}": specs[n] for n in named["prepare"].split()}
+    return kept
 
 
 #: The rule of operators that are not of the row-wise family, by name.

@@ -59,16 +59,15 @@ class Shared:
     def index(self, index: Any) -> Shared:
         return self._view(self.data[:, _number(index)])
 
-    def slice(self, start: Any, length: Any, dim: Any = 0) -> Shared:
-        first = _number(start)
-        at = (slice(None),) * (_number(dim) + 1) + (slice(first, first + _number(length)),)
-        return self._view(self.data[at])
-
     def permute(self, order: Sequence[int]) -> Shared:
         return self._view(self.data.transpose(0, *(_number(axis) + 1 for axis in order)))
 
     def reshape(self, shape: Sequence[int]) -> Shared:
         return self._view(self.data.reshape(self.data.shape[0], *map(_number, shape)))
+
+    def slice(self, start: Any, length: Any, dim: Any = 0) -> Shared:
+        begin, axis = _number(start), _number(dim) + 1
+        return self._view(self.data[(slice(None),) * axis + (slice(begin, begin + _number(length)),)])
 
     def reinterpret(self, dtype: Any, shape: Sequence[int], layout: Any) -> Shared:
         assert dtype == self.dtype, "the interpreter keeps the type of shared memory"
@@ -322,6 +321,7 @@ def patches(running: set[int]) -> Iterator[tuple[Any, str, Any]]:
         "allocate_shared_memory": _allocate,
         "warp_specialize": warp_specialize,
         "barrier": _nothing,
+        "thread_barrier": _nothing,
         **{name: _of_triton(name) for name in ("static_range", "static_assert", "static_print")},
     }
     for name, function in own.items():

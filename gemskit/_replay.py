@@ -136,11 +136,64 @@ def trace(fn: Callable[..., Sequence[Tensor | None]], values: Sequence[Any], lin
         same = t.shape == base.shape and t.stride() == base.stride()
         return slot, None if same else (tuple(t.shape), t.stride(), t.storage_offset())
 
-    return Program(
-        tuple((tuple(t.shape), t.stride(), t.dtype) for t in watch.made),
-        tuple((kernel, grid, reference(args), meta) for kernel, grid, args, meta in launches),
-        tuple(map(result, results)),
+    return _shared(
+        Program(
+            tuple((tuple(t.shape), t.stride(), t.dtype) for t in watch.made),
+            tuple((kernel, grid, reference(args), meta) for kernel, grid, args, meta in launches),
+            tuple(map(result, results)),
+        ),
+        len(given),
     )
+
+
+def _shared(program: Program, given: int) -> Program:
+    """The program whose temporary memory is used again for others of the same layout, after the last launch that names it.
+
+    All is allocated at once, so that what products of many parts put together would otherwise be there for every part.
+    """
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for k, (_, _, args, _) in enumerate(program.launches):
+        for slot in _slots(args):
+            first.setdefault(slot, k)
+            last[slot] = k
+    last.update(dict.fromkeys([r[0] for r in program.results if r is not None], len(program.launches)))
+    made: list[Any] = []
+    #: What was the last launch of each of them, and where slots went.
+    until: list[int] = []
+    moved = {n: n for n in range(given)}
+    for n in sorted(range(given, given + len(program.allocations)), key=lambda n: (first.get(n, -1), n)):
+        spec, begins, ends = program.allocations[n - given], first.get(n, -1), last.get(n, -1)
+        free = [m for m, (other, end) in enumerate(zip(made, until)) if other == spec and end < begins]
+        if free:
+            until[free[0]] = ends
+        else:
+            free = [len(made)]
+            made.append(spec)
+            until.append(ends)
+        moved[n] = given + free[0]
+
+    def move(v: Any) -> Any:
+        if isinstance(v, Ref):
+            return dataclasses.replace(v, slot=moved[v.slot])
+        if isinstance(v, Descriptor):
+            return dataclasses.replace(v, base=move(v.base))
+        return tuple(map(move, v)) if isinstance(v, tuple) else v
+
+    return Program(
+        tuple(made),
+        tuple((kernel, grid, move(args), meta) for kernel, grid, args, meta in program.launches),
+        tuple(None if r is None else (moved[r[0]], r[1]) for r in program.results),
+    )
+
+
+def _slots(v: Any) -> set[int]:
+    """The slots that an argument of a launch refers to."""
+    if isinstance(v, Ref):
+        return {v.slot}
+    if isinstance(v, Descriptor):
+        return _slots(v.base)
+    return set().union(*map(_slots, v)) if isinstance(v, tuple) else set()
 
 
 def links(link: int, v: Any) -> bool:

@@ -277,14 +277,15 @@ def _(make: Make) -> Iterator[Sample]:
     )
     yield Sample((make(5, 16), make(33, 16), make(5, 33, low=0, high=0.1), make(33)), whole)
     yield Sample((make(16), make(33, 16), classes(n=33)), {"prepare": "input"}, "one row")
+    # Two parts, of the classes and of the rows.
+    yield Sample((make(9, 16), make(8200, 16), classes(9, n=8200), make(8200)), whole, "long")
+    yield Sample((make(2049, 16), make(33, 16), classes(2049, n=33), make(33)), whole, "long")
     yield Sample(
         (make(4, 16), make(33, 16), torch.full((4,), -100, device=make.device), make(33)), whole, "all ignored"
     )
     yield Sample((make(0, 16), make(33, 16), classes(0, n=33), make(33)), {**whole, "reduction": "sum"}, "no rows")
     if make.dtype in (torch.float16, torch.bfloat16):
-        wide = {**whole, "out_dtype": torch.float32}
-        yield Sample((make(5, 16), make(33, 16), classes(5, n=33)), wide)
-        yield Sample((make(5, 16), make(33, 16), classes(5, n=33)), {**wide, "acc_dtype": make.dtype})
+        yield Sample((make(5, 16), make(33, 16), classes(5, n=33)), {**whole, "out_dtype": torch.float32})
 
 
 @samples("cross_entropy_backward")

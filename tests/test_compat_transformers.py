@@ -12,53 +12,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers_models import IDS, MODELS, SIZES, batch, compat, gradients, hf, loss_of, same, tiny
+from transformers_models import EXPECTED, IDS, MODELS, SIZES, batch, compat, gradients, hf, loss_of, results, same, tiny
 
 import gemskit
 from gemskit._interpret import interpret
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-#: What each family has, by rule.
-EXPECTED = {
-    "llama": "norms mlp rope attention loss",
-    "qwen3": "norms mlp rope attention loss",
-    "mistral": "norms mlp rope attention loss",
-    "mixtral": "norms rope attention experts loss",
-    "gemma2": "norms mlp rope attention loss",
-    "gemma3": "norms mlp rope attention loss",
-    "deepseek_v3": "norms mlp rope attention experts loss",
-    "qwen3_moe": "norms rope attention experts loss",
-    "gpt_oss": "norms rope attention experts loss",
-    "granite": "norms mlp rope attention loss",
-    "bert": "norms attention",
-    "llava": "norms mlp rope attention loss",
-}
-
-
-def results(name: str, model: Any) -> dict[str, Any]:
-    """Logits, loss, every gradient, tokens with both caches."""
-    given = batch(name, "right")
-    labels = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
-    labels[:, :3] = -100
-    model.train(name != "bert")  # Its dropout draws; nobody else's does.
-    extra = {} if name == "bert" else dict(use_cache=False)
-    loss = model(**given, labels=labels, **extra).loss
-    loss.backward()
-    found: dict[str, Any] = {f"grad of {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    model.eval()
-    found["loss"] = loss.detach()
-    with torch.no_grad():
-        found["logits"] = model(**given).logits[given["attention_mask"].bool()]
-        found["loss, evaluated"] = model(**given, labels=labels).loss
-    if name != "bert":
-        for cache in ("dynamic", "static"):
-            tokens = model.generate(
-                **batch(name, "left"), max_new_tokens=5, do_sample=False, cache_implementation=cache
-            )
-            found[f"tokens, {cache} cache"] = tokens
-    return found
 
 
 def state(model: nn.Module) -> dict[str, Any]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+import transformers_parallel
 from torch import Tensor, nn
 from transformers_models import IDS, SIZES, compat, gradients, hf, loss_of, same, tiny
 
@@ -257,47 +254,8 @@ def test_example(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- two processes --------------------------------------------------------------------------------------------------------
 
 
-def _train(rank: int, port: int, folder: str) -> None:
-    """One step of plain and of optimized models, by both kinds of data parallelism; rank 0 writes what it found."""
-    from torch.distributed.fsdp import fully_shard
-    from torch.nn.parallel import DistributedDataParallel
-
-    torch.set_num_threads(1)
-    store = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=100))
-    ids = torch.randint(6, 128, (2, 12), generator=torch.Generator().manual_seed(rank))
-    found: dict[str, list[tuple[float, float]]] = {}
-    for kind in ("ddp", "fsdp2", "fsdp2 head"):
-        for optimizes in (False, True):
-            model = tiny("llama").train()
-            if optimizes:
-                compat.optimize(model)
-            wrapped = DistributedDataParallel(model) if kind == "ddp" else model
-            if kind != "ddp":
-                for layer in model.model.layers:
-                    fully_shard(layer)
-                if kind == "fsdp2 head":
-                    fully_shard(model.lm_head)
-                fully_shard(model)
-            loss = wrapped(input_ids=ids, labels=ids, use_cache=False).loss
-            loss.backward()
-            squares = [getattr(p.grad, "_local_tensor", p.grad).double().square().sum() for p in model.parameters()]
-            total = torch.stack(squares).sum()
-            dist.all_reduce(total)
-            found.setdefault(kind, []).append((loss.item(), total.item()))
-            if optimizes:
-                compat.restore(model)
-    if rank == 0:
-        torch.save(found, os.path.join(folder, "found"))
-    dist.destroy_process_group()
-
-
 def test_two_processes(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_train, (port, str(tmp_path)), nprocs=2)
-    for kind, (stock, ours) in torch.load(tmp_path / "found").items():
+    for kind, (stock, ours) in transformers_parallel.trained(tmp_path).items():
         assert ours == pytest.approx(stock, rel=1e-4), kind
 
 

@@ -6,6 +6,7 @@ Layouts, registers and instructions are not part of it: those compile in test_co
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,29 +16,25 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
 
 import gemskit
 from gemskit import _tune, backends, epilogues
-from gemskit._block_add import add_block
 from gemskit._driver import kernel_name
 from gemskit._interpret import interpret, run
 from gemskit._op import REGISTRY
-from gemskit._tensor_map import Descriptor
 from gemskit.blas import _drive, _hopper, _rule
-from gemskit.errors import ArgumentError, InterpreterError
-from gemskit.nn import _attention_hopper, _attention_hopper_grads, _attention_host, _hopper_order
+from gemskit.errors import ArgumentError
+from gemskit.nn import (
+    _attention_hopper,
+    _attention_hopper_grads,
+    _attention_host,
+    _attention_packed,
+    _hopper_order,
+)
 from gemskit.nn._attention_host import Problem
 
 PROCESSORS = 3
 BF16 = torch.bfloat16
-_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @pytest.fixture
@@ -337,6 +334,123 @@ def test_gradients_together_only_where_they_need_not_be_repeatable(
     assert names[2:] == (["attention_hopper_grads_together"] if given == "nothing" else two)
 
 
+PACKED: list[dict[str, Any]] = [
+    dict(rows=[150, 1, 0, 128, 200], right=0),
+    dict(rows=[5, 260, 64], heads=4, owners=1, size=128, width=128),
+    dict(rows=[100, 0, 140, 60], keys=[300, 20, 90, 0], right=0),
+    dict(rows=[100, 140, 60], keys=[130, 500, 40], left=70, right=30, size=80, width=64),
+    dict(rows=[129, 128, 300], keys=[128, 256, 300], left=100),
+    dict(rows=[40, 130], keys=[300, 200], used=[170, 0], right=0, heads=3, owners=3, size=256, width=256),
+]
+
+
+@pytest.mark.parametrize("how", PACKED, ids=str)
+def test_packed_sequences(how: dict[str, Any], attending: list[Any]) -> None:
+    """Where every second sequence, what is behind the last and keys that are not used are NaN."""
+    rows, used = how["rows"], how.get("used")
+    keys = how.get("keys", rows)
+    heads, owners, size, width = (how.get(n, 2 if n == "heads" else 1 if n == "owners" else 64) for n in (
+        "heads", "owners", "size", "width"))  # fmt: skip
+    left, right = how.get("left", -1), how.get("right", -1)
+    edges, key_edges = ([sum(n[:b]) for b in range(len(n) + 1)] for n in (rows, keys))
+    q = halves(edges[-1] + 9, heads, size)
+    k, v = halves(key_edges[-1] + 9, owners, size), halves(key_edges[-1] + 9, owners, width)
+    ints = [torch.tensor(n, dtype=torch.int32) for n in (edges, key_edges, used or keys)]
+    for broken in (0, 1):
+        mine = [t.clone() for t in (q, k, v)]
+        for n, t in enumerate(mine):
+            at = edges if n == 0 else key_edges
+            t[at[-1] :] = torch.nan
+            for b in range(len(rows)):
+                if n and used:
+                    t[at[b] + used[b] : at[b + 1]] = torch.nan
+                if b % 2 == broken:
+                    t[at[b] : at[b + 1]] = torch.nan
+        out, lse = torch.full((q.shape[0], heads, width), 7.0, dtype=BF16), torch.full((1, heads, q.shape[0]), 7.0)
+        p = Problem(
+            *(t[None].transpose(1, 2) for t in mine), len(rows), max(rows), max(keys),
+            left=None if left < 0 else left, right=None if right < 0 else right, bottom=True,
+            bounds_q=ints[0], bounds_k=ints[1], used=ints[2] if used else None,
+        )  # fmt: skip
+        attending.clear()
+        _attention_host.run(p, out[None].transpose(1, 2), lse, backends.arch().config("attention"))
+        assert [kernel_name(args[0]) for args in attending] == ["attention_hopper"]
+        for b in range(len(rows)):
+            here, count = slice(edges[b], edges[b + 1]), (used or keys)[b]
+            if b % 2 == broken or not rows[b]:
+                continue
+            there = slice(key_edges[b], key_edges[b] + count)
+            parts = (t[None].transpose(1, 2) for t in (q[here], k[there], v[there]))
+            want, want_lse = reference(*parts, left, right, count - rows[b]) if count else (
+                torch.zeros(1, heads, rows[b], width).double(), torch.full((1, heads, rows[b]), -torch.inf).double()
+            )  # fmt: skip
+            close(out[None, here].transpose(1, 2), want, 2**-7)
+            torch.testing.assert_close(lse[..., here].double(), want_lse, rtol=1e-5, atol=1e-5)
+        assert (out[edges[-1] :] == 7).all() and (lse[..., edges[-1] :] == 7).all()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_tiles_of_packed_sequences(seed: int) -> None:
+    """Each has one entry, and none sees more keys than one before it."""
+    numbers = torch.Generator().manual_seed(seed)
+    count = int(torch.randint(1, 80, (), generator=numbers))
+    rows = torch.randint(0, 700, (count,), generator=numbers) * (torch.rand(count, generator=numbers) > 0.2)
+    keys = rows if seed % 3 == 0 else torch.randint(0, 900, (count,), generator=numbers)
+    used = torch.minimum(keys, torch.randint(0, 900, (count,), generator=numbers)) if seed % 3 == 2 else None
+    bounds = [torch.cat((torch.zeros(1), n.cumsum(0))).int() for n in (rows, keys)]
+    right = (0, None, 50)[seed // 3 % 3]
+    q, k = halves(1, 1, int(rows.sum()) + 3, 8), halves(1, 1, int(keys.sum()) + 3, 8)
+    p = Problem(
+        q, k, k, count, max(int(rows.max()), 1), max(int(keys.max()), 1), left=60 if seed % 2 else None, right=right,
+        bottom=True, bounds_q=bounds[0], bounds_k=bounds[1], used=None if used is None else used.int(),
+    )  # fmt: skip
+    with interpret():
+        listed, room = _attention_packed.packed_tiles(p, 64)
+    mine = keys if used is None else used
+    tiles = {(b, m) for b in range(count) for m in range(-(-int(rows[b]) // 64))}
+    assert listed[0, 0] == len(tiles) <= room and listed.shape[0] == room + 1
+    by_row = {int(bounds[0][b]): b for b in range(count) if rows[b]}
+    found, before = set(), math.inf
+    for top, m, amount, begin, size in listed[1 : 1 + len(tiles), :5].tolist():
+        b = by_row[top]
+        assert (amount, begin, size) == (rows[b], bounds[1][b], mine[b])
+        sees = size if right is None else max(0, min(size, (m + 1) * 64 + size - amount + right))
+        assert sees <= before
+        before = sees
+        found.add((b, m))
+    assert found == tiles
+
+
+@pytest.mark.parametrize("tiles", [0, 1, 5, 12, 13, 41])
+def test_every_listed_tile_has_one_program(tiles: int) -> None:
+    out = torch.zeros(3, max(tiles, 1), dtype=torch.int32)
+    run(_visit, (4,), (out, 3 * tiles, out.shape[1], 3, 0), dict(LAST_FIRST=False, ORDER=3))
+    assert (out[:, :tiles] > 0).all() and (torch.bincount(out.flatten())[1:] <= -(-3 * tiles // 4)).all()
+
+
+def test_packed_operator_takes_it(attending: list[Any]) -> None:
+    """Its gradients are those of the plain kernels; a few rows, bounds of one side and pages are theirs."""
+    q, k, v = halves(150, 4, 64), halves(150, 2, 64), halves(150, 2, 64)
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+    bounds = torch.tensor([0, 100, 150], dtype=torch.int32)
+    got = gemskit.flash_attn_varlen_func(q, k, v, 100, bounds, 100, bounds, causal=True)
+    grads = torch.autograd.grad(got, (q, k, v), torch.ones_like(got))
+    assert [kernel_name(args[0]) for args in attending] == ["attention_hopper"]
+    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    parts = []
+    for a, b in ((0, 100), (100, 150)):
+        part = torch.nn.functional.scaled_dot_product_attention(
+            *(t[None, a:b].transpose(1, 2) for t in wide), is_causal=True, enable_gqa=True
+        )
+        parts.append(part[0].transpose(0, 1))
+    want = torch.cat(parts)
+    close(got.detach(), want.detach(), 2**-7)
+    for g, w in zip(grads, torch.autograd.grad(want, wide, torch.ones_like(want))):
+        torch.testing.assert_close(g.double(), w, rtol=2**-6, atol=0.02 * w.abs().max().item())
+    gemskit.flash_attn_varlen_func(q.detach(), k.detach(), v.detach(), 16, bounds, 100, bounds)
+    assert len(attending) == 1
+
+
 def test_what_has_no_blocks_takes_the_plain_kernel(attending: list[Any]) -> None:
     q = halves(1, 2, 40, 64)
     mask = torch.ones(40, 40, dtype=torch.bool)
@@ -348,112 +462,6 @@ def test_what_has_no_blocks_takes_the_plain_kernel(attending: list[Any]) -> None
         want = torch.nn.functional.scaled_dot_product_attention(*(t.double() for t in given), **how)
         close(got, want, 2**-7)
     assert not attending
-
-
-# -- what the interpreter finds -------------------------------------------------------------------------------------------
-
-
-@gluon.jit
-def _wait_for_load(matrix, full, tiles, LATE: gl.constexpr):
-    for k in gl.static_range(2):
-        mbarrier.expect(full.index(k), 16 * 16 * 2)
-        _load(matrix, [0, 16 * k], full.index(k), tiles.index(0 if LATE else k))
-
-
-@gluon.jit
-def _use(out, full, tiles, EARLY: gl.constexpr, LATE: gl.constexpr, FOREVER: gl.constexpr):
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 16, 16])
-    acc = gl.zeros([16, 16], gl.float32, layout)
-    for k in gl.static_range(2):
-        if not EARLY:
-            mbarrier.wait(full.index(k), 1 if FOREVER and k == 1 else 0)
-            if FOREVER:
-                mbarrier.wait(full.index(k), 1)
-        tile = tiles.index(0 if LATE else k)
-        acc = warpgroup_mma(tile, tile.permute((1, 0)), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-    row = gl.arange(0, 16, gl.SliceLayout(1, layout))
-    col = gl.arange(0, 16, gl.SliceLayout(0, layout))
-    gl.store(out + row[:, None] * 16 + col[None, :], acc)
-
-
-@gluon.jit
-def _two_groups(out, matrix, EARLY: gl.constexpr, LATE: gl.constexpr, FOREVER: gl.constexpr):
-    tiles = gl.allocate_shared_memory(matrix.dtype, [2] + matrix.block_type.shape, matrix.layout)
-    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for k in gl.static_range(2):
-        mbarrier.init(full.index(k), count=1)
-    gl.warp_specialize(
-        [(_use, (out, full, tiles, EARLY, LATE, FOREVER)), (_wait_for_load, (matrix, full, tiles, LATE))], [1], [24]
-    )
-
-
-def two_groups(**how: bool) -> tuple[Tensor, Tensor]:
-    x, out = halves(16, 32), torch.empty(16, 16)
-    layout = gl.NVMMASharedLayout.get_default_for([16, 16], gl.bfloat16)
-    flags = dict(EARLY=False, LATE=False, FOREVER=False) | how
-    run(_two_groups, (1,), (out, Descriptor(x, (16, 32), (32, 1), (16, 16), layout)), flags)
-    return out, sum((t @ t.t() for t in x.float().split(16, 1)), torch.zeros(16, 16))
-
-
-def test_groups_of_warps() -> None:
-    torch.testing.assert_close(*two_groups())
-
-
-def test_a_block_that_was_not_waited_for_is_no_number() -> None:
-    assert two_groups(EARLY=True)[0].isnan().all()
-
-
-def test_a_block_that_overwrites_an_operand_is_found() -> None:
-    with pytest.raises(InterpreterError, match="an operand of a product changed before the product was waited for"):
-        two_groups(LATE=True)
-
-
-def test_barriers_that_never_come_are_found() -> None:
-    with pytest.raises(InterpreterError, match="every group of warps waits"):
-        two_groups(FOREVER=True)
-
-
-@gluon.jit
-def _add_twice(sums, EARLY: gl.constexpr, NEVER: gl.constexpr):
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [1, 1], [1, 0])
-    place = gl.allocate_shared_memory(gl.float32, sums.block_type.shape, sums.layout)
-    for k in gl.static_range(2):
-        if not EARLY:
-            tma.store_wait(0)
-        place.store(gl.full([8, 32], k + 1.0, gl.float32, layout))
-        fence_async_shared()
-        add_block(sums, [4, 0], place)
-    if not NEVER:
-        tma.store_wait(0)
-
-
-@gluon.jit
-def _adding(sums, EARLY: gl.constexpr, NEVER: gl.constexpr):
-    gl.warp_specialize([(_add_twice, (sums, EARLY, NEVER))], [], [])
-
-
-def added(**how: bool) -> Tensor:
-    """Blocks of 8 rows, of which the last four do not exist, in a matrix of 8."""
-    out = torch.zeros(8, 32)
-    layout = gl.NVMMASharedLayout.get_default_for([8, 32], gl.float32)
-    flags = dict(EARLY=False, NEVER=False) | how
-    run(_adding, (3,), (Descriptor(out, (8, 32), (32, 1), (8, 32), layout),), flags)
-    return out
-
-
-def test_blocks_are_added() -> None:
-    assert torch.equal(added(), torch.tensor([0.0, 9.0]).repeat_interleave(4)[:, None].expand(8, 32))
-
-
-def test_a_block_that_changes_before_it_is_read_is_found() -> None:
-    with pytest.raises(InterpreterError, match="a block changed before it was read to be added"):
-        added(EARLY=True)
-
-
-def test_shared_memory_that_ends_before_it_is_read_is_found() -> None:
-    with pytest.raises(InterpreterError, match="shared memory ends before all is read from it"):
-        added(NEVER=True)
 
 
 # -- tuning -------------------------------------------------------------------------------------------------------------
@@ -478,7 +486,7 @@ def test_tuned_products_are_obeyed(
             a, w = halves(rows, 512), halves(264, 512)
             close(gemskit.linear(a, w), a.double() @ w.double().t())
         assert hopper == [better, _rule.best(201, 264, 512, 1, PROCESSORS)]
-        assert _rule.choose(200, 264, 512, 1, PROCESSORS, False, "sm_100") == timed[0][0]
+        assert _rule.choose(200, 264, 512, 1, PROCESSORS, arch="sm_100") == timed[0][0]
         assert any(line.endswith("kept") for line in _tune._lines((1, 200, 264, 512), timed, better))
     finally:
         _rule.tuned.cache_clear()

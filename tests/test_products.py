@@ -252,3 +252,10 @@ def test_few_rows_of_float8_are_exact(m: int, n: int, k: int, dtypes: tuple[torc
             gemskit.scaled_mm(moved, b.T, *scales, None, None, torch.float32)
         assert seen.pop() == ("scaled_mm_few" if k % 16 == 0 and not shift else "scaled_mm")
     REGISTRY["scaled_mm"]._plans.clear()
+
+
+def test_sums_of_float32_take_tiles_that_leave_registers_for_them() -> None:
+    assert _rule.best(4096, 4096, 8192, 1, 132).BN == 256
+    assert {c.BM * c.BN for c in _rule.choices(4096, 4096, 8192, 1, 132, small=True)} <= {
+        128 * n for n in (16, 32, 64, 128)
+    }

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gemskit
 from gemskit import _launch, _replay, backends
+from gemskit._driver import Ref
 from gemskit._op import REGISTRY, Op, operator
 from gemskit.errors import ArgumentError, GemskitError, GradientError
 from gemskit.testing import SAMPLES, Make, Sample, load
@@ -77,7 +78,9 @@ LAUNCHERS = [(name, "python") for name in OPS] + [(name, "native") for name in w
 
 
 @pytest.mark.parametrize(("name", "fake"), LAUNCHERS, indirect=["fake"])
-def test_replays_launch_what_python_launches(name: str, fake: Fake) -> None:
+def test_replays_launch_what_python_launches(name: str, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Python keeps all that it allocates here, so that addresses compare.
+    monkeypatch.setattr(_replay, "_shared", lambda program, given: program)
     op, done = REGISTRY[name], set[str]()
     missed: set[tuple[str, str]] = set()
     for dtype, layout in (torch.float32, "contiguous"), (torch.bfloat16, "transposed"), (torch.int32, "sliced"), (
@@ -457,3 +460,19 @@ def test_python_replays_look_for_the_native_launcher(monkeypatch: pytest.MonkeyP
         for _ in range(600):
             add(x, x)
     assert 1 <= len(looked) <= 4
+
+
+def test_temporary_memory_is_used_again() -> None:
+    small, large = ((4,), (1,), torch.float32), ((8,), (1,), torch.float32)
+
+    def program(used: list[tuple[int, ...]], specs: tuple[Any, ...], results: tuple[int, ...]) -> _replay.Program:
+        launches = [("k", (1,), (tuple(Ref(slot) for slot in one), 3), {}) for one in used]
+        return _replay.Program(specs, tuple(launches), tuple((r, None) for r in results))
+
+    # Slots 0 and 1 are given; 2 and 4 are one after the other, 3 is larger, 5 is a result.
+    before = program([(0, 2), (2, 3), (3, 4), (4, 5), (1, 5)], (small, large, small, small), (5,))
+    after = _replay._shared(before, 2)
+    assert after == program([(0, 2), (2, 3), (3, 2), (2, 4), (1, 4)], (small, large, small), (4,))
+    # What both are named by one launch, or is a result, stays as it is.
+    before = program([(0, 2, 3), (3, 4)], (small, small, small), (2, 4))
+    assert _replay._shared(before, 2) == before

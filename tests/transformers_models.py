@@ -36,6 +36,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", {}),
     "llava": ("Llava", {}),
 }  # fmt: skip
+#: What each family has, by rule.
+EXPECTED = {
+    "llama": "norms mlp rope attention loss",
+    "qwen3": "norms mlp rope attention loss",
+    "mistral": "norms mlp rope attention loss",
+    "mixtral": "norms rope attention experts loss",
+    "gemma2": "norms mlp rope attention loss",
+    "gemma3": "norms mlp rope attention loss",
+    "deepseek_v3": "norms mlp rope attention experts loss",
+    "qwen3_moe": "norms rope attention experts loss",
+    "gpt_oss": "norms rope attention experts loss",
+    "granite": "norms mlp rope attention loss",
+    "bert": "norms attention",
+    "llava": "norms mlp rope attention loss",
+}
 
 
 def tiny(name: str, **changed: Any) -> Any:
@@ -70,7 +85,11 @@ def tiny(name: str, **changed: Any) -> Any:
     return model.eval()
 
 
-def batch(name: str, padding: str) -> dict[str, Tensor]:
+def batch(name: str, padding: str, device: str = "cpu") -> dict[str, Tensor]:
+    return {k: t.to(device) for k, t in _batch(name, padding).items()}
+
+
+def _batch(name: str, padding: str) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(6, 128, (2, 12), generator=generator)
     seen = torch.ones_like(ids)
@@ -79,6 +98,33 @@ def batch(name: str, padding: str) -> dict[str, Tensor]:
         return dict(input_ids=ids, attention_mask=seen, pixel_values=torch.randn(2, 3, 28, 28, generator=generator))
     seen[0, slice(4) if padding == "left" else slice(8, None)] = 0
     return dict(input_ids=ids, attention_mask=seen)
+
+
+def results(name: str, model: Any) -> dict[str, Any]:
+    """Logits, loss, every gradient, tokens with both caches."""
+    device = model.device.type
+    given = batch(name, "right", device)
+    labels = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
+    labels[:, :3] = -100
+    model.train(name != "bert")  # Its dropout draws; nobody else's does.
+    extra = {} if name == "bert" else dict(use_cache=False)
+    loss = model(**given, labels=labels, **extra).loss
+    loss.backward()
+    found: dict[str, Any] = {f"grad of {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.eval()
+    found["loss"] = loss.detach()
+    with torch.no_grad():
+        found["logits"] = model(**given).logits[given["attention_mask"].bool()]
+        found["loss, evaluated"] = model(**given, labels=labels).loss
+    if name != "bert":
+        for cache in ("dynamic", "static"):
+            tokens = model.generate(
+                **batch(name, "left", device), max_new_tokens=5, do_sample=False, cache_implementation=cache,
+                disable_compile=True,
+            )  # fmt: skip
+            found[f"tokens, {cache} cache"] = tokens
+    return found
 
 
 def same(found: dict[str, Any], expected: dict[str, Any], atol: float = 2e-5) -> None:

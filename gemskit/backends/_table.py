@@ -54,6 +54,7 @@ DEFAULT: Launch = {
     "reduction_across": {
         "tile": 512,
         "rows": 128,
+        "few": 4096,
         "warps": 4,
         "most": 16,
         "unroll": 8,
@@ -64,6 +65,7 @@ DEFAULT: Launch = {
     "reduction_across_states": {
         "tile": 512,
         "rows": 128,
+        "few": 4096,
         "warps": 4,
         "most": 16,
         "unroll": 8,
@@ -84,7 +86,7 @@ DEFAULT: Launch = {
         "hold_most": 0,
         "registers": 0,
         "sums_max": 16384,
-        "sums_tile": 2048,
+        "sums_tile": 4096,
         "programs": 256,
     },
     "gemm": {
@@ -99,8 +101,9 @@ DEFAULT: Launch = {
         "processors": 132,
         "promote": 0,
     },
-    # float8 1: conversions to float16 are instructions, so that few rows of float8 are best multiplied as halves.
-    "gemm_few": {"m": 64, "n": 64, "k": 64, "warps": 4, "stages": 2, "float8": 0},
+    # rows: as many of halves take a kernel of their own. float8 1: conversions to float16 are instructions, so that few rows of
+    # float8 are best multiplied as halves.
+    "gemm_few": {"rows": 16, "m": 64, "n": 64, "k": 64, "warps": 4, "stages": 2, "float8": 0},
     "attention": {
         "m": 64,
         "n": 64,

@@ -155,11 +155,13 @@ class Product:
         # Several rows of float8 are there for aligned loads only.
         anywhere = few if a.dtype not in FLOAT8 or 1 in (space.M, space.N) else None
         plain = anywhere or self._plain(space, a, bound, bool(named.get("use_fast_accum")))
-        fast = few or self._wgmma(space, a, bound) or plain
+        # A matrix of float32 to be added: 1,064 bytes of a thread would spill (H200, 128256x4096x1024: 3.4 ms for 1.5).
+        small = any(named[n].dtype.itemsize > 2 and along == 3 for n, along in zip(operands, space.along))
+        fast = few or self._wgmma(space, a, bound, small) or plain
         lines: tuple[tuple[int, int] | None, ...] = (None, None)
         if fast is plain and not few and a.ndim == b.ndim == 2 and self._worth_copies(space, a.dtype):
             first, second = (t if (s := apart(t)) is None else new(t, s, "meta") for t in (a, b))
-            moved = self._wgmma(Space.of(out, first, second, [named[n] for n in operands]), a, bound)
+            moved = self._wgmma(Space.of(out, first, second, [named[n] for n in operands]), a, bound, small)
             if moved:
                 fast, lines = moved, (apart(a), apart(b))
 
@@ -185,13 +187,13 @@ class Product:
         copies = 2 * (LAUNCH + 2 * 2 * max(M, N) * K / BANDWIDTH)
         return space.batches == 1 and not self.gated and dtype.itemsize == 2 and saved > copies
 
-    def _wgmma(self, space: Space, a: Tensor, bound: Bound) -> Run | None:
+    def _wgmma(self, space: Space, a: Tensor, bound: Bound, small: bool) -> Run | None:
         """The kernel for Hopper's tensor cores, where the row of the table and the factors permit it."""
         row = backends.arch()
         config = row.config("gemm")
         if not config["wgmma"] or a.dtype not in (torch.bfloat16, torch.float16) or not space.K:
             return None
-        choice = choose(space.M, space.N, space.K, space.batches, config["processors"], self.gated, row.name)
+        choice = choose(space.M, space.N, space.K, space.batches, config["processors"], self.gated, small, row.name)
         found: Run | None = bound.wgmma.plan(space, a.dtype, choice, self.gated)
         return found
 

@@ -1,7 +1,8 @@
-"""Products of at most 16 rows: the second factor is read once, by many small programs, and nothing else counts.
+"""Products of at most 32 rows: the second factor is read once, by many small programs, and nothing else counts.
 
 H200, bf16, ratio to cuBLAS for weights of 4096x4096, 28672x4096, 4096x14336, 5120x25600: one row 1.25, 1.05, 1.19, 1.15;
-16 rows 1.10, 1.02, 1.02, 1.01. Float8 is converted in registers; its tiles took 48 us for 16x14336x4096, halves 41.
+16 rows 1.10, 1.02, 1.02, 1.01; 32 rows of 4096x4096, 1024x4096, 28672x4096, 4096x14336 1.03, 0.93, 1.04, 1.02, where tiles for
+Hopper reach 0.91, 0.83, 0.98, 0.94. Float8 is converted in registers; its tiles took 48 us for 16x14336x4096, halves 41.
 """
 
 from __future__ import annotations
@@ -22,9 +23,6 @@ from gemskit.blas._space import Space, read
 
 #: Filled in per operator.
 EPILOGUE: Any = None
-
-#: Most rows: the smallest side of a product on tensor cores.
-ROWS = 16
 
 
 @jit
@@ -97,6 +95,16 @@ def few_rows(
     tl.store(out + at, result.to(out.dtype.element_ty), live)
 
 
+def tile(M: int, N: int) -> tuple[int, int, int, int]:
+    """Columns and K of a tile of several rows, warps and stages.
+
+    Many columns: fewer, larger programs, as those of 16 columns read the first factor N / 16 times.
+    """
+    if N <= (8192 if M <= 16 else 4096):
+        return 16, 512, 2, 3
+    return (32, 256, 2, 4) if N <= 8192 else (64, 128, 4, 4)
+
+
 def plan(
     space: Space, dtype: torch.dtype, acc: torch.dtype, kernel: Any, gated: bool = False
 ) -> Callable[..., None] | None:
@@ -105,11 +113,12 @@ def plan(
     if transposed:
         space = space.transposed()
     M, N, K = space.M, space.N, space.K
-    served = dtype.itemsize == 2
-    if dtype in FLOAT8 and backends.arch().config("gemm_few")["float8"]:
-        # Loads of a byte each spill.
-        served = space.a_k == 1 and not (space.rows[1] | space.cols[1] | K) % 16
-    if M > (ROWS if served else 1) or (space.b_k != 1 and K > 1) or not K:
+    config = backends.arch().config("gemm_few")
+    most = config["rows"] if dtype.itemsize == 2 else 1
+    # Loads of a byte each spill.
+    if dtype in FLOAT8 and config["float8"] and space.a_k == 1 and not (space.rows[1] | space.cols[1] | K) % 16:
+        most = 16
+    if M > most or (space.b_k != 1 and K > 1) or not K:
         return None
     if M == 1:
         # 16 KiB a program: bytes in flight, not instructions, are what is short.
@@ -117,8 +126,8 @@ def plan(
         bn, warps, stages = max(1, 4096 // bk), 4, 1
         bm = 1
     else:
-        # Many columns: fewer, larger programs, as those of 16 columns read the first factor N / 16 times.
-        bm, (bn, bk, warps, stages) = ROWS, (16, 512, 2, 3) if N <= 8192 else (64, 128, 4, 4)
+        # 16 is the smallest side of a product on tensor cores.
+        bm, (bn, bk, warps, stages) = max(16, _layout.next_power_of_2(M)), tile(M, N)
         # As many bytes of float8.
         bk = min(bk * 2 // dtype.itemsize, max(16, _layout.next_power_of_2(K)))
     if gated:

@@ -34,6 +34,9 @@ from gemskit._tensor_map import Descriptor, loadable
 from gemskit.blas._rule import Choice
 from gemskit.blas._space import Space, read
 
+#: Parts that are loaded together, and elements of a tile that a program adds up: 64x1024x4096 13.9 us, one by one 15.
+UNROLL, PART = tl.constexpr(4), 512
+
 #: Its name until Triton 3.6.
 block_to_shared = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
@@ -305,7 +308,7 @@ def join(
     other = None
     if GATED:
         other = tl.load(at + COLS)
-    for _ in range(1, pieces):
+    for _ in tl.range(1, pieces, loop_unroll_factor=UNROLL):
         at += split * (BM * BN)
         acc += tl.load(at)
         if GATED:
@@ -383,7 +386,7 @@ class Kernels:
         cols = choice.BN // (1 + gated)
         meta = dict(tile, A_ROWS=bool(a.k_last), B_ROWS=not b.k_last, BK=choice.BK, STAGES=choice.STAGES, num_warps=4)
         split, pieces = choice.split, choice.pieces
-        rows = min(choice.BM, 4096 // choice.BN)
+        rows = max(1, min(choice.BM, PART // choice.BN))
         grid = (min(choice.processors, choice.whole + split * pieces),)
 
         def run(

@@ -45,15 +45,20 @@ class Choice:
     time: float
 
 
-def choices(M: int, N: int, K: int, batches: int, processors: int, gated: bool = False) -> Iterator[Choice]:
-    """All that are considered. Tiles of a gated product are half gate, half up, so there are twice N columns."""
+def choices(
+    M: int, N: int, K: int, batches: int, processors: int, gated: bool = False, small: bool = False
+) -> Iterator[Choice]:
+    """All that are considered. Tiles of a gated product are half gate, half up, so there are twice N columns.
+
+    ``small`` leaves out those whose accumulator takes half of all registers: an operand of float32 beside it would spill.
+    """
     if gated:
         N *= 2
     steps = max(1, cdiv(K, STEP))
     moved = 2 * batches * (M * K + K * N + M * N) / BANDWIDTH
     for transposed in (False,) if gated else (False, True):
         m, n = (N, M) if transposed else (M, N)
-        for BM, BN, stages, step in TILES[:4] if gated else TILES:
+        for BM, BN, stages, step in TILES[2 * small : 4 if gated else None]:
             tiles = cdiv(m, BM) * cdiv(n, BN) * batches
             rounds, last = divmod(tiles, processors)
             whole = LAUNCH + _together(moved, (rounds + (last > 0)) * steps * step)
@@ -75,20 +80,24 @@ def _together(moving: float, multiplying: float) -> float:
     return max(moving, multiplying) + EXPOSED * min(moving, multiplying)
 
 
-def best(M: int, N: int, K: int, batches: int, processors: int, gated: bool = False) -> Choice:
+def best(
+    M: int, N: int, K: int, batches: int, processors: int, gated: bool = False, small: bool = False
+) -> Choice:
     """The fastest by the model."""
-    return min(choices(M, N, K, batches, processors, gated), key=lambda c: c.time)
+    return min(choices(M, N, K, batches, processors, gated, small), key=lambda c: c.time)
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(M: int, N: int, K: int, batches: int, processors: int, gated: bool = False, arch: str = "") -> Choice:
+def choose(
+    M: int, N: int, K: int, batches: int, processors: int, gated: bool = False, small: bool = False, arch: str = ""
+) -> Choice:
     """The one that was tuned for these sizes on ``arch``, else the fastest by the model."""
     pick = tuned(arch).get(name_of(batches, M, N, K, gated))
     if pick is not None:
-        for choice in choices(M, N, K, batches, processors, gated):
+        for choice in choices(M, N, K, batches, processors, gated, small):
             if pick_of(choice) == tuple(pick):
                 return choice
-    return best(M, N, K, batches, processors, gated)
+    return best(M, N, K, batches, processors, gated, small)
 
 
 # -- tuned choices --------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from gemskit.errors import NoKernel
 from gemskit.nn import _attention_host as host
 from gemskit.nn._attention_host import Problem
 from gemskit.pointwise import where
+from gemskit.pointwise._place import copy
 from gemskit.reduce import sum
 
 
@@ -64,7 +65,7 @@ class Views:
         yield self.view(wide, heads)
         lead = len(whole) - t.dim()
         dims = [d for d, n in enumerate(whole) if d < lead or t.shape[d - lead] != n]
-        t.copy_(sum(wide, dims, keepdim=True).reshape(t.shape))
+        copy(sum(wide, dims, keepdim=True).reshape(t.shape), t)
 
 
 def forward(

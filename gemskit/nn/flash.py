@@ -18,6 +18,7 @@ from gemskit.nn import _flash_meaning as meaning
 from gemskit.nn._attention_host import Problem
 from gemskit.nn.attention import draw, settings
 from gemskit.pointwise import exp, mul, neg, sub, zeros_like
+from gemskit.pointwise.copying import copy_
 from gemskit.reduce import sum
 
 
@@ -205,7 +206,7 @@ def flash_attn_varlen_func(
             raise ArgumentError(
                 f"flash_attn_varlen_func: out has shape {list(out.shape)}, the result {list(found.shape)}"
             )
-        found = out.copy_(found)
+        found = copy_(out, found)
     if return_attn_probs:
         return found, lse, None
     return (found, lse) if return_softmax_lse else found

@@ -13,6 +13,7 @@ from gemskit._launch import launch
 from gemskit._op import operator
 from gemskit.errors import ArgumentError, DtypeError, ShapeError
 from gemskit.nn._kv_kernels import cache_rows, merge_states
+from gemskit.pointwise.copying import copy_
 
 #: The float8 that caches of bytes hold, by ``kv_cache_dtype``.
 FLOAT8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
@@ -286,7 +287,7 @@ def merge_attn_states(
     """
     found, lse = _merge_attn_states(prefix_output, prefix_lse, suffix_output, suffix_lse)
     if out is not None:
-        found = out.copy_(found)
+        found = copy_(out, found)
     if out_lse is not None:
-        lse = out_lse.copy_(lse)
+        lse = copy_(out_lse, lse)
     return found, lse

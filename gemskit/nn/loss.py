@@ -87,7 +87,7 @@ def _(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> list[
 
 
 @jit
-def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
+def add4(a0, a1, a2, a3, b0, b1, b2, b3):
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3
 
 
@@ -135,7 +135,7 @@ def _hard(target, ignore_index, cols, peak, total, picked, chosen, z_loss):
 
 
 @jit
-def _soft_observe(input, peak, target, chances, weight, label_smoothing, col, cols):
+def soft_observe(input, peak, target, chances, weight, label_smoothing, col, cols):
     q = _q(target, chances, weight, label_smoothing, col, cols)
     x = input - peak
     if target is None:
@@ -146,7 +146,7 @@ def _soft_observe(input, peak, target, chances, weight, label_smoothing, col, co
 
 
 @jit
-def _soft(target, ignore_index, cols, peak, total, mass, cross, chosen, z_loss):
+def soft(target, ignore_index, cols, peak, total, mass, cross, chosen, z_loss):
     log_total = language.log(total)
     loss = log_total * mass - cross
     if target is None:
@@ -172,10 +172,10 @@ _HARD = Rows(
 )
 _SOFT = Rows(
     "cross_entropy_soft",
-    _soft,
+    soft,
     [
         Statistic(("peak",), element, language.maximum, ("lowest",)),
-        Statistic(("total", "mass", "cross", "chosen"), _soft_observe, _add4, (0, 0, 0, 0)),
+        Statistic(("total", "mass", "cross", "chosen"), soft_observe, add4, (0, 0, 0, 0)),
     ],
     results=5,
     keep=("target",),
@@ -192,7 +192,7 @@ def _scaled(value, grad, denominator):
 
 
 @jit
-def _input_grad(
+def input_grad(
     input,
     grad,
     target,
@@ -231,7 +231,7 @@ def _chances_grad(input, grad, weight, label_smoothing, peak, log_total, denomin
     return d if weight is None else d * weight
 
 
-INPUT_GRAD = Rows("cross_entropy_grad", _input_grad, keep=("target",))
+INPUT_GRAD = Rows("cross_entropy_grad", input_grad, keep=("target",))
 _CHANCES_GRAD = Rows("cross_entropy_grad_target", _chances_grad)
 
 

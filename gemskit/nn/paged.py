@@ -19,6 +19,7 @@ from gemskit.nn.flash import _window, flash_attention
 from gemskit.nn.kv_cache import FLOAT8, write
 from gemskit.nn.rotary import apply_rotary_pos_emb
 from gemskit.pointwise import add, arange, copy_
+from gemskit.pointwise.copying import copy_
 
 
 @operator(writes=("k_cache", "v_cache"))
@@ -167,7 +168,7 @@ def paged_attention(
     found = _paged_attention(
         query, key_cache, value_cache, block_tables, seq_lens, alibi_slopes, k_scale, v_scale, scale
     )
-    return found if out is None else out.copy_(found)
+    return found if out is None else copy_(out, found)
 
 
 @operator(floats=("query",))

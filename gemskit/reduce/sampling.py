@@ -17,6 +17,7 @@ from gemskit._layout import cdiv, is_wide, next_power_of_2
 from gemskit._op import operator
 from gemskit.errors import ArgumentError, DtypeError, ShapeError
 from gemskit.pointwise._drive import Elementwise
+from gemskit.pointwise.copying import copy_
 from gemskit.pointwise.random import _seed
 from gemskit.reduce._select import topk_into
 from gemskit.reduce._sort import sort_into
@@ -146,7 +147,7 @@ def multinomial(
         return found
     if out.dtype != torch.int64:
         raise DtypeError(f"multinomial: out must be int64, given {out.dtype}")
-    return out.resize_(found.shape).copy_(found)
+    return copy_(out.resize_(found.shape), found)
 
 
 #: Most elements that keys of 32 bits order: about one permutation in eight has two equal keys then.
@@ -197,4 +198,4 @@ def randperm(
     found = _randperm(seed, n, dtype if out is None else out.dtype)
     if out is None:
         return found.requires_grad_(requires_grad)
-    return out.resize_(n).copy_(found)
+    return copy_(out.resize_(n), found)

@@ -59,11 +59,6 @@ class Shared:
     def index(self, index: Any) -> Shared:
         return self._view(self.data[:, _number(index)])
 
-    def slice(self, start: Any, length: Any, dim: Any = 0) -> Shared:
-        first = _number(start)
-        at = (slice(None),) * (_number(dim) + 1) + (slice(first, first + _number(length)),)
-        return self._view(self.data[at])
-
     def permute(self, order: Sequence[int]) -> Shared:
         return self._view(self.data.transpose(0, *(_number(axis) + 1 for axis in order)))
 

@@ -113,6 +113,7 @@ DEFAULT: Launch = {
         "wgmma": 0,
         "turns": 0,
         "together": 0,
+        "whole": 0,
         "processors": 128,
     },
     # H200, 256 MiB of float32: rows of 16,384 0.142 ms (90 % of the copy rate), columns 0.149, one row 0.211 (it is read twice).

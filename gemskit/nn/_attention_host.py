@@ -269,7 +269,7 @@ def run(p: Problem, out: Tensor, lse: Tensor, config: Mapping[str, int], *, part
             if parts == 1 and p.width <= 128 and p.query.element_size() == 2:
                 # Nothing hides that a program waits but what it has asked for: longer blocks of keys.
                 alone = _layout.cdiv(rows, block["M"]) * planes <= config.get("processors", 128)
-                block |= {"N": config.get("whole", block["N"]), "num_stages": block["num_stages"] - (not alone)}
+                block |= {"N": config.get("whole") or block["N"], "num_stages": block["num_stages"] - (not alone)}
     to, to_lse = out, lse
     split = parts > 1
     if split:

@@ -22,7 +22,10 @@ needs_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a
 #: Calls after which nothing is new.
 WARM = 5
 #: Modules whose sums are in no fixed order, and whose writes to one place keep any, where torch is not told otherwise.
-UNORDERED = ("gemskit.reduce.scattering", "gemskit.pointwise.indexing", "gemskit.nn.embedding")
+UNORDERED = (
+    "gemskit.reduce.scattering", "gemskit.pointwise.indexing", "gemskit.nn.embedding", "gemskit.nn.attention",
+    "gemskit.nn.flash", "gemskit.nn.flexible",
+)  # fmt: skip
 #: One of so many operators is called: elementwise ones share one driver, others have more of their own.
 EVERY = {True: 16, False: 4}
 

@@ -241,7 +241,7 @@ def test_attention(
 
 
 @WALK
-@pytest.mark.parametrize("together", [0, 1, 2, 3])
+@pytest.mark.parametrize("together", [0, 1])
 def test_attention_gradients(
     batch: int, heads: int, owners: int, rows: int, keys: int, size: int, width: int, how: dict[str, int],
     together: int, monkeypatch: pytest.MonkeyPatch,
@@ -253,7 +253,7 @@ def test_attention_gradients(
     grad, grad_lse = halves(*out.shape), torch.randn(lse.shape)
     sees = ~lse.detach().isinf()
     want = torch.autograd.grad((out * grad.double()).sum() + (lse * grad_lse.double())[sees].sum(), leaves)
-    _on_hopper(monkeypatch, grads=256, together=together)
+    _on_hopper(monkeypatch, together=together)
     found = [torch.full_like(t, torch.nan) for t in (p.query, p.key, p.value)]
     with interpret():
         assert _attention_hopper_grads.run(
@@ -305,9 +305,7 @@ def test_attention_operators_take_it(attending: list[Any]) -> None:
     got = gemskit.scaled_dot_product_attention(q, k, v, is_causal=True)
     grads = torch.autograd.grad(got, (q, k, v), torch.ones_like(got))
     names = [kernel_name(args[0]) for args in attending]
-    assert names == [
-        "attention_hopper", "attention_row_numbers", "attention_hopper_grad_key_value", "attention_hopper_grad_query"
-    ]  # fmt: skip
+    assert names == ["attention_hopper", "attention_row_numbers", "attention_hopper_grads_together"]
     wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
     want = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True)
     close(got.detach(), want.detach(), 2**-7)
@@ -316,7 +314,7 @@ def test_attention_operators_take_it(attending: list[Any]) -> None:
     q, k, v = (t.detach().transpose(1, 2).contiguous() for t in (q, k, v))
     close(gemskit.flash_attn_func(q, k, v, window_size=(20, 0)).transpose(1, 2),
           reference(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 20, 0)[0], 2**-7)  # fmt: skip
-    assert len(attending) == 5
+    assert len(attending) == 4
 
 
 @pytest.mark.parametrize("given", ["nothing", "setting", "argument", "two gradients"])

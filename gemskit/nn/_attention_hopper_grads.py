@@ -443,7 +443,8 @@ def run(
         inputs: list[Any] = [*whole[block][:2], *whole[64][2:], numbers]
         kernel, extra = attention_hopper_grad_key_value, {}
         if added is not None:
-            kernel, extra = together.attention_hopper_grads_together, {"MODE": config["together"]}
+            # Causal, 4096 rows of 128 columns 2.68 ms without and 2.74 with, else 5.19 and 4.68; 64 columns 0.48 and 0.47.
+            kernel, extra = together.attention_hopper_grads_together, {"AHEAD": not causal or max(widths) == 64}
             inputs[2:] = together.halved(inputs[2]), inputs[3], *together.blocks(numbers, added)
         launch(
             kernel, (programs,),

@@ -30,10 +30,6 @@ from gemskit.nn._attention_hopper_grads import ROWS, _put, _rows_of, _seen_from
 from gemskit.nn._attention_tiles import window
 from gemskit.nn._hopper_order import number_of_tiles, tile_of
 
-#: Order of products once the changes of a block are known: for keys, then for queries; for queries, which are added while those
-#: for keys run; or as the first, with the next block's scores before the queries' are added.
-PLAIN, FIRST, AHEAD = gl.constexpr(1), gl.constexpr(2), gl.constexpr(3)
-
 
 @gluon.jit
 def _load_all(
@@ -88,11 +84,11 @@ def _sum_all(
     full, empty, kv_full, kv_empty, changed, key_at, value_at,
     tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, HEAD: gl.constexpr, VALUE: gl.constexpr,
-    STAGES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr, MODE: gl.constexpr,
+    STAGES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """Four warps with one ``half`` of the keys of every tile, and of the columns of queries' gradients.
 
-    Scores stand with keys down and rows across.
+    Scores stand with keys down and rows across. With AHEAD those of the next block are computed while this one's are added.
     """
     HALF: gl.constexpr = BN // 2
     COLS: gl.constexpr = E // 2
@@ -117,7 +113,7 @@ def _sum_all(
         mbarrier.wait(kv_full, turn & 1)
         for_key = gl.zeros([HALF, E], gl.float32, of_key)
         for_value = gl.zeros([HALF, EV], gl.float32, of_value)
-        if MODE == AHEAD:
+        if AHEAD:
             if count > 0:
                 mbarrier.wait(full.index(i % STAGES), (i // STAGES) & 1)
             q = queries.index(i % STAGES).reshape([BM, E])
@@ -128,7 +124,7 @@ def _sum_all(
                 stage = i % STAGES
                 begin = j * BM
                 q, g = queries.index(stage).reshape([BM, E]), grads.index(stage).reshape([BM, EV])
-                if MODE == AHEAD:
+                if AHEAD:
                     # In flight from the step before, where the compiler knows of no products but all.
                     scores = warpgroup_mma_wait(0, deps=(scores,))
                     slopes = warpgroup_mma(v, g.permute((1, 0)), none, use_acc=False, is_async=True)
@@ -151,8 +147,7 @@ def _sum_all(
                 fence_async_shared()
                 mbarrier.arrive(changed, count=1)
                 change = gl.convert_layout(change, gl.DotOperandLayout(0, of_key, k_width=2))
-                if MODE != FIRST:
-                    for_key = warpgroup_mma(change, q, for_key, is_async=True)
+                for_key = warpgroup_mma(change, q, for_key, is_async=True)
                 mbarrier.wait(changed, i & 1)
                 for_query = nothing
                 for side in gl.static_range(2):
@@ -162,27 +157,20 @@ def _sum_all(
                         for_query, use_acc=side > 0, is_async=True,
                     )  # fmt: skip
                 at = [batch, head, begin, half * COLS]
-                if MODE == FIRST:
-                    for_key = warpgroup_mma(change, q, for_key, is_async=True)
-                    for_value, for_query, part = warpgroup_mma_wait(1, deps=(for_value, for_query, part))
-                    _add(to_query, for_query * scale, mine, at, BM, COLS)
-                    for_key, change = warpgroup_mma_wait(0, deps=(for_key, change))
-                    mbarrier.arrive(empty.index(stage), count=1)
-                else:
-                    # What has a factor in registers and is in flight into the next step makes ptxas wait after every product.
-                    for_value, for_key, for_query, part, change = warpgroup_mma_wait(
-                        0, deps=(for_value, for_key, for_query, part, change)
-                    )
-                    mbarrier.arrive(empty.index(stage), count=1)
-                    if MODE == AHEAD:
-                        if (h + 1 < group) | (j + 1 < first + count):
-                            mbarrier.wait(full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1)
-                        # After the last block its result is not used.
-                        q = queries.index((i + 1) % STAGES).reshape([BM, E])
-                        scores = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
-                    _add(to_query, for_query * scale, mine, at, BM, COLS)
+                # What has a factor in registers and is in flight into the next step makes ptxas wait after every product.
+                for_value, for_key, for_query, part, change = warpgroup_mma_wait(
+                    0, deps=(for_value, for_key, for_query, part, change)
+                )
+                mbarrier.arrive(empty.index(stage), count=1)
+                if AHEAD:
+                    if (h + 1 < group) | (j + 1 < first + count):
+                        mbarrier.wait(full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1)
+                    # After the last block its result is not used.
+                    q = queries.index((i + 1) % STAGES).reshape([BM, E])
+                    scores = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
+                _add(to_query, for_query * scale, mine, at, BM, COLS)
                 i += 1
-        if MODE == AHEAD:
+        if AHEAD:
             scores = warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.arrive(kv_empty, count=1)
         _put(for_key * scale, to_key, batch, owner, start, size, key_at, HALF, E, HEAD)
@@ -195,7 +183,7 @@ def attention_hopper_grads_together(
     query, grad, key, value, numbers, to_query, to_key, to_value, key_at, value_at,
     tiles, tiles_n, planes, section, owners, group, shares, length, size, left, right, scale, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, HEAD: gl.constexpr, VALUE: gl.constexpr,
-    STAGES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr, MODE: gl.constexpr,
+    STAGES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr, AHEAD: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """A tile of BN keys and values a turn, and blocks of BM rows of all heads that share them, whose gradients it adds to.
@@ -220,11 +208,11 @@ def attention_hopper_grads_together(
         (_sum_all, (upper, to_query, to_key, to_value, queries, grads, keys, values, pairs, changes, sums,
                     full, empty, kv_full, kv_empty, changed, key_at, value_at,
                     tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale, factor,
-                    BM, BN, E, EV, HEAD, VALUE, STAGES, SIDES, BOTTOM, ORDER, MODE)),
+                    BM, BN, E, EV, HEAD, VALUE, STAGES, SIDES, BOTTOM, ORDER, AHEAD)),
         (_sum_all, (lower, to_query, to_key, to_value, queries, grads, keys, values, pairs, changes, sums,
                     full, empty, kv_full, kv_empty, changed, key_at, value_at,
                     tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale, factor,
-                    BM, BN, E, EV, HEAD, VALUE, STAGES, SIDES, BOTTOM, ORDER, MODE)),
+                    BM, BN, E, EV, HEAD, VALUE, STAGES, SIDES, BOTTOM, ORDER, AHEAD)),
         (_load_all, (query, grad, key, value, numbers, queries, grads, keys, values, pairs, full, empty, kv_full, kv_empty,
                      tiles, tiles_n, planes, section, owners, group, shares, length, size, left, right,
                      BM, BN, E, EV, STAGES, SIDES, BOTTOM, ORDER)),

@@ -228,13 +228,16 @@ def lists(p: Problem, m: int, n: int, *, by_key: bool = False) -> tuple[Tensor |
     return found, counts, (0, 0, across) if p.mods.shared else (heads * down, down, across)
 
 
-def parts_of(rows: int, size: int, planes: int, block: Mapping[str, int], config: Mapping[str, int]) -> int:
+def parts_of(
+    rows: int, size: int, planes: int, block: Mapping[str, int], config: Mapping[str, int], whole: int = 0
+) -> int:
     """In how many parts keys are read: enough programs for every processor, each with four tiles or in 16 parts at least.
 
-    H200: 1024 keys in 16 parts 11.4 us, in 4 12.8; 32 x 8192 in one part 136, in two, with two programs a processor, 140.
+    With blocks of ``whole`` keys one program a processor is enough. H200: 1024 keys in 16 parts 11.4 us, in 4 12.8; 32 x 8192 in
+    one part, with such blocks, 136, in two 140.
     """
     programs, processors = max(1, _layout.cdiv(rows, block["M"]) * planes), config.get("processors", 128)
-    if 10 * programs >= 9 * processors:
+    if whole and 10 * programs >= 9 * processors:
         return 1
     tiles = _layout.cdiv(size, block["N"])
     return max(1, min(2 * processors // programs, max(tiles // 4, min(tiles, 16)), 72))
@@ -265,11 +268,14 @@ def run(p: Problem, out: Tensor, lse: Tensor, config: Mapping[str, int], *, part
         block = few_rows(p.blocks(config, "few"), rows)
         if not parts:
             planes = p.batch * (p.owners if pack else p.heads)
-            parts = parts_of(rows, p.size, planes, block, config) if p.mods.visible is None else 1
-            if parts == 1 and p.width <= 128 and p.query.element_size() == 2:
-                # Nothing hides that a program waits but what it has asked for: longer blocks of keys.
-                alone = _layout.cdiv(rows, block["M"]) * planes <= config.get("processors", 128)
-                block |= {"N": config.get("whole") or block["N"], "num_stages": block["num_stages"] - (not alone)}
+            alone = _layout.cdiv(rows, block["M"]) * planes <= config.get("processors", 128)
+            # Longer blocks, where nothing hides that a program waits but what it has asked for.
+            long = config.get("whole", 0) if p.width <= 128 and p.query.element_size() == 2 else 0
+            if alone and p.table is not None and long and p.key.shape[2] % long:
+                long = 0  # 32 x 8192 keys in pages of 16: 184 us for 142
+            parts = parts_of(rows, p.size, planes, block, config, long) if p.mods.visible is None else 1
+            if parts == 1 and long:
+                block |= {"N": long, "num_stages": block["num_stages"] - (not alone)}
     to, to_lse = out, lse
     split = parts > 1
     if split:

@@ -187,26 +187,31 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def plot(path: Path, report: dict[str, Any]) -> None:
-    """Bars of time against torch eager, one a row, coloured by which side is faster."""
+    """A point for every row, by family: its time against torch eager, and its share of the roof. Bars are geometric means."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = [r for r in report["rows"] if {"gemskit", "eager"} <= set(r["times"])]
-    ratios = [r["times"]["eager"] / r["times"]["gemskit"] for r in rows]
-    roofs = [r["floor"] / r["times"]["gemskit"] for r in rows]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 1.2 + 0.2 * len(rows)), sharey=True)
-    places = range(len(rows))
-    left.barh(places, [x - 1 for x in ratios], left=1, color=["#2a7f62" if x >= 1 else "#c0504d" for x in ratios])
+    families = _groups(rows)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 1.4 + 0.55 * len(families)), sharey=True)
+    for place, some in enumerate(families.values()):
+        # Golden steps keep points apart that would lie on each other.
+        lines = [place + 0.7 * (k * 0.618 % 1 - 0.5) for k in range(len(some))]
+        ratios = [r["times"]["eager"] / r["times"]["gemskit"] for r in some]
+        roofs = [max(r["floor"] / r["times"]["gemskit"], 1e-3) for r in some]
+        left.scatter(ratios, lines, s=14, color=["#2a7f62" if x >= 1 else "#c0504d" for x in ratios])
+        right.scatter(roofs, lines, s=14, color="#4f81bd")
+        for axes, values in ((left, ratios), (right, roofs)):
+            axes.plot([_mean(values)] * 2, [place - 0.42, place + 0.42], color="black", linewidth=1.6)
     left.axvline(1, color="black", linewidth=0.8)
     left.set_xscale("log", base=2)
     left.xaxis.set_major_formatter("{x:g}")
     left.set_xlabel("torch eager time / gemskit time (right of 1: gemskit is faster)")
-    left.set_yticks(places, [f"{r['op']}  {r['label']}" for r in rows], fontsize=7)
-    left.set_ylim(len(rows) - 0.4, -0.6)
+    left.set_yticks(range(len(families)), [f"{name} ({len(some)})" for name, some in families.items()])
+    left.set_ylim(len(families) - 0.4, -0.6)
     left.set_title(f"gemskit {report['gemskit']} on {report['machine']}, {report['date']}", fontsize=10)
-    right.barh(places, roofs, color="#4f81bd")
     right.axvline(1, color="black", linewidth=0.8)
     right.set_xlabel("share of the roof that gemskit reaches")
     for axes in (left, right):

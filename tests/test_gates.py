@@ -157,7 +157,7 @@ def test_readme_has_one_command(what: str) -> None:
 @pytest.mark.parametrize("path", TEXT, ids=lambda p: str(p.relative_to(ROOT)))
 def test_file_is_short_and_speaks_of_itself(path: Path) -> None:
     text = path.read_text()
-    generated = path.name == "ops.md"
+    generated = path.name == "ops.md" or path.parent.name == "reports"
     assert generated or len(text.splitlines()) <= LONGEST, f"over {LONGEST} lines: split it"
     if path == Path(__file__):
         return

@@ -240,7 +240,8 @@ def parts_of(
     if whole and 10 * programs >= 9 * processors:
         return 1
     tiles = _layout.cdiv(size, block["N"])
-    return max(1, min(2 * processors // programs, max(tiles // 4, min(tiles, 16)), 72))
+    # A few tiles take no longer than the launch that would join them.
+    return max(1, min(2 * processors // programs, max(tiles // 4, min(tiles, 16) if tiles >= 8 else 1), 72))
 
 
 def few_rows(block: dict[str, int], rows: int) -> dict[str, int]:

@@ -160,14 +160,14 @@ class Product:
         fast = few or self._wgmma(space, a, bound, small) or plain
         lines: tuple[tuple[int, int] | None, ...] = (None, None)
         if fast is plain and not few and a.ndim == b.ndim == 2 and self._worth_copies(space, a.dtype):
-            first, second = (t if (s := apart(t)) is None else new(t, s, "meta") for t in (a, b))
+            first, second = (t if (s := aligned_strides(t)) is None else empty_strided(t, s, "meta") for t in (a, b))
             moved = self._wgmma(Space.of(out, first, second, [named[n] for n in operands]), a, bound, small)
             if moved:
-                fast, lines = moved, (apart(a), apart(b))
+                fast, lines = moved, (aligned_strides(a), aligned_strides(b))
 
         def run(out: Tensor, a: Tensor, b: Tensor, named: Named) -> None:
             up = named["up"] if self.gated else None
-            first, second = (t if s is None else copy(t, new(t, s, t.device)) for t, s in zip((a, b), lines))
+            first, second = (t if s is None else copy(t, empty_strided(t, s, t.device)) for t, s in zip((a, b), lines))
             # Descriptors of addresses that are no multiple of 16 do not exist.
             unaligned = (first.data_ptr() | second.data_ptr() | (up.data_ptr() if up is not None else 0)) % 16
             launches = plain if unaligned else fast
@@ -241,7 +241,7 @@ class Product:
         return self._bound[key]
 
 
-def apart(t: Tensor) -> tuple[int, int] | None:
+def aligned_strides(t: Tensor) -> tuple[int, int] | None:
     """Strides of a copy of the matrix ``t`` whose lines begin at multiples of 16 bytes; None where those of ``t`` do."""
     line, step = (1, 0) if t.stride(0) == 1 and t.stride(1) != 1 else (0, 1)
     if t.stride(step) == 1 and t.stride(line) % 8 == 0:
@@ -250,7 +250,7 @@ def apart(t: Tensor) -> tuple[int, int] | None:
     return (wide, 1) if step else (1, wide)
 
 
-def new(t: Tensor, strides: tuple[int, int], device: torch.device | str) -> Tensor:
+def empty_strided(t: Tensor, strides: tuple[int, int], device: torch.device | str) -> Tensor:
     return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=device)
 
 

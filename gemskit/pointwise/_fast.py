@@ -415,3 +415,36 @@ def atan2(y, x, precise):
         p = tl.where(b > a, 1.5707963267948966 - p, p)
         p = tl.where(x.to(tl.int32, bitcast=True) < 0, 3.141592653589793 - p, p)
         return tl.where((x != x) | (y != y), x + y, _signed(p, y))
+
+
+@jit
+def i0e(a):
+    """``exp(-a)`` times the modified Bessel function of order 0, of ``a >= 0`` of halves: 2**-17; 0 at inf."""
+    # For large a, the root times a polynomial of its square; where a is small an exponential term, as the function has.
+    v = tl.rsqrt(a + 2.0946359634399414)
+    y = v * v
+    q = ((10.220659255981445 * y + 0.8478679060935974) * y + 0.8872034549713135) * y + 0.466874361038208
+    q = q * y + 0.39894452691078186
+    p = (-2.1604249477386475 * y + 0.5562443733215332) * y + 0.22689838707447052
+    return v * (p * tl.exp2(a * -2.297063410070875) + q)
+
+
+@jit
+def digamma(x):
+    """The slope of lgamma, of halves: 2**-20, absolute where it is below 1, as the terms cancel."""
+    # For x > 0 it is digamma(1 + x) - 1 / x; below, digamma(1 - x) - pi cot(pi g) with g the distance to the nearest integer.
+    h = tl.abs(x) + 1.09
+    r = _inverse(h)
+    p = ((-0.002246432937681675 * r + 0.00875504594296217) * r - 0.020084209740161896) * r - 0.13228130340576172
+    value = _log2(h) * LN2 + (p * r - 0.5900043845176697) * r
+    n = tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    # Adding 1.5 * 2**23 rounds to a whole number; every half beyond is one.
+    whole = (n + 12582912.0) - 12582912.0
+    # Larger by 2**24, so that no reciprocal is of a subnormal number; of what then is inf none is needed.
+    w = quotient(2.0**24, (x - whole) * 2.0**24)
+    g = n - whole
+    s = g * g
+    p = ((-4.977752685546875 * s - 0.8905020356178284) * s - 2.191246509552002) * s - 2.020479202270508
+    p = (p * s - 2.165112257003784) * s - 3.2898638248443604
+    # What pi cot(pi g) has more than 1 / g: NaN where g is 0; nothing where x > 0.
+    return value - tl.where(x < -0.5, s * w, n) * p - w

@@ -57,8 +57,6 @@ SPILLS: dict[str, tuple[int, str]] = {
         "8192 rows of 4096 bf16 on H200: 0.82 ms with 2048 words a warp, 1.14 with 1024, which spills nothing",
     ),
     "radix_move": (160, "16M bf16 on H200: 0.74 ms with tiles of 1024, 0.80 with 512, which spills nothing"),
-    "digamma": (256, "16 elements a thread; 415 instructions an element hide it"),
-    "lgamma_grad": (256, "it is digamma"),
     "polar_complex": (16, "sine and cosine with the reduction of large arguments"),
     "attention_hopper_grad_key_value": (128, "numbers of a tile, outside of the loop over rows"),
     "attention_hopper": (

@@ -38,6 +38,13 @@ def inverse(d, precise):
 
 
 @jit
+def _signed(a, x):
+    """``a >= 0`` with the sign of ``x``. A ``copysign`` LLVM moves behind the rounding to bfloat16: seven instructions more."""
+    sign = x.to(tl.int32, bitcast=True) & -(2**31)
+    return (a.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@jit
 def exp(x, precise):
     """``e**x``: 2**-22 + 2**-25 ``|x|``."""
     if precise:
@@ -209,6 +216,60 @@ def tanh(x, precise):
 
 
 @jit
+def sinh(x, precise):
+    """Hyperbolic sine: 2**-20 + 2**-25 ``|x|``."""
+    if precise:
+        return libdevice.sinh(x)
+    else:
+        s = x * x
+        near = ((0.008407787419855595 * s + 0.16665971279144287) * s + 1.0000001192092896) * x
+        # Half of each exponential by its exponent: sinh is finite where e**x is not.
+        t = x * LOG2E
+        return tl.where(tl.abs(x) < 0.5, near, tl.exp2(t - 1) - tl.exp2(-t - 1))
+
+
+@jit
+def asinh(x, precise):
+    """Inverse hyperbolic sine: 2**-19."""
+    if precise:
+        return libdevice.asinh(x)
+    else:
+        a = tl.abs(x)
+        s = x * x
+        near = ((0.06938235461711884 * s - 0.1664818376302719) * s + 0.9999991059303284) * a
+        # Half the root is less than (a + 1) / 2, which stays finite.
+        root = tl.minimum(tl.sqrt(0.25 * s + 0.25), 0.5 * a + 0.5, propagate_nan=tl.PropagateNan.ALL)
+        far = _log2(0.5 * a + root) * LN2 + LN2
+        return _signed(tl.where(a < 0.3, near, far), x)
+
+
+@jit
+def acosh(x, precise):
+    """Inverse hyperbolic cosine: 2**-17, as halves above 1 are not nearer than 2**-10."""
+    if precise:
+        return libdevice.acosh(x)
+    else:
+        h = 0.5 * x
+        # Half the root is less than x / 2, which stays finite; where that is negative, the sum is.
+        root = tl.minimum(tl.sqrt(h * h - 0.25), h, propagate_nan=tl.PropagateNan.ALL)
+        return _log2(h + root) * LN2 + LN2
+
+
+@jit
+def atan(x, precise):
+    """The angle in [-pi/2, pi/2] whose tangent is ``x``: 2**-17."""
+    if precise:
+        return libdevice.atan(x)
+    else:
+        a = tl.abs(x)
+        t = tl.minimum(a, _inverse(a), propagate_nan=tl.PropagateNan.ALL)
+        s = t * t
+        p = ((-0.013480938039720058 * s + 0.05747859925031662) * s - 0.12124035507440567) * s + 0.19563648104667664
+        p = ((p * s - 0.3329946994781494) * s + 0.9999956488609314) * t
+        return _signed(tl.where(a > 1, 1.5707963267948966 - p, p), x)
+
+
+@jit
 def _tail(a):
     """The probability that a standard normal number exceeds ``a >= 0``: 2**-21.5 absolute; 2**-16.5 up to 4.5, 2**-4 up to 9."""
     q = (
@@ -246,7 +307,7 @@ def erf(x, precise):
     else:
         a = tl.abs(x)
         q = ((-0.0020580964628607035 * a + 0.024335699155926704) * a - 0.1367604285478592) * a - 0.9314578175544739
-        far = libdevice.copysign(1 - tl.exp2((q * a - 1.6210790872573853) * a - 0.0013973976019769907), x)
+        far = _signed(1 - tl.exp2((q * a - 1.6210790872573853) * a - 0.0013973976019769907), x)
         s = x * x
         near = ((0.004158820025622845 * s - 0.026360243558883667) * s + 0.11273735016584396) * s - 0.3761192858219147
         return tl.where(a < 0.75, (near * s + 1.1283791065216064) * x, far)
@@ -353,4 +414,37 @@ def atan2(y, x, precise):
         p = (p * s - 0.3330889940261841) * s * r + r
         p = tl.where(b > a, 1.5707963267948966 - p, p)
         p = tl.where(x.to(tl.int32, bitcast=True) < 0, 3.141592653589793 - p, p)
-        return tl.where((x != x) | (y != y), x + y, libdevice.copysign(p, y))
+        return tl.where((x != x) | (y != y), x + y, _signed(p, y))
+
+
+@jit
+def i0e(a):
+    """``exp(-a)`` times the modified Bessel function of order 0, of ``a >= 0`` of halves: 2**-17; 0 at inf."""
+    # For large a, the root times a polynomial of its square; where a is small an exponential term, as the function has.
+    v = tl.rsqrt(a + 2.0946359634399414)
+    y = v * v
+    q = ((10.220659255981445 * y + 0.8478679060935974) * y + 0.8872034549713135) * y + 0.466874361038208
+    q = q * y + 0.39894452691078186
+    p = (-2.1604249477386475 * y + 0.5562443733215332) * y + 0.22689838707447052
+    return v * (p * tl.exp2(a * -2.297063410070875) + q)
+
+
+@jit
+def digamma(x):
+    """The slope of lgamma, of halves: 2**-20, absolute where it is below 1, as the terms cancel."""
+    # For x > 0 it is digamma(1 + x) - 1 / x; below, digamma(1 - x) - pi cot(pi g) with g the distance to the nearest integer.
+    h = tl.abs(x) + 1.09
+    r = _inverse(h)
+    p = ((-0.002246432937681675 * r + 0.00875504594296217) * r - 0.020084209740161896) * r - 0.13228130340576172
+    value = _log2(h) * LN2 + (p * r - 0.5900043845176697) * r
+    n = tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    # Adding 1.5 * 2**23 rounds to a whole number; every half beyond is one.
+    whole = (n + 12582912.0) - 12582912.0
+    # Larger by 2**24, so that no reciprocal is of a subnormal number; of what then is inf none is needed.
+    w = quotient(2.0**24, (x - whole) * 2.0**24)
+    g = n - whole
+    s = g * g
+    p = ((-4.977752685546875 * s - 0.8905020356178284) * s - 2.191246509552002) * s - 2.020479202270508
+    p = (p * s - 2.165112257003784) * s - 3.2898638248443604
+    # What pi cot(pi g) has more than 1 / g: NaN where g is 0; nothing where x > 0.
+    return value - tl.where(x < -0.5, s * w, n) * p - w

@@ -87,7 +87,15 @@ erfinv_ = erfinv.inplace
 
 
 @jit
-def _digamma(x):
+def _digamma(x, precise):
+    if precise:
+        return _precise_digamma(x)
+    else:
+        return _fast.digamma(x)
+
+
+@jit
+def _precise_digamma(x):
     """By reflection, by recurrence up to 10, then the asymptotic series."""
     y = tl.where(x < 0, 1 - x, x)
     total = tl.zeros_like(y)
@@ -132,8 +140,8 @@ def digamma(input: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 @digamma.formula
 @jit
-def _(input):
-    return _digamma(input)
+def _(input, precise):
+    return _digamma(input, precise)
 
 
 @digamma.gradient
@@ -159,8 +167,8 @@ def _(input):
 
 @lgamma.gradient
 @jit
-def _(grad, input):
-    return grad * _digamma(input)
+def _(grad, input, precise):
+    return grad * _digamma(input, precise)
 
 
 lgamma_ = lgamma.inplace
@@ -218,9 +226,12 @@ def special_i0e(input: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 @special_i0e.formula
 @jit
-def _(input):
+def _(input, precise):
     a = tl.abs(input)
-    return _scaled(a, libdevice.cyl_bessel_i0(tl.where(a < 60, a, 60.0)), 0)
+    if precise:
+        return _scaled(a, libdevice.cyl_bessel_i0(tl.where(a < 60, a, 60.0)), 0)
+    else:
+        return _fast.i0e(a)
 
 
 @special_i0e.gradient

@@ -125,8 +125,8 @@ def atan(input: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 @atan.formula
 @jit
-def _(input):
-    return libdevice.atan(input)
+def _(input, precise):
+    return _fast.atan(input, precise)
 
 
 @atan.gradient
@@ -146,8 +146,8 @@ def sinh(input: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 @sinh.formula
 @jit
-def _(input):
-    return libdevice.sinh(input)
+def _(input, precise):
+    return _fast.sinh(input, precise)
 
 
 @sinh.gradient
@@ -181,8 +181,8 @@ cosh_ = cosh.inplace
 
 
 @jit
-def _asinh(input):
-    return libdevice.asinh(input)
+def _asinh(input, precise):
+    return _fast.asinh(input, precise)
 
 
 @jit
@@ -220,8 +220,8 @@ def acosh(input: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 @acosh.formula
 @jit
-def _(input):
-    return libdevice.acosh(input)
+def _(input, precise):
+    return _fast.acosh(input, precise)
 
 
 @acosh.gradient

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import faulthandler
 import io
+import itertools
 import os
 import re
 import signal
@@ -128,7 +129,7 @@ def _shape_of(v: Any) -> Any:
     if isinstance(v, tuple):
         return tuple(map(_shape_of, v))
     if isinstance(v, Descriptor):
-        return v.block, v.layout
+        return str(v.base.dtype), v.block, v.layout
     if isinstance(v, int) and not isinstance(v, bool):
         return (v == 1, v % 16 == 0, abs(v) >= 2**31) if FULL else abs(v) >= 2**31
     return v if isinstance(v, (bool, str, type(None))) else type(v).__name__
@@ -170,6 +171,8 @@ class Launch:
                     yield f"{what} is {amount}"
         else:
             spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())]
+            if "serialized" in log.getvalue():
+                yield "products on tensor cores wait for each other"
             if max(spills, default=0) > SPILLS.get(self.name.rpartition(".")[2], (0, ""))[0]:
                 yield f"{max(spills)} bytes of registers are spilled"
 
@@ -394,6 +397,29 @@ def test_float8_products_for_hopper_compile(fast: bool) -> None:
             gemskit.bmm_fp8(f8(4, 512, 512), f8(4, 512, 512).mT, f32(), f32(), BF16)
     _forget_plans()
     assert len(launches) == 5 - fast and all(launch.meta["PROMOTED"] is not fast for launch in launches.values())
+    problems = [f"{launch}: {problem}" for launch in launches.values() for problem in launch.problems(row)]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize(("steps", "fast"), [(1, False), (2, False), (2, True)], ids=str)
+def test_float8_products_in_gluon_compile(steps: int, fast: bool) -> None:
+    """In steps of 128 or 256; those that stay on tensor cores take larger tiles, and no larger steps."""
+    row, launches = next(row for row in ROWS if row.name == "sm_90"), Launches()
+    row = dataclasses.replace(row, launch={**row.launch, "gemm": {**row.config("gemm"), "float8": steps}})
+    f32, kinds = Unfilled(FP32), (torch.float8_e4m3fn, torch.float8_e5m2)
+    scales = f32(4096, 1), f32(1, 4096)
+    _forget_plans()
+    with _launch.capturing(launches), backends.use_arch(row):
+        for first, second in list(itertools.product(kinds, kinds))[:: 3 if fast else 1]:
+            a, b = Unfilled(first)(4096, 4096), Unfilled(second)(4096, 4096).mT
+            gemskit.scaled_mm(a, b, *scales, None, None, BF16, fast)
+        gemskit.scaled_mm(a[:40], b, f32(40, 1), scales[1], f32(4096), None, first, fast)
+    _forget_plans()
+    found = [launch for launch in launches.values() if "STAGES" in launch.meta]
+    assert len(found) == (3 if fast else 5)
+    assert all(launch.meta["PROMOTED"] is not fast for launch in found)
+    assert {launch.meta["BK"] for launch in found} == {128 if fast else 128 * steps}
+    assert max(launch.meta["BM"] * launch.meta["BN"] for launch in found) == (2 if fast else 1) * 128 * 128
     problems = [f"{launch}: {problem}" for launch in launches.values() for problem in launch.problems(row)]
     assert not problems, "\n".join(problems)
 

@@ -43,8 +43,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_rule.Choice]]:
     taken: list[_rule.Choice] = []
     plan = _hopper.Kernels.plan
 
-    def noted(self: Any, space: Any, dtype: Any, choice: _rule.Choice, gated: bool = False) -> Any:
-        found = plan(self, space, dtype, choice, gated)
+    def noted(self: Any, space: Any, dtype: Any, choice: _rule.Choice, *rest: Any) -> Any:
+        found = plan(self, space, dtype, choice, *rest)
         if found is not None:
             taken.append(choice)
         return found
@@ -56,9 +56,9 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_rule.Choice]]:
     _forget()
 
 
-def _on_hopper(monkeypatch: pytest.MonkeyPatch, **attention: int) -> None:
+def _on_hopper(monkeypatch: pytest.MonkeyPatch, float8: int = 1, **attention: int) -> None:
     row = backends.find_arch("sm_90")
-    changed = {"gemm": {"wgmma": 1}, "attention": {"wgmma": 1, **attention}}
+    changed = {"gemm": {"wgmma": 1, "float8": float8}, "attention": {"wgmma": 1, **attention}}
     launch = {name: {**row.config(name), **config, "processors": PROCESSORS} for name, config in changed.items()}
     here = dataclasses.replace(row, launch={**row.launch, **launch})
     monkeypatch.setattr(backends, "arch", lambda device=None: here)
@@ -66,7 +66,17 @@ def _on_hopper(monkeypatch: pytest.MonkeyPatch, **attention: int) -> None:
 
 
 def _forget() -> None:
-    for name in ("mm", "bmm", "addmm", "linear", "gated_linear", "scaled_dot_product_attention", "flash_attention"):
+    names = (
+        "mm",
+        "bmm",
+        "addmm",
+        "linear",
+        "gated_linear",
+        "scaled_mm",
+        "scaled_dot_product_attention",
+        "flash_attention",
+    )
+    for name in names:
         for op in REGISTRY.values():
             if op.name.lstrip("_").startswith(name):
                 op._plans.clear()
@@ -159,6 +169,75 @@ def test_gated(split: bool, hopper: list[_rule.Choice], monkeypatch: pytest.Monk
             monkeypatch.setattr(_drive, "choose", fixed(choice))
             close(gemskit.gated_linear(x, gate, up), want)
     assert hopper and all(bool(c.split) is split for c in hopper)
+
+
+# -- products of float8 -------------------------------------------------------------------------------------------------
+
+E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def float8(*shape: int, dtype: torch.dtype = E4) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def of_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales of the rows of ``a`` and the columns of ``b``, and what they make of the product."""
+    x, y = torch.rand(a.shape[0], 1) + 0.5, torch.rand(1, b.shape[1]) + 0.5
+    return x, y, a.double() @ b.double() * x.double() * y.double()
+
+
+@pytest.mark.parametrize(("steps", "fast"), [(1, False), (2, False), (1, True)], ids=str)
+def test_every_choice_computes_the_product_of_float8(
+    steps: int, fast: bool, hopper: list[_rule.Choice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of 128 and 256, with sums of float32 next to those of tensor cores and without; tiles whole and split."""
+    M, N, K = 200, 200, 1040 * steps
+    a, b = float8(M, K), float8(N, K).mT
+    x, y, want = of_rows(a, b)
+    choices = list(_rule.choices(M, N, K, 1, PROCESSORS, small=not fast, float8=steps))
+    assert {c.BK for c in choices} == {128 * steps} and any(c.split for c in choices)
+    _on_hopper(monkeypatch, steps)
+    for choice in choices:
+        monkeypatch.setattr(_drive, "choose", fixed(choice))
+        _forget()
+        close(gemskit.scaled_mm(a, b, x, y, None, None, BF16, fast), want)
+    assert hopper == choices
+
+
+@pytest.mark.parametrize("dtypes", [(E4, E4), (E4, E5), (E5, E4), (E5, E5)], ids=str)
+@pytest.mark.parametrize("size", [(256, 256, 128), (129, 200, 80), (40, 264, 512)], ids=str)
+def test_pairs_of_float8(
+    dtypes: tuple[torch.dtype, torch.dtype], size: tuple[int, int, int], hopper: list[_rule.Choice]
+) -> None:
+    M, N, K = size
+    a, b = float8(M, K, dtype=dtypes[0]), float8(N, K, dtype=dtypes[1]).mT
+    x, y, want = of_rows(a, b)
+    bias = torch.randn(N)
+    close(gemskit.scaled_mm(a, b, x, y, bias, None, BF16), want + bias.double())
+    found = gemskit.scaled_mm(a, b, x.new_tensor(2.0), x.new_tensor(0.25), None, None, torch.float32)
+    torch.testing.assert_close(found.double(), a.double() @ b.double() / 2, rtol=1e-5, atol=1e-4)
+    assert len(hopper) == 2 and not any(c.BM * c.BN > 128 * 128 for c in hopper)
+
+
+def test_batches_of_float8(hopper: list[_rule.Choice]) -> None:
+    a, b, one = float8(3, 200, 144), float8(3, 136, 144).mT, torch.tensor(0.5)
+    close(gemskit.bmm_fp8(a, b, one, one, BF16), a.double() @ b.double() / 4)
+    assert len(hopper) == 1
+
+
+def test_other_layouts_of_float8_take_the_plain_kernel(
+    hopper: list[_rule.Choice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensor cores want both along K; and all, where the table has not switched it on."""
+    M, N, K = 200, 136, 144
+    rows, columns = (float8(M, K), float8(N, K).mT), (float8(K, M).mT, float8(K, N))
+    for a, b in ((columns[0], rows[1]), (rows[0], columns[1]), (float8(M, K + 1)[:, :K], rows[1])):
+        x, y, want = of_rows(a, b)
+        close(gemskit.scaled_mm(a, b, x, y, None, None, BF16), want)
+    _on_hopper(monkeypatch, 0)
+    x, y, want = of_rows(*rows)
+    close(gemskit.scaled_mm(*rows, x, y, None, None, BF16), want)
+    assert not hopper
 
 
 # -- attention ------------------------------------------------------------------------------------------------------------

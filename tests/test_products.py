@@ -47,10 +47,12 @@ def hopper(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("batches", [1, 7])
-@pytest.mark.parametrize("processors", [78, 132])
-def test_every_choice_covers_the_product(size: tuple[int, int, int], batches: int, processors: int) -> None:
+@pytest.mark.parametrize(("processors", "float8"), [(78, 0), (132, 0), (132, 1), (132, 2)])
+def test_every_choice_covers_the_product(
+    size: tuple[int, int, int], batches: int, processors: int, float8: int
+) -> None:
     M, N, K = size
-    found = list(_rule.choices(M, N, K, batches, processors))
+    found = list(_rule.choices(M, N, K, batches, processors, float8=float8))
     assert {c.transposed for c in found} == {False, True}
     for c in found:
         m, n = (N, M) if c.transposed else (M, N)
@@ -59,8 +61,10 @@ def test_every_choice_covers_the_product(size: tuple[int, int, int], batches: in
         # The parts of a tile are in order, none is empty, and together they are all of K.
         assert (c.pieces - 1) * c.part_steps < steps <= c.pieces * c.part_steps or not c.split
         assert c.split * c.pieces <= processors
-        assert c.STAGES * (c.BM + c.BN) * c.BK * 2 <= HOPPER.shared_memory - 8192, "stages, scratch and barriers"
-    assert _rule.choose(M, N, K, batches, processors) == min(found, key=lambda c: c.time)
+        bytes_of_k = c.BK * (1 if float8 else 2)
+        assert bytes_of_k == 128 * max(1, float8)
+        assert c.STAGES * (c.BM + c.BN) * bytes_of_k <= HOPPER.shared_memory - 8192, "stages, scratch and barriers"
+    assert _rule.choose(M, N, K, batches, processors, float8=float8) == min(found, key=lambda c: c.time)
 
 
 def test_the_rule_prefers_what_was_measured() -> None:
@@ -175,7 +179,7 @@ def test_the_transposed_space_is_the_transposed_product() -> None:
 def matrix(a: Tensor, b: Tensor, which: int) -> Any:
     from gemskit.blas._hopper import Matrix
 
-    return Matrix(space(a, b), which)
+    return Matrix(space(a, b), which, a.dtype.itemsize)
 
 
 def test_a_matrix_is_read_along_its_lines() -> None:

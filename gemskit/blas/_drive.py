@@ -18,7 +18,7 @@ from gemskit import _layout, backends, language
 from gemskit._bind import SCALARS, adapter, arguments, fill, given, parameters, scalar_types, slots
 from gemskit._checks import describe
 from gemskit._driver import tf32
-from gemskit._dtypes import FLOAT8, TRITON
+from gemskit._dtypes import FLOAT8, HALVES, TRITON
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
@@ -154,10 +154,11 @@ class Product:
         few = _few.plan(space, a.dtype, bound.acc, bound.few, self.gated)
         # Several rows of float8 are there for aligned loads only.
         anywhere = few if a.dtype not in FLOAT8 or 1 in (space.M, space.N) else None
-        plain = anywhere or self._plain(space, a, bound, bool(named.get("use_fast_accum")))
+        fast_sums = bool(named.get("use_fast_accum"))
+        plain = anywhere or self._plain(space, a, bound, fast_sums)
         # A matrix of float32 to be added: 1,064 bytes of a thread would spill (H200, 128256x4096x1024: 3.4 ms for 1.5).
         small = any(named[n].dtype.itemsize > 2 and along == 3 for n, along in zip(operands, space.along))
-        fast = few or self._wgmma(space, a, bound, small) or plain
+        fast = few or self._wgmma(space, a, bound, small, fast_sums) or plain
         lines: tuple[tuple[int, int] | None, ...] = (None, None)
         if fast is plain and not few and a.ndim == b.ndim == 2 and self._worth_copies(space, a.dtype):
             first, second = (t if (s := aligned_strides(t)) is None else empty_strided(t, s, "meta") for t in (a, b))
@@ -187,14 +188,18 @@ class Product:
         copies = 2 * (LAUNCH + 2 * 2 * max(M, N) * K / BANDWIDTH)
         return space.batches == 1 and not self.gated and dtype.itemsize == 2 and saved > copies
 
-    def _wgmma(self, space: Space, a: Tensor, bound: Bound, small: bool) -> Run | None:
+    def _wgmma(self, space: Space, a: Tensor, bound: Bound, small: bool, fast_sums: bool = False) -> Run | None:
         """The kernel for Hopper's tensor cores, where the row of the table and the factors permit it."""
         row = backends.arch()
         config = row.config("gemm")
-        if not config["wgmma"] or a.dtype not in (torch.bfloat16, torch.float16) or not space.K:
+        float8 = config["float8"] if a.dtype in FLOAT8 else 0
+        if not config["wgmma"] or not (float8 or a.dtype in HALVES) or not space.K:
             return None
-        choice = choose(space.M, space.N, space.K, space.batches, config["processors"], self.gated, small, row.name)
-        found: Run | None = bound.wgmma.plan(space, a.dtype, choice, self.gated)
+        # Every tile has 64 rows or more for each group of warps; two sums of the large ones take all registers.
+        two = promoted(a.dtype, 64, fast_sums)
+        sizes = (space.M, space.N, space.K, space.batches, config["processors"])
+        choice = choose(*sizes, self.gated, small or two, row.name, float8 if two else min(float8, 1))
+        found: Run | None = bound.wgmma.plan(space, a.dtype, choice, self.gated, two)
         return found
 
     def with_choice(self, a: Tensor, b: Tensor, out: Tensor, choice: Choice) -> Callable[..., None] | None:

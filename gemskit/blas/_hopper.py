@@ -26,11 +26,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from gemskit import _layout, language
 from gemskit._bind import fill
-from gemskit._dtypes import TRITON
+from gemskit._dtypes import FLOAT8, TRITON
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
-from gemskit._tensor_map import Descriptor, loadable
+from gemskit._tensor_map import ALIGNMENT, Descriptor, loadable
 from gemskit.blas._rule import Choice
 from gemskit.blas._space import Space, read
 
@@ -77,6 +77,7 @@ def _load(
     Of a gated product that one is half ``b``, half ``up``, so that one instruction multiplies by both.
     """
     HALF: gl.constexpr = BM // 2
+    BYTES: gl.constexpr = a.dtype.primitive_bitwidth // 8
     i = 0
     for u in range(gl.program_id(0), units, gl.num_programs(0)):
         tile, first, last, _ = _work(u, whole, split, part_steps, steps)
@@ -86,7 +87,7 @@ def _load(
             stage = i % STAGES
             ready = full.index(stage)
             mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
-            mbarrier.expect(ready, (BM + BN) * BK * 2)
+            mbarrier.expect(ready, (BM + BN) * BK * BYTES)
             for half in gl.static_range(2):
                 if A_ROWS:
                     at = [a_row + m * BM + half * HALF, k * BK]
@@ -112,12 +113,18 @@ def _multiply(
     out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split, part_steps,
     A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     GROUP: gl.constexpr, WIDE: gl.constexpr, ALONG: gl.constexpr, ALIGN: gl.constexpr, TURNED: gl.constexpr, GATED: gl.constexpr,
+    PROMOTED: gl.constexpr,
 ):  # fmt: skip
-    """Four warps that multiply: one ``half`` of the rows of every tile."""
+    """Four warps that multiply: one ``half`` of the rows of every tile.
+
+    Tensor cores keep 14 bits of sums of float8: where PROMOTED, each step begins at zero and is added to a sum of float32.
+    """
     HALF: gl.constexpr = BM // 2
     COLS: gl.constexpr = BN // 2 if GATED else BN
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
-    final: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLS, 16])
+    # An instruction multiplies 32 bytes of K.
+    DEEP: gl.constexpr = 256 // a_tiles.dtype.primitive_bitwidth
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, DEEP])
+    final: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLS, DEEP])
     MOVED: gl.constexpr = TURNED or COLS >= 32
     lines: gl.constexpr = lines_of(HALF, COLS, ALIGN == 8, TURNED) if MOVED else final
     i = 0
@@ -132,14 +139,22 @@ def _multiply(
                 x = x.permute((1, 0))
             if not B_ROWS:
                 y = y.permute((1, 0))
-            acc = warpgroup_mma(x, y, acc, is_async=True)
-            # The product of the step before is done: its stage may be filled again.
-            acc = warpgroup_mma_wait(1, deps=(acc,))
-            if k > start:
-                mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
+            if PROMOTED:
+                step = warpgroup_mma(x, y, gl.zeros([HALF, BN], gl.float32, layout), use_acc=False, is_async=True)
+                # Tensor cores are the other half's while this one waits and adds.
+                step = warpgroup_mma_wait(0, deps=(step,))
+                mbarrier.arrive(empty.index(stage), count=1)
+                acc += step
+            else:
+                acc = warpgroup_mma(x, y, acc, is_async=True)
+                # The product of the step before is done: its stage may be filled again.
+                acc = warpgroup_mma_wait(1, deps=(acc,))
+                if k > start:
+                    mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
             i += 1
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
+        if not PROMOTED:
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
         if parts is not None:
             if part >= 0:
                 row = half * HALF + gl.arange(0, HALF, gl.SliceLayout(1, layout))
@@ -260,9 +275,9 @@ def product(
     s0, s1, s2, s3, M, N, K, whole, split, pieces, part_steps,
     A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     STAGES: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr, ALONG: gl.constexpr, ALIGN: gl.constexpr, TURNED: gl.constexpr,
-    num_warps: gl.constexpr,
+    PROMOTED: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """``a`` is [M, K] (A_ROWS) or [K, M], ``b`` [K, N] (B_ROWS) or [N, K], batches one below the other.
+    """``a`` is [M, K] (A_ROWS) or [K, M], ``b`` [K, N] (B_ROWS) or [N, K], batches one below the other; float8 along K.
 
     Of a gated product ``b`` and ``up`` are [N, K], and a tile has BN / 2 columns.
     """
@@ -282,10 +297,10 @@ def product(
     gl.warp_specialize([
         (MULTIPLY, (upper, out, parts, extras, a_tiles, b_tiles, empty, full, batch_sizes, out_batch, extra_batch,
                     out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
-                    part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, GROUP, WIDE, ALONG, ALIGN, TURNED, GATED)),
+                    part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, GROUP, WIDE, ALONG, ALIGN, TURNED, GATED, PROMOTED)),
         (MULTIPLY, (lower, out, parts, extras, a_tiles, b_tiles, empty, full, batch_sizes, out_batch, extra_batch,
                     out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
-                    part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, GROUP, WIDE, ALONG, ALIGN, TURNED, GATED)),
+                    part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, GROUP, WIDE, ALONG, ALIGN, TURNED, GATED, PROMOTED)),
         (_load, (a, b, up, a_tiles, b_loads, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps, units, whole,
                  split, part_steps, A_ROWS, B_ROWS, BM, BN, BK, STAGES, GROUP)),
     ], [4, 1], [232, 32])  # fmt: skip
@@ -331,8 +346,9 @@ def join(
 class Matrix:
     """A factor as a matrix of which blocks are loaded, its batches one below the other."""
 
-    def __init__(self, space: Space, which: int) -> None:
+    def __init__(self, space: Space, which: int, itemsize: int) -> None:
         """The first (1) or second (2) factor of ``space``."""
+        least = ALIGNMENT // itemsize
         outer, by_outer, by_k = (
             (space.M, space.rows[1], space.a_k) if which == 1 else (space.N, space.cols[1], space.b_k)
         )
@@ -341,11 +357,11 @@ class Matrix:
         self.k_last: bool | None = None
         for k_last, lines, cols, line, col in ((True, outer, k, by_outer, by_k), (False, k, outer, by_k, by_outer)):
             # A dimension of one element has any stride.
-            line = line if lines > 1 else 8 * _layout.cdiv(cols, 8)
+            line = line if lines > 1 else least * _layout.cdiv(cols, least)
             used = [(n, s) for n, s in zip(space.sizes, batch) if n > 1]
             if (col == 1 or cols == 1) and line and all(s % line == 0 for _, s in used):
                 lines += sum((n - 1) * s // line for n, s in used)
-                if loadable((lines, cols), (line, 1), 2):
+                if loadable((lines, cols), (line, 1), itemsize):
                     self.k_last, self.shape, self.strides = k_last, (lines, cols), (line, 1)
                     self.batch = tuple(s // line if n > 1 else 0 for n, s in zip(space.sizes, batch))
                     break
@@ -353,7 +369,7 @@ class Matrix:
     def descriptor(self, t: Tensor, outer: int, k: int) -> Descriptor:
         """Blocks of ``outer`` by ``k``."""
         block = (outer, k) if self.k_last else (k, outer)
-        layout = gl.NVMMASharedLayout.get_default_for(list(block), TRITON[t.dtype])
+        layout = gl.NVMMASharedLayout.get_default_for(list(block), {**TRITON, **FLOAT8}[t.dtype])
         return Descriptor(t, self.shape, self.strides, block, layout)
 
 
@@ -365,14 +381,22 @@ class Kernels:
         self.product = fill(product, name, annotations, MULTIPLY=fill(_multiply, f"{name}_multiply", FINISH=finish))
         self.join = fill(join, f"{name}_join", annotations, FINISH=finish)
 
-    def plan(self, space: Space, dtype: torch.dtype, choice: Choice, gated: bool = False) -> Callable[..., None] | None:
-        """The launches for ``choice``; None where a factor cannot be loaded by blocks."""
+    def plan(
+        self, space: Space, dtype: torch.dtype, choice: Choice, gated: bool = False, promoted: bool = False
+    ) -> Callable[..., None] | None:
+        """The launches for ``choice``; None where a factor cannot be loaded by blocks.
+
+        Where ``promoted``, sums of float32 take what tensor cores found in each step.
+        """
         if choice.transposed:
             space = space.transposed()
-        a, b = Matrix(space, 1), Matrix(space, 2)
+        a, b = (Matrix(space, which, dtype.itemsize) for which in (1, 2))
         # Blocks beyond the end of K are zero along lines; across lines the next batch begins there.
         crosses = space.batches > 1 and space.K % choice.BK != 0 and not (a.k_last and b.k_last)
         if a.k_last is None or b.k_last is None or crosses or (gated and not b.k_last):
+            return None
+        # Tensor cores take the lines of halves alone in either direction.
+        if dtype.itemsize == 1 and not (a.k_last and b.k_last):
             return None
         out_batch, _, _, *extra_batch = space.batch
         where = (space.rows[0], space.cols[0], space.rows[2:], space.cols[2:])
@@ -384,7 +408,10 @@ class Kernels:
             BM=choice.BM, BN=choice.BN, GROUP=choice.GROUP, WIDE=space.wide, ALONG=space.along, ALIGN=align, TURNED=turned
         )  # fmt: skip
         cols = choice.BN // (1 + gated)
-        meta = dict(tile, A_ROWS=bool(a.k_last), B_ROWS=not b.k_last, BK=choice.BK, STAGES=choice.STAGES, num_warps=4)
+        meta = dict(
+            tile, A_ROWS=bool(a.k_last), B_ROWS=not b.k_last, BK=choice.BK, STAGES=choice.STAGES, PROMOTED=promoted,
+            num_warps=4,
+        )  # fmt: skip
         split, pieces = choice.split, choice.pieces
         rows = max(1, min(choice.BM, PART // choice.BN))
         grid = (min(choice.processors, choice.whole + split * pieces),)

@@ -23,6 +23,8 @@ LAUNCH, JOIN, BANDWIDTH = 5.0, 5.0, 3.5e6
 #: How much of the shorter of both, multiplying and moving, the longer one does not hide.
 #: Fitted to all choices of 77 products of 64 to 16384 rows: those that follow take 1.008 times as long as the best.
 EXPOSED = 0.1
+#: How much longer a step of as many bytes of float8 takes: it has twice the products. An estimate.
+FLOAT8_STEP = 1 / 0.75
 
 
 @dataclass(frozen=True)
@@ -46,24 +48,28 @@ class Choice:
 
 
 def choices(
-    M: int, N: int, K: int, batches: int, processors: int, gated: bool = False, small: bool = False
+    M: int, N: int, K: int, batches: int, processors: int, gated: bool = False, small: bool = False, float8: int = 0
 ) -> Iterator[Choice]:
     """All that are considered. Tiles of a gated product are half gate, half up, so there are twice N columns.
 
     ``small`` leaves out those whose accumulator takes half of all registers: an operand of float32 beside it would spill.
+    Factors of ``float8`` are multiplied by so many times 128 of K a step, those of halves (0) by 64.
     """
     if gated:
         N *= 2
-    steps = max(1, cdiv(K, STEP))
-    moved = 2 * batches * (M * K + K * N + M * N) / BANDWIDTH
+    depth, size = (2 * STEP * float8, 1) if float8 else (STEP, 2)
+    steps = max(1, cdiv(K, depth))
+    moved = batches * (size * (M * K + K * N) + 2 * M * N) / BANDWIDTH
     for transposed in (False,) if gated else (False, True):
         m, n = (N, M) if transposed else (M, N)
         for BM, BN, stages, step in TILES[2 * small : 4 if gated else None]:
+            if float8:
+                stages, step = stages // float8, step * float8 * FLOAT8_STEP
             tiles = cdiv(m, BM) * cdiv(n, BN) * batches
             rounds, last = divmod(tiles, processors)
             whole = LAUNCH + _together(moved, (rounds + (last > 0)) * steps * step)
             group = 8 if BM <= BN else 4
-            yield Choice(BM, BN, STEP, stages, group, processors, tiles, 0, 1, steps, transposed, whole)
+            yield Choice(BM, BN, depth, stages, group, processors, tiles, 0, 1, steps, transposed, whole)
             # No part shorter than what it costs to begin one.
             pieces = min(processors // last if last else 1, max(1, steps // 4))
             if pieces > 1:
@@ -72,7 +78,7 @@ def choices(
                 parts = 2 * 4 * last * pieces * BM * BN / BANDWIDTH
                 time = LAUNCH + JOIN + _together(moved, (rounds * steps + part) * step) + parts
                 yield Choice(
-                    BM, BN, STEP, stages, group, processors, tiles - last, last, pieces, part, transposed, time
+                    BM, BN, depth, stages, group, processors, tiles - last, last, pieces, part, transposed, time
                 )
 
 
@@ -80,22 +86,25 @@ def _together(moving: float, multiplying: float) -> float:
     return max(moving, multiplying) + EXPOSED * min(moving, multiplying)
 
 
-def best(M: int, N: int, K: int, batches: int, processors: int, gated: bool = False, small: bool = False) -> Choice:
+def best(
+    M: int, N: int, K: int, batches: int, processors: int, gated: bool = False, small: bool = False, float8: int = 0
+) -> Choice:
     """The fastest by the model."""
-    return min(choices(M, N, K, batches, processors, gated, small), key=lambda c: c.time)
+    return min(choices(M, N, K, batches, processors, gated, small, float8), key=lambda c: c.time)
 
 
 @functools.lru_cache(maxsize=4096)
 def choose(
-    M: int, N: int, K: int, batches: int, processors: int, gated: bool = False, small: bool = False, arch: str = ""
-) -> Choice:
-    """The one that was tuned for these sizes on ``arch``, else the fastest by the model."""
+    M: int, N: int, K: int, batches: int, processors: int, gated: bool = False, small: bool = False, arch: str = "",
+    float8: int = 0,
+) -> Choice:  # fmt: skip
+    """The one that was tuned for these sizes on ``arch`` (of halves), else the fastest by the model."""
     pick = tuned(arch).get(name_of(batches, M, N, K, gated))
-    if pick is not None:
+    if pick is not None and not float8:
         for choice in choices(M, N, K, batches, processors, gated, small):
             if pick_of(choice) == tuple(pick):
                 return choice
-    return best(M, N, K, batches, processors, gated, small)
+    return best(M, N, K, batches, processors, gated, small, float8)
 
 
 # -- tuned choices --------------------------------------------------------------------------------------------------------

@@ -12,8 +12,7 @@ import triton.language as tl
 from gemskit import language
 from gemskit._jit import jit
 from gemskit.nn._rows import Rows, Statistic
-from gemskit.nn.loss import add4, input_grad, soft, soft_observe
-from gemskit.nn.softmax import SOFTMAX_STATISTICS, element
+from gemskit.nn.loss import hard_rows, input_grad, soft, soft_observe, soft_rows
 from gemskit.pointwise._drive import Elementwise
 
 #: Numbers of a row that a part gives: its peak, the exponentials below it, and the sums over its classes of q, of
@@ -109,24 +108,8 @@ def _shifted(target, start):
 
 
 #: The numbers of a part: where q is the weight at the target or 0, and of any other q.
-PART_HARD = Rows(
-    "cross_entropy_part",
-    _hard,
-    SOFTMAX_STATISTICS,
-    results=5,
-    keep=("target",),
-    gathers={"picked": ("input", "target"), "chosen": ("weight", "target")},
-)
-PART_SOFT = Rows(
-    "cross_entropy_part_soft",
-    _soft,
-    [
-        Statistic(("peak",), element, language.maximum, ("lowest",)),
-        Statistic(("total", "mass", "cross", "chosen"), _soft_observe, add4, (0, 0, 0, 0)),
-    ],
-    results=5,
-    keep=("target",),
-)
+PART_HARD = hard_rows("cross_entropy_part", _hard)
+PART_SOFT = soft_rows("cross_entropy_part_soft", _soft, _soft_observe)
 #: Loss, weight in the mean, peak, log_total and mass of rows, whose columns are the parts.
 JOIN = Rows(
     "cross_entropy_parts",

@@ -162,24 +162,23 @@ def soft(target, ignore_index, cols, peak, total, mass, cross, chosen, z_loss):
     return loss, share, peak, log_total, mass
 
 
-_HARD = Rows(
-    "cross_entropy",
-    _hard,
-    SOFTMAX_STATISTICS,
-    results=5,
-    keep=("target",),
-    gathers={"picked": ("input", "target"), "chosen": ("weight", "target")},
-)
-_SOFT = Rows(
-    "cross_entropy_soft",
-    soft,
-    [
+def hard_rows(name: str, formula: Any) -> Rows:
+    """Five numbers of each row where q is the weight at the target or 0."""
+    gathers = {"picked": ("input", "target"), "chosen": ("weight", "target")}
+    return Rows(name, formula, SOFTMAX_STATISTICS, results=5, keep=("target",), gathers=gathers)
+
+
+def soft_rows(name: str, formula: Any, observe: Any) -> Rows:
+    """Five numbers of each row for any other q, of which ``observe`` sums four."""
+    statistics = [
         Statistic(("peak",), element, language.maximum, ("lowest",)),
-        Statistic(("total", "mass", "cross", "chosen"), soft_observe, add4, (0, 0, 0, 0)),
-    ],
-    results=5,
-    keep=("target",),
-)
+        Statistic(("total", "mass", "cross", "chosen"), observe, add4, (0, 0, 0, 0)),
+    ]
+    return Rows(name, formula, statistics, results=5, keep=("target",))
+
+
+_HARD = hard_rows("cross_entropy", _hard)
+_SOFT = soft_rows("cross_entropy_soft", soft, soft_observe)
 
 
 @jit

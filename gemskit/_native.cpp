@@ -223,8 +223,8 @@ bool read_launch(PyObject* o, Launch& one, Py_ssize_t slots) {
   unsigned long long function;
   PyObject *parameters, *patches, *starts;
   if (!PyArg_ParseTuple(
-          o, "sK(III)IIO!O!O!", &name, &function, &one.grid[0], &one.grid[1], &one.grid[2], &one.threads, &one.shared,
-          &PyTuple_Type, &parameters, &PyTuple_Type, &patches, &PyTuple_Type, &starts))
+          o, "sK(III)IIO!O!O!p", &name, &function, &one.grid[0], &one.grid[1], &one.grid[2], &one.threads, &one.shared,
+          &PyTuple_Type, &parameters, &PyTuple_Type, &patches, &PyTuple_Type, &starts, &one.follows))
     return false;
   one.name = name;
   one.function = reinterpret_cast<void*>(function);
@@ -479,15 +479,17 @@ PyType_Spec table_spec = {
 
 // -- the module -------------------------------------------------------------------------------------------------------------
 
-// configure(device type, address of the launch function, address of the stream function, refuse, fake or None)
+// configure(device type, addresses of the launch function, of the one for kernels that follow (or 0) and of the stream function,
+// refuse, fake or None)
 PyObject* configure(PyObject*, PyObject* args) {
   HANDLE_TH_ERRORS
   const char* type;
-  unsigned long long enter, stream;
+  unsigned long long enter, follow, stream;
   PyObject *refuse, *fake;
-  if (!PyArg_ParseTuple(args, "sKKOO", &type, &enter, &stream, &refuse, &fake)) return nullptr;
+  if (!PyArg_ParseTuple(args, "sKKKOO", &type, &enter, &follow, &stream, &refuse, &fake)) return nullptr;
   state.type = c10::Device(type).type();
   state.enter = reinterpret_cast<Enter>(enter);
+  state.follow = reinterpret_cast<Follow>(follow);
   state.stream = reinterpret_cast<Stream>(stream);
   Py_XSETREF(state.refuse, Py_NewRef(refuse));
   Py_XSETREF(state.fake, fake == Py_None ? nullptr : Py_NewRef(fake));

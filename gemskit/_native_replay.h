@@ -36,11 +36,24 @@ namespace {
 
 // The driver's launch function (`cuLaunchKernel`, `hipModuleLaunchKernel`).
 using Enter = int (*)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
+// `CUlaunchConfig` with one attribute, `cuLaunchKernelEx` and the attribute of a kernel that waits itself for the launch before it.
+struct Attribute {
+  int id, unused, value, rest[15];
+};
+struct Config {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  const Attribute* attributes;
+  unsigned count;
+};
+using Follow = int (*)(const Config*, void*, void**, void**);
+constexpr Attribute kFollows{6, 0, 1, {}};
 // torch's C function for the handle of the current stream of a device.
 using Stream = int (*)(int32_t, void**);
 
 struct State {
   Enter enter = nullptr;
+  Follow follow = nullptr;
   Stream stream = nullptr;
   PyObject* refuse = nullptr;  // raises for a second derivative
   PyObject* fake = nullptr;    // receives launches instead of the driver, in tests
@@ -70,6 +83,7 @@ struct Launch {
   std::vector<uint64_t> parameters;
   std::vector<Patch> patches;
   std::vector<int> starts;  // the words at which parameters begin
+  int follows;              // whether it waits itself for the launch before it
   int64_t* count;
 };
 
@@ -212,8 +226,13 @@ int launch(const Launch& one, PyObject* const* values, int n, void* const* memor
   int code;
   // The driver waits here when its queue is full: other threads must go on.
   PyThreadState* thread = PyEval_SaveThread();
-  code = state.enter(
-      one.function, one.grid[0], one.grid[1], one.grid[2], one.threads, 1, 1, one.shared, stream, where, nullptr);
+  if (one.follows && state.follow) {
+    Config config{{one.grid[0], one.grid[1], one.grid[2]}, {one.threads, 1, 1}, one.shared, stream, &kFollows, 1};
+    code = state.follow(&config, one.function, where, nullptr);
+  } else {
+    code = state.enter(
+        one.function, one.grid[0], one.grid[1], one.grid[2], one.threads, 1, 1, one.shared, stream, where, nullptr);
+  }
   PyEval_RestoreThread(thread);
   return code;
 }

@@ -337,10 +337,10 @@ def no_second_derivative(name: str) -> None:
     raise GradientError(f"{name}: has no second derivative; take the first one without create_graph=True")
 
 
-def install(module: Any, device_type: str, enter: int, stream: int, fake: Any = None) -> None:
+def install(module: Any, device_type: str, enter: int, follow: int, stream: int, fake: Any = None) -> None:
     """Put the native launcher in front of all tables. ``fake`` receives launches in tests."""
     global _module
-    module.configure(device_type, enter, stream, no_second_derivative, fake)
+    module.configure(device_type, enter, follow, stream, no_second_derivative, fake)
     _launch.paused.follow(module.pause)
     _launch.native_counts = module.counts
     _module = module

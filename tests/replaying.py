@@ -60,7 +60,8 @@ class Fake:
         key = (id(kernel), spec, signature, tuple(meta.items()))
         if key not in self._loaded:
             name, function = _driver.kernel_name(kernel), 1000 + len(self._loaded)
-            one = _driver.Loaded(name, function, 128, 0, tuple(_driver.flat(signature)), kernel)
+            follows = bool(meta.get("launch_pdl"))
+            one = _driver.Loaded(name, function, 128, 0, tuple(_driver.flat(signature)), kernel, follows)
             self._loaded[key] = self._by_function[function] = one
         return self._loaded[key]
 
@@ -186,7 +187,7 @@ def fake(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     with faking(monkeypatch) as device:
         forget()
         if request.param == "native":
-            _replay.install(request.getfixturevalue("native"), "cpu", 0, 0, device.native)
+            _replay.install(request.getfixturevalue("native"), "cpu", 0, 0, 0, device.native)
         yield device
 
 

@@ -451,6 +451,23 @@ def test_keys_in_pages_are_loaded_as_far_ahead_as_others(page: int) -> None:
     assert shared[0] == shared[1]
 
 
+@pytest.mark.parametrize("name", ["sm_90", "sm_80"])
+def test_kernels_that_follow_wait_before_they_read(name: str) -> None:
+    row, launches = next(row for row in ROWS if row.name == name), Launches()
+    _forget_plans()
+    with _launch.capturing(launches), backends.use_arch(row):
+        gemskit.sum(torch.ones(1 << 20))
+    _forget_plans()
+    texts = []
+    for launch in launches.values():
+        assert not list(launch.problems(row))
+        compiled = _driver.compile(launch.kernel, tuple(map(_driver.described, launch.args)), launch.meta)
+        texts.append(compiled.asm["ptx"])
+    assert ["griddepcontrol.wait" in text for text in texts] == [False, name == "sm_90"]
+    before, _, _ = texts[1].partition("griddepcontrol.wait")
+    assert name != "sm_90" or not re.search(r"\b(ld|st)\.global", before)
+
+
 def _forget_plans() -> None:
     """Plans hold numbers of the row they were made for."""
     for op in REGISTRY.values():

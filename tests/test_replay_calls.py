@@ -317,7 +317,7 @@ def test_replays_leave_nothing_behind(what: str, fake: Fake, monkeypatch: pytest
     warm(call, fake, 4)
     monkeypatch.setattr(Fake, "native", count)
     if _replay._module is not None:
-        _replay._module.configure("cpu", 0, 0, _replay.no_second_derivative, count)
+        _replay._module.configure("cpu", 0, 0, 0, _replay.no_second_derivative, count)
 
     def state() -> tuple[list[int], int, int]:
         gc.collect()
@@ -369,7 +369,7 @@ def test_switching_back_and_forth(native: ModuleType, monkeypatch: pytest.Monkey
         pending: list[Tensor] = []
         for turn in range(6):
             if turn % 2:
-                _replay.install(native, "cpu", 0, 0, fake.native)
+                _replay.install(native, "cpu", 0, 0, 0, fake.native)
             else:
                 _replay.uninstall()
             assert (add._calls.call is add._calls._native) is bool(turn % 2)
@@ -378,7 +378,7 @@ def test_switching_back_and_forth(native: ModuleType, monkeypatch: pytest.Monkey
             pending.append(warm(lambda: mul(grad, x), fake))
             assert _launch.launches()["add"] == before + 3
             with gemskit.record() as calls:
-                _replay.install(native, "cpu", 0, 0, fake.native)
+                _replay.install(native, "cpu", 0, 0, 0, fake.native)
                 add(x, x)
                 _replay.uninstall()
                 add(x, x)
@@ -393,7 +393,7 @@ def test_switching_back_and_forth(native: ModuleType, monkeypatch: pytest.Monkey
 def test_what_the_native_launcher_refuses(native: ModuleType) -> None:
     table = native.Table(lambda *a: "slow", (), (), (), (), 0, -1)
     x = ones(2)
-    launch = lambda slot, start: (("k", 1, (1, 1, 1), 1, 0, (0,), ((0, "p", slot, 0),), (start,)),)
+    launch = lambda slot, start: (("k", 1, (1, 1, 1), 1, 0, (0,), ((0, "p", slot, 0),), (start,), False),)
     spec = (None, (), launch(0, 0), ((0,),), True, None, None)
     assert table.add((x,), spec) is True and len(table) == 1
     assert table.add((object(),), spec) is False and table.add((1,), spec) is False

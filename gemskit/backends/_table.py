@@ -26,6 +26,8 @@ COMMON_GRID: tuple[int, int, int] = (2**31 - 1, 65535, 65535)
 #: Launch numbers that run everywhere. A table of a vendor or of an architecture overrides single keys.
 #: gemm: 2 stages x (128 + 128) x 64 elements x 2 bytes = 64 KiB, the smallest shared memory of any row.
 DEFAULT: Launch = {
+    # follows 1: a launch that reads what the one before it wrote is set up while that one ends (gemskit/_following.py).
+    "launch": {"follows": 0},
     "pointwise": {"block": 1024, "side": 32, "warps": 4},
     # Bytes of a tile for each warp, and of a thread where a row is one tile. H200, 128 MiB of bf16: one state along rows 36 us
     # with 32 bytes a thread (38 with 64), several 37 to 40 with 64; columns with as many warps as 4,096 programs of one have.
@@ -216,6 +218,7 @@ class Vendor:
         launch: overrides of the default launch numbers.
         launcher: the library and the function of the driver that launches a kernel, with the arguments of
             ``cuLaunchKernel``; None leaves launches to Triton.
+        follower: the function with the arguments of ``cuLaunchKernelEx``, for kernels that wait themselves for the launch before.
         near_memory: whether the compiler makes another kernel where a tensor ends within 2^31 bytes of its beginning.
         grid_limits: most programs along the three axes of a grid.
         overrides: operators with a kernel of their own on this vendor.
@@ -234,6 +237,7 @@ class Vendor:
     automatic: bool = True
     launch: Launch = dataclasses.field(default_factory=dict[str, Numbers], hash=False)
     launcher: tuple[str, str] | None = None
+    follower: str | None = None
     near_memory: bool = False
     grid_limits: tuple[int, int, int] = COMMON_GRID
     overrides: Mapping[str, Override] = dataclasses.field(default_factory=dict[str, Override], hash=False)

@@ -22,9 +22,10 @@ HOPPER = {
     # float8 1 takes the kernel in Gluon for those of K-major factors, in steps of 128; 2: steps of 256; 0: the plain one.
     "gemm": {"wgmma": 1, "processors": 132, "promote": 1, "float8": 0},
     "gemm_few": {"rows": 32},
+    "launch": {"follows": 1},
 }
 AMPERE = {"attention": {"m": 128, "n": 64, "warps": 8, "wide": 8, "stages": 2}}
-BLACKWELL = {"attention": {"m": 128, "n": 64, "warps": 8, "wide": 8, "stages": 3}}
+BLACKWELL = {"attention": {"m": 128, "n": 64, "warps": 8, "wide": 8, "stages": 3}, "launch": {"follows": 1}}
 # 99 KiB of shared memory: the 128-row attention tile with 3 stages (128 KiB at head size 128) does not fit.
 SMALL = {"attention": {"m": 64, "n": 64, "warps": 4, "wide": 4, "stages": 2}, "gemm_few": {"k": 64, "stages": 3}}
 
@@ -40,6 +41,7 @@ VENDOR = Vendor(
     device_files=("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/nvmap"),
     identify="capability",
     launcher=("libcuda.so.1", "cuLaunchKernel"),
+    follower="cuLaunchKernelEx",
     # a + b.T of 8192² bf16: tiles of 64 x 64 reach 95 % of the copy rate, of 32 x 32 85 %. Softmax of rows of 65,536: four
     # tiles of 8,192 at a time in 16 warps 0.080 ms, one of 16,384 in 32 0.084.
     launch={

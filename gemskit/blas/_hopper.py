@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from gemskit import _layout, language
 from gemskit._bind import fill
 from gemskit._dtypes import FLOAT8, TRITON
+from gemskit._following import launch_next, previous
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
@@ -311,9 +312,10 @@ def join(
     out, parts, extras, batch_sizes, out_batch, extra_batch, out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N,
     whole, split, pieces,
     BM: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
-    ALONG: tl.constexpr, ALIGN: tl.constexpr, TURNED: tl.constexpr, GATED: tl.constexpr,
+    ALONG: tl.constexpr, ALIGN: tl.constexpr, TURNED: tl.constexpr, GATED: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     """Add up the parts of the tiles that were split, in their order, and store them: ROWS rows of a tile a program."""
+    previous(FOLLOWS)
     i = tl.program_id(0)
     tile, row = i // (BM // ROWS), i % (BM // ROWS) * ROWS + tl.arange(0, ROWS)
     COLS: tl.constexpr = BN // 2 if GATED else BN
@@ -432,7 +434,7 @@ class Kernels:
                 meta,
             )  # fmt: skip
             if parts is not None:
-                launch(
+                launch_next(
                     self.join, (split * (choice.BM // rows),),
                     (out, parts, extras, space.sizes, out_batch, tuple(extra_batch), *where, *scalars, space.M, space.N,
                      choice.whole, split, pieces),

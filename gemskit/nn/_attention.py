@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
+from gemskit._following import previous
 from gemskit._jit import jit
 from gemskit.blas._factors import as_factor
 from gemskit.nn._attention_tiles import (
@@ -255,9 +256,10 @@ def attention_forward(
 @jit
 def attention_merge(
     parts, parts_lse, out, lse, part_at, lse_at, out_at, heads, length, parts_stride, parts_lse_stride,
-    SPLITS: tl.constexpr, S: tl.constexpr, VALUE: tl.constexpr, EV: tl.constexpr,
+    SPLITS: tl.constexpr, S: tl.constexpr, VALUE: tl.constexpr, EV: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     """The results of one row from SPLITS parts of its keys, weighted by ``exp(lse)``."""
+    previous(FOLLOWS)
     TYPE: tl.constexpr = parts_lse.dtype.element_ty
     row = (tl.program_id(0) % length).to(tl.int64)
     plane = (tl.program_id(0) // length).to(tl.int64)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gemskit import _layout
+from gemskit._following import launch_next
 from gemskit._launch import launch
 from gemskit.errors import NoKernel
 from gemskit.nn._attention import attention_forward, attention_merge
@@ -315,7 +316,7 @@ def merge(parts: Tensor, parts_lse: Tensor, out: Tensor, lse: Tensor) -> None:
     count, batch, heads, length, width = parts.shape
     if 0 in (batch, heads, length, width):
         return
-    launch(
+    launch_next(
         attention_merge,
         (batch * heads * length,),
         (

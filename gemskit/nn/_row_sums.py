@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gemskit import _layout, backends
 from gemskit._bind import generated, parameters, slots
+from gemskit._following import launch_next, previous
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._op import Named
@@ -87,8 +88,9 @@ def _added(total, terms):
 
 
 @jit(repr=lambda _: "row_sums_join")
-def _join(outs, sums, count, cols, BM: tl.constexpr, BN: tl.constexpr):
+def _join(outs, sums, count, cols, BM: tl.constexpr, BN: tl.constexpr, FOLLOWS: tl.constexpr):
     """The sums of all programs, in their order."""
+    previous(FOLLOWS)
     col = tl.program_id(0) * BN + tl.arange(0, BN)[None, :]
     for k in tl.static_range(len(outs)):
         total = tl.zeros((BM, BN), sums[k].dtype.element_ty)
@@ -161,7 +163,7 @@ class RowSums(Rows):
             launch(
                 kernel, (count,), (tuple(outs[:n]), sums, ins, *space.strided, *scalars, rows, cols, part), meta
             )  # fmt: skip
-            launch(_join, (_layout.cdiv(cols, 32),), (tuple(outs[n:]), sums, count, cols), again)
+            launch_next(_join, (_layout.cdiv(cols, 32),), (tuple(outs[n:]), sums, count, cols), again)
 
         return run
 

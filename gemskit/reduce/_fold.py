@@ -18,6 +18,7 @@ from torch import Tensor
 from gemskit import _layout, backends, language
 from gemskit._bind import SCALARS, adapter, arguments, fill, generated, given, parameters, scalar_types, slots
 from gemskit._dtypes import TRITON, accumulate_type
+from gemskit._following import launch_next, previous
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
@@ -38,7 +39,9 @@ def _fold(
     CAST: tl.constexpr, COMPUTE: tl.constexpr, KEEP: tl.constexpr, STATE: tl.constexpr, IDENTITY: tl.constexpr,
     ANCHORED: tl.constexpr, ONE: tl.constexpr, EVEN: tl.constexpr, RUN: tl.constexpr, UNROLL: tl.constexpr,
     GROUP: tl.constexpr, WORDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
+    FOLLOWS: tl.constexpr = False,
 ):  # fmt: skip
+    previous(FOLLOWS)
     # EVEN: tiles cover rows and pieces exactly, so nothing is masked. That is a third of the instructions of a sum of halves.
     # ONE: a piece is one tile. WORDS: four bytes are a word, of neighbouring rows (1) or columns (2).
     TM: tl.constexpr = BM // 4 if WORDS == 1 else BM
@@ -357,7 +360,7 @@ class Fold(Planned):
                 tuple(outs), partial, row_sizes, (pieces,), out_rows, dense, tuple((rows,) for _ in partial),
                 *scalars, rows, pieces, pieces, cols,
             )  # fmt: skip
-            launch(last[0], (_layout.cdiv(rows, again["BM"]),), arguments, again)
+            launch_next(last[0], (_layout.cdiv(rows, again["BM"]),), arguments, again)
 
         return run
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from gemskit import _layout, backends
 from gemskit._bind import adapter, fill, generated, parameters
 from gemskit._dtypes import TRITON
+from gemskit._following import launch_next, previous
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
@@ -57,8 +58,9 @@ def _scan(
     outs, ins, carries, row_sizes, out_rows, in_rows, out_cols, in_cols, rows, cols, part,
     CAST: tl.constexpr, COMPUTE: tl.constexpr, KEEP: tl.constexpr, STATE: tl.constexpr, IDENTITY: tl.constexpr,
     TOTALS: tl.constexpr, COMMUTES: tl.constexpr, REVERSE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, FOLLOWS: tl.constexpr = False,
 ):  # fmt: skip
+    previous(FOLLOWS)
     # Pieces, tiles and carries are counted in the order of the scan; REVERSE only mirrors where a tile lies in memory.
     i = tl.program_id(0)
     if WIDE:
@@ -223,13 +225,14 @@ class Scan(Planned):
                     dict(meta, TOTALS=True),
                 )
                 dense = ((rows,), ones, ones, steps, steps)
-                launch(
+                launch_next(
                     join,
                     (_layout.cdiv(rows, again["BM"]),),
                     (carries, totals, None, *dense, rows, pieces, pieces),
                     again,
                 )
-            launch(kernel, (blocks * pieces,), (tuple(outs), ins, carries, *layout, rows, cols, part), meta)
+            last = launch if carries is None else launch_next
+            last(kernel, (blocks * pieces,), (tuple(outs), ins, carries, *layout, rows, cols, part), meta)
 
         return run
 

@@ -199,6 +199,9 @@ def test_attention_is_held_against_the_fastest_way(
         row = _bench_run.time_case(case, Roof(1e12, 1e12), compiled=False)
     assert row["ok"] and row["family"] == "attention", row
     assert row["peer"] in row["peers"] and row["peers"][row["peer"]] == row["times"]["eager"] == 1.0
+    # The error of each way that served, that of the fastest among them.
+    assert row["errors"][row["peer"]] == row["eager_error"]
+    assert {*row["errors"]} == {n for n, found in row["peers"].items() if not isinstance(found, str)}
     assert any("Error" in str(found) for found in row["peers"].values()), "not all backends serve CPU tensors"
     assert f"({row['peer']})" in _bench_report._table([row])[2]
     if case.cut is not None and not case.backward:

@@ -1,7 +1,7 @@
 """Products of at most 32 rows: the second factor is read once, by many small programs, and nothing else counts.
 
-H200, bf16, ratio to cuBLAS for weights of 4096x4096, 28672x4096, 4096x14336, 5120x25600: one row 1.25, 1.05, 1.19, 1.15;
-16 rows 1.10, 1.02, 1.02, 1.01; 32 rows of 4096x4096, 1024x4096, 28672x4096, 4096x14336 1.03, 0.93, 1.04, 1.02, where tiles for
+H200, bf16, ratio to cuBLAS for weights of 4096x4096, 28672x4096, 4096x14336, 5120x25600: one row 1.25, 1.12, 1.20, 1.10;
+16 rows 1.10, 1.04, 1.03, 1.03; 32 rows of 4096x4096, 1024x4096, 28672x4096, 4096x14336 1.03, 0.93, 1.04, 1.02, where tiles for
 Hopper reach 0.91, 0.83, 0.98, 0.94. Float8 is converted in registers; its tiles took 48 us for 16x14336x4096, halves 41.
 """
 
@@ -29,8 +29,8 @@ EPILOGUE: Any = None
 def few_rows(
     out, a, b, up, extras, sizes, out_batch, a_batch, b_batch, extra_batch,
     out_m, out_n, a_m, a_k, b_k, b_n, extra_m, extra_n, s0, s1, s2, s3, M, N, K,
-    ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
-    ALONG: tl.constexpr,
+    ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
+    WIDE: tl.constexpr, ALONG: tl.constexpr,
 ):  # fmt: skip
     """BN columns of ``out``: columns are the rows of the tiles here, so that a tile reads along K."""
     i = tl.program_id(0)
@@ -38,14 +38,17 @@ def few_rows(
     if WIDE:
         i = i.to(tl.int64)
         k = k.to(tl.int64)
-    groups = tl.cdiv(N, BN)
-    batch = i // groups
-    n = (i % groups * BN + tl.arange(0, BN))[:, None]
+    batch = 0
+    if len(sizes) > 0:
+        groups = tl.cdiv(N, BN)
+        batch = i // groups
+        i = i % groups
+    n = (i * BN + tl.arange(0, BN))[:, None]
     m = tl.arange(0, BM)[None, :]
     b += offset(batch, sizes, b_batch)
     a += offset(batch, sizes, a_batch)
     # Columns beyond the end wrap around, so that only K needs a mask.
-    b_at = (n % N) * b_n + k[None, :] * b_k
+    b_at = (n if EVEN_N else n % N) * b_n + k[None, :] * b_k
     acc = tl.zeros((BN, BK if BM == 1 else BM), ACC)
     if up is not None:
         up += offset(batch, sizes, b_batch)
@@ -98,11 +101,26 @@ def few_rows(
 def tile(M: int, N: int) -> tuple[int, int, int, int]:
     """Columns and K of a tile of several rows, warps and stages.
 
-    Many columns: fewer, larger programs, as those of 16 columns read the first factor N / 16 times.
+    Many columns: fewer, larger programs, as those of 16 columns read the first factor N / 16 times. Where all programs run at
+    once, more stages (H200, 16x5120x25600: 76 us for 80).
     """
-    if N <= (8192 if M <= 16 else 4096):
+    if N <= 4096:
         return 16, 512, 2, 3
-    return (32, 256, 2, 4) if N <= 8192 else (64, 128, 4, 4)
+    if N <= 8192:
+        return (64, 128, 4, 6) if M <= 16 else (32, 256, 2, 4)
+    return 64, 128, 4, 4
+
+
+def line(K: int, itemsize: int) -> tuple[int, int]:
+    """Columns and K of a tile of one row.
+
+    16 KiB a program: bytes in flight, not instructions, are what is short, and what a program does before its loads
+    (H200, 28672x4096: 64 us, tiles half as large 70).
+    """
+    bk = min(2048, max(32, _layout.next_power_of_2(K)))
+    if K % 1024 == 0 and _layout.cdiv(K, bk) * bk > 1.1 * K:
+        bk = 1024  # 10240x5120: 32 us, with masks 34
+    return max(1, min(4 * 2048 // bk, 16384 // (bk * itemsize))), bk
 
 
 def plan(
@@ -121,10 +139,7 @@ def plan(
     if M > most or (space.b_k != 1 and K > 1) or not K:
         return None
     if M == 1:
-        # 16 KiB a program: bytes in flight, not instructions, are what is short.
-        bk = min(2048, max(32, _layout.next_power_of_2(K)))
-        bn, warps, stages = max(1, 4096 // bk), 4, 1
-        bm = 1
+        bm, (bn, bk), warps, stages = 1, line(K, dtype.itemsize), 4, 1
     else:
         # 16 is the smallest side of a product on tensor cores.
         bm, (bn, bk, warps, stages) = max(16, _layout.next_power_of_2(M)), tile(M, N)
@@ -135,8 +150,8 @@ def plan(
         bn, bk = (bn // 2, bk) if bn > 16 or (bm == 1 and bn > 1) else (bn, max(16, bk // 2))
     grid = (_layout.cdiv(N, bn) * space.batches,)
     meta = dict(
-        ACC=TRITON[acc], BM=bm, BN=bn, BK=bk, EVEN_K=K % bk == 0, WIDE=space.wide, ALONG=space.along, num_warps=warps,
-        num_stages=stages,
+        ACC=TRITON[acc], BM=bm, BN=bn, BK=bk, EVEN_K=K % bk == 0, EVEN_N=N % bn == 0, WIDE=space.wide, ALONG=space.along,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     out_batch, a_batch, b_batch, *extra_batch = space.batch
     inner = (space.rows[0], space.cols[0], space.rows[1], space.a_k, space.b_k, space.cols[1])

@@ -126,12 +126,14 @@ def search(
     _, types = _types(seq, values)
     wide = _layout.is_wide(shape, [tuple(out.stride()), mine])
     wide = wide or any(_layout.is_wide(s.shape, [tuple(s.stride())]) for s in (seq, sorter) if s is not None)
-    block = min(config["block"], _layout.next_power_of_2(count))
+    # Four elements a thread, one warp a program: the lines that its searches share stay near (H200, 16M in 1M: 1.00 ms, 1.14
+    # in blocks of 1024 by four).
+    block = min(config["block"] // 8, _layout.next_power_of_2(count))
     arguments = (
         out, values if kind is None else None, number, seq, sorter, sizes, *strides,
         seq.stride(-1), 0 if sorter is None else sorter.stride(-1), count, length, length.bit_length(),
     )  # fmt: skip
-    meta = dict(types, RIGHT=right, EQUAL=equal, INVERT=invert, B=block, WIDE=wide, num_warps=config["warps"])
+    meta = dict(types, RIGHT=right, EQUAL=equal, INVERT=invert, B=block, WIDE=wide, num_warps=1)
     launch(_SEARCH[kind], (_layout.cdiv(count, block),), arguments, meta)
 
 

@@ -87,6 +87,12 @@ DEFAULT: Launch = {
         "registers": 0,
         "sums_max": 16384,
         "sums_tile": 4096,
+        "sums_stages": 0,
+        "sums_hold": 0,
+        "sums_warps": 16,
+        "long_stages": 0,
+        "join_tile": 2048,
+        "join_cols": 32,
         "programs": 256,
     },
     "gemm": {

@@ -91,6 +91,8 @@ DEFAULT: Launch = {
         "sums_hold": 0,
         "sums_warps": 16,
         "long_stages": 0,
+        "ring": 0,
+        "ring_warps": 16,
         "join_tile": 2048,
         "join_cols": 32,
         "programs": 256,

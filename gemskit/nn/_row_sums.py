@@ -179,20 +179,20 @@ class RowSums(Rows):
 
     def fits(self, named: Named, cols: int, compute: torch.dtype) -> bool:
         """Whether a row and its sums stay in registers."""
-        config = backends.arch().config("rowwise")
-        return 0 < cols * (1 + len(self.sums)) <= config["sums_max"] * 4 // max(4, compute.itemsize) or (
-            0 < self._held(named, cols, compute) <= config["sums_hold"]
-        )
-
-    def _held(self, named: Named, cols: int, compute: torch.dtype) -> int:
-        """Bytes of the sums, and of a row as it is stored."""
+        arch = backends.arch()
+        config = arch.config("rowwise")
+        if not self._long(cols, compute):
+            return cols > 0
         grad: Tensor = named["grad"]
-        read = [
-            v.dtype.itemsize
-            for v in (named.get(n) for n in self.names)
-            if isinstance(v, Tensor) and v.ndim == grad.ndim and v.numel() == grad.numel()
-        ]
-        return cols * (sum(read) + compute.itemsize * len(self.sums))
+        read = [named[n] for n in self.names if isinstance(named.get(n), Tensor)]
+        row = cols * sum(v.dtype.itemsize for v in read if v.ndim == grad.ndim and v.numel() == grad.numel())
+        held = row + cols * compute.itemsize * len(self.sums)
+        return held <= config["sums_hold"] and 2 * row + 1024 <= arch.shared_memory
+
+    def _long(self, cols: int, compute: torch.dtype) -> bool:
+        """Whether a row is more than one tile."""
+        most: int = backends.arch().config("rowwise")["sums_max"] * 4 // max(4, compute.itemsize)
+        return cols * (1 + len(self.sums)) > most
 
     def plan(  # type: ignore[override]
         self, named: Named, outs: Sequence[Tensor], shape: Sequence[int], dims: Sequence[int], compute: torch.dtype,
@@ -203,44 +203,9 @@ class RowSums(Rows):
         space = Space.of(named, outs[:n], [o for o in self.names if isinstance(named.get(o), Tensor)], shape, dims)
         config = backends.arch().config("rowwise")
         rows, cols = space.rows, space.cols
-        bn = _layout.next_power_of_2(cols)
-        tiles = 1
-        if cols * (1 + len(self.sums)) > config["sums_max"] * 4 // max(4, compute.itemsize):
-            # A row in tiles of 8 elements a thread, which stay in registers as they are stored.
-            bn = 256 * config["sums_warps"]
-            tiles = _layout.cdiv(cols, bn)
-            bm, warps, stages = 1, config["sums_warps"], config["long_stages"]
-        else:
-            # Several rows at a time wait once for each other's sums (H200, 8192x4096: 65 us, one by one 73; 32768x1024: 69 for 75).
-            bm = max(1, min(config["sums_tile"] // (1 if bn >= 4096 else 2) // bn, _layout.next_power_of_2(rows)))
-            warps, stages = min(config["warps"], max(1, bm * bn // 512)), config["sums_stages"]
-        # Long rows: two programs do not fit on a processor (H200, 8192x4096: 79 us for 85; 32768x1024: 110 for 84).
-        programs = config["programs"] // (2 if bn >= 4096 else 1)
-        part = _layout.cdiv(_layout.cdiv(rows, bm), programs) * bm
-        count = _layout.cdiv(rows, part)
-        kernel, runtime = self._bind(_row_sums, named, space.operands, compute, "tile", space.precise)
-        many = tiles > 1
-        none = (0,) * len(space.operands)
-        meta = dict(
-            **{
-                n: v
-                for n, v in self._meta(space, compute, "tile", pick).items()
-                if n not in ("ELEMENTS", "OBSERVED", "NAMED")
-            },
-            # Vectors of one tile are read once, others with every row.
-            VECTORS=none if many else tuple(int(a == 1) for a in space.along),
-            OTHERS=tuple(int(a != 1) for a in space.along),
-            OBSERVED=self._vectors(space, [s.observe for s in self.statistics["tile"]]) if many else none,
-            NAMED=self._vectors(space, [self.formula, *self.sums.values()]) if many else none,
-            NONE=none,
-            ZEROS=((0,) * len(self.sums),),
-            EVEN=int(part % bm == 0 == rows % part and cols == bn * tiles),
-            COUNT=tiles,
-            STAGES=stages,
-            BM=bm,
-            BN=bn,
-            num_warps=warps,
-        )
+        plain = self._plain(named, space, compute, pick)
+        ring = self._ring(named, space, compute, pick)
+        _, runtime = self._bind(_row_sums, named, space.operands, compute, "tile", space.precise)
         across = config["join_cols"]
         again = dict(BM=config["join_tile"] // across, BN=across, num_warps=config["join_tile"] // 512)
 
@@ -249,6 +214,9 @@ class RowSums(Rows):
                 return
             ins = tuple([named[o] for o in space.operands])
             scalars = slots([named[s] for s in runtime])
+            aligned = ring is not None and not any(v.data_ptr() % 16 for v in ins)
+            kernel, part, meta = ring if ring is not None and aligned else plain
+            count = _layout.cdiv(rows, part)
             sums = tuple([torch.empty((count, cols), dtype=compute, device=ins[0].device) for _ in self.sums])
             launch(
                 kernel, (count,), (tuple(outs[:n]), sums, ins, *space.strided, *scalars, rows, cols, part), meta
@@ -256,6 +224,100 @@ class RowSums(Rows):
             launch(_join, (_layout.cdiv(cols, across),), (tuple(outs[n:]), sums, count, cols), again)
 
         return run
+
+    def _plain(
+        self, named: Named, space: Space, compute: torch.dtype, pick: Sequence[int]
+    ) -> tuple[Any, int, dict[str, Any]]:
+        """The kernel, the rows of a program, and the constants."""
+        config = backends.arch().config("rowwise")
+        bn, tiles = _layout.next_power_of_2(space.cols), 1
+        if self._long(space.cols, compute):
+            # Tiles of 8 elements a thread, which stay in registers as they are stored.
+            bm, warps, stages = 1, config["sums_warps"], config["long_stages"]
+            bn = 256 * warps
+            tiles = _layout.cdiv(space.cols, bn)
+        else:
+            # Several rows at a time wait once for each other's sums (H200, 8192x4096: 65 us, one by one 73; 32768x1024: 69
+            # for 75).
+            bm = config["sums_tile"] // (1 if bn >= 4096 else 2) // bn
+            bm = max(1, min(bm, _layout.next_power_of_2(space.rows)))
+            warps, stages = min(config["warps"], max(1, bm * bn // 512)), config["sums_stages"]
+        # Long rows: two programs do not fit on a processor (H200, 8192x4096: 79 us for 85; 32768x1024: 110 for 84).
+        part = self._part(space, bm, config["programs"] // (2 if bn * tiles >= 4096 else 1))
+        vectors = tuple(int(a == 1) for a in space.along)
+        kernel, _ = self._bind(_row_sums, named, space.operands, compute, "tile", space.precise)
+        meta = dict(
+            **self._constants(space, compute, pick, tiles > 1),
+            # Vectors of one tile are read once, others with every row.
+            VECTORS=vectors if tiles == 1 else (0,) * len(vectors),
+            OTHERS=tuple(1 - v for v in vectors),
+            EVEN=int(part % bm == 0 == space.rows % part and space.cols == bn * tiles),
+            COUNT=tiles,
+            STAGES=stages,
+            BM=bm,
+            BN=bn,
+            num_warps=warps,
+        )
+        return kernel, part, meta
+
+    def _ring(
+        self, named: Named, space: Space, compute: torch.dtype, pick: Sequence[int]
+    ) -> tuple[Any, int, dict[str, Any]] | None:
+        """The same in Gluon, with at least two blocks of rows in shared memory; None where it cannot be."""
+        arch = backends.arch()
+        config = arch.config("rowwise")
+        warps, cols = config["ring_warps"], space.cols
+        _, _, _, _, in_row, in_col = space.strided
+        read = [k for k, a in enumerate(space.along) if a in (1, 3)]
+        # Copies of 16 bytes; the compiler knows multiples of 16 elements.
+        lines = all(in_col[k] == (1,) and not any(s % 16 for s in in_row[k]) for k in read) and cols % 16 == 0
+        zero = all(v == 0 for s in self.statistics["tile"] for v in s.identity)
+        if not config["ring"] or compute != torch.float32 or not lines or not zero or not cols:
+            return None
+        # 32 elements of a row a thread, more where there are no more warps.
+        side = min(warps, _layout.next_power_of_2(_layout.cdiv(cols, 1024)))
+        bm, bn = warps // side, 256 * side
+        tiles = _layout.cdiv(cols, bn)
+        two = warps < 16
+        sizes = {k: named[space.operands[k]].dtype.itemsize * bn * tiles for k in read}
+        vectors = sum(s for k, s in sizes.items() if space.along[k] == 1)
+        room = arch.shared_memory // (1 + two) - 1024 * (1 + two) - vectors
+        stages = min(config["ring"], room // (bm * (sum(sizes.values()) - vectors)))
+        if stages < 2 or tiles * len(self.sums) > 8:
+            return None
+        from gemskit.nn._row_sums_hopper import ring_sums
+
+        part = self._part(space, bm, config["programs"] // (1 if two else 2))
+        kernel, _ = self._bind(ring_sums, named, space.operands, compute, "tile", space.precise)
+        meta = dict(
+            **self._constants(space, compute, pick, True),
+            EVEN=int(part % bm == 0 == space.rows % part and cols == bn * tiles),
+            COUNT=tiles,
+            STAGES=stages,
+            BM=bm,
+            BN=bn,
+            ACROSS=side,
+            num_warps=warps,
+        )
+        if two:
+            meta["maxnreg"] = 128
+        return kernel, part, meta
+
+    @staticmethod
+    def _part(space: Space, bm: int, programs: int) -> int:
+        return _layout.cdiv(_layout.cdiv(space.rows, bm), programs) * bm
+
+    def _constants(self, space: Space, compute: torch.dtype, pick: Sequence[int], many: bool) -> dict[str, Any]:
+        """Those of both kernels; ``many``: vectors are read with every row."""
+        none = (0,) * len(space.operands)
+        meta = self._meta(space, compute, "tile", pick)
+        del meta["ELEMENTS"]
+        return meta | dict(
+            OBSERVED=self._vectors(space, [s.observe for s in self.statistics["tile"]]) if many else none,
+            NAMED=self._vectors(space, [self.formula, *self.sums.values()]) if many else none,
+            NONE=none,
+            ZEROS=((0,) * len(self.sums),),
+        )
 
     @staticmethod
     def _vectors(space: Space, functions: Sequence[Any]) -> tuple[int, ...]:
@@ -268,4 +330,4 @@ class RowSums(Rows):
             **{f"S{k}": f for k, f in enumerate(self.sums.values())},
         )  # fmt: skip
         parts = {n: names[n] for n in ("COMBINE", "JOIN", "FINISH")}
-        return {"BLOCK": fill(_block, f"{self.name}_block", SUMS=sums, **parts)}
+        return {"SUMS": sums, "BLOCK": fill(_block, f"{self.name}_block", SUMS=sums, **parts)}

@@ -532,6 +532,8 @@ class Rows(Planned):
             stepped = _choice("step", "a, b", step, functions)
             formula = adapter(f"{self.name}_formula", pool, self.formula, expressions, wrap)
             names: dict[str, Any] = dict(
+                OBSERVE=looked,
+                STEP=stepped,
                 COMBINE=_choice("combine", "a", combine, functions),
                 FORMULA=formula,
                 JOIN=fill(_joined, f"{self.name}_joined", OBSERVE=looked, STEP=stepped),

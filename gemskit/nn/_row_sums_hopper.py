@@ -30,16 +30,22 @@ FINISH: Any = None
 
 @gluon.jit
 def _rings(ins, ALONG: gl.constexpr, SLOTS: gl.constexpr, COUNT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, nothing):
-    """Shared memory for every operand that has columns: a ring of blocks of rows, or one row."""
+    """Shared memory for every tile of an operand that has columns: a ring of blocks of rows, or one row.
+
+    An allocation for each, as the compiler lets copies into the same one wait for each other.
+    """
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     made = ()
     for k in gl.static_range(len(ins)):
-        if ALONG[k] == 3:
-            made = made + (gl.allocate_shared_memory(ins[k].dtype.element_ty, [SLOTS * COUNT, BM, BN], flat),)
-        elif ALONG[k] == 1:
-            made = made + (gl.allocate_shared_memory(ins[k].dtype.element_ty, [COUNT, 1, BN], flat),)
-        else:
-            made = made + (nothing,)
+        tiles = ()
+        for _t in gl.static_range(COUNT):
+            if ALONG[k] == 3:
+                tiles = tiles + (gl.allocate_shared_memory(ins[k].dtype.element_ty, [SLOTS, BM, BN], flat),)
+            elif ALONG[k] == 1:
+                tiles = tiles + (gl.allocate_shared_memory(ins[k].dtype.element_ty, [1, 1, BN], flat),)
+            else:
+                tiles = tiles + (nothing,)
+        made = made + (tiles,)
     return made
 
 
@@ -59,11 +65,11 @@ def _copy(
                     live = row < stop
                     if not EVEN:
                         live = live & (c < cols)
-                    copy_ahead(rings[k].index(slot * COUNT + t), ins[k] + at, live, eviction_policy="evict_first")
+                    copy_ahead(rings[k][t].index(slot), ins[k] + at, live, eviction_policy="evict_first")
                 elif EVEN:
-                    copy_ahead(rings[k].index(t), ins[k] + at)
+                    copy_ahead(rings[k][t].index(0), ins[k] + at)
                 else:
-                    copy_ahead(rings[k].index(t), ins[k] + at, c < cols)
+                    copy_ahead(rings[k][t].index(0), ins[k] + at, c < cols)
 
 
 @gluon.jit
@@ -79,17 +85,15 @@ def _row_values(ins, row, rows, row_sizes, in_row, nothing, ALONG: gl.constexpr)
 
 
 @gluon.jit
-def _tile(
-    rings, values, tile, t, ALONG: gl.constexpr, TAKE: gl.constexpr, layout: gl.constexpr
-):
+def _tile(rings, values, slot, zero, t: gl.constexpr, ALONG: gl.constexpr, TAKE: gl.constexpr, layout: gl.constexpr):
     """The operands of a tile, and the vectors of ``TAKE``."""
     raw = ()
     for k in gl.static_range(len(rings)):
         v = values[k]
         if ALONG[k] == 3:
-            v = rings[k].index(tile).load(layout)
+            v = rings[k][t].index(slot + zero).load(layout)
         elif TAKE[k]:
-            v = rings[k].index(t).load(layout)
+            v = rings[k][t].index(zero).load(layout)
         raw = raw + (v,)
     return raw
 
@@ -160,15 +164,17 @@ def ring_sums(
             state = _zeros(len(IDENTITY[K]), COMPUTE, BM, BN, layout)
             for t in gl.static_range(COUNT):
                 c = col + t * BN
-                raw = _tile(rings, values, slot * COUNT + t, t, ALONG, OBSERVED, layout)
+                raw = _tile(rings, values, slot, 0, t, ALONG, OBSERVED, layout)
                 v = _converted(raw, COMPUTE, ROUND, KEEP)
                 seen = _only(OBSERVE(K, v, stats, s0, s1, s2, s3, c, cols), c < cols, EVEN)
                 state = STEP(K, state, (seen,))
             stats = stats + COMBINE(K, state)
+        # There is one program along the last axis. The compiler does not know, or would keep what was read before.
+        zero = gl.program_id(2)
         grown = ()
         for t in gl.static_range(COUNT):
             c = col + t * BN
-            raw = _tile(rings, values, slot * COUNT + t, t, ALONG, NAMED, layout)
+            raw = _tile(rings, values, slot, zero, t, ALONG, NAMED, layout)
             FINISH(
                 outs, (raw,), ins, stats, s0, s1, s2, s3, row, c, rows, cols, row_sizes, col_sizes, out_row, out_col, in_row,
                 in_col, COMPUTE, ROUND, KEEP, ALONG, OUT_ALONG, PICK, NONE, EVEN, t == 0, BM, BN,

@@ -35,8 +35,8 @@ def _row_sums(
     outs, sums, ins, row_sizes, col_sizes, out_row, out_col, in_row, in_col, s0, s1, s2, s3, rows, cols, part,
     COMPUTE: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr, OUT_ALONG: tl.constexpr,
     PICK: tl.constexpr, VECTORS: tl.constexpr, OTHERS: tl.constexpr, OBSERVED: tl.constexpr, NAMED: tl.constexpr,
-    NONE: tl.constexpr, IDENTITY: tl.constexpr, ZEROS: tl.constexpr, EVEN: tl.constexpr, COUNT: tl.constexpr, STAGES: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
+    NONE: tl.constexpr, IDENTITY: tl.constexpr, ZEROS: tl.constexpr, EVEN: tl.constexpr, COUNT: tl.constexpr,
+    STAGES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
     if WIDE:

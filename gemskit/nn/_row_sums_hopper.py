@@ -29,7 +29,9 @@ FINISH: Any = None
 
 
 @gluon.jit
-def _rings(ins, ALONG: gl.constexpr, SLOTS: gl.constexpr, COUNT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, nothing):
+def _rings(
+    ins, ALONG: gl.constexpr, SLOTS: gl.constexpr, COUNT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, nothing
+):
     """Shared memory for every tile of an operand that has columns: a ring of blocks of rows, or one row.
 
     An allocation for each, as the compiler lets copies into the same one wait for each other.

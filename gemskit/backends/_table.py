@@ -74,9 +74,9 @@ DEFAULT: Launch = {
         "split_into": 1024,
     },
     # hold: bytes of a row that stay in registers for each operand, hold_most for all together (0: none is held as it is stored).
-    # Sums over rows: sums_stages less one blocks of rows at once in shared memory (0: in registers). Rows longer than sums_max are
-    # read once up to sums_hold bytes of sums and of a row as it is stored, long_stages of them like sums_stages. ring: most blocks
-    # of rows in shared memory of the kernel in Gluon, which has ring_warps warps (0: the plain one).
+    # Sums over rows: sums_stages less one blocks of rows at once in shared memory (0: in registers). Rows longer than sums_max
+    # are read once up to sums_hold bytes of sums and of a row as it is stored, long_stages of them like sums_stages. ring: most
+    # blocks of rows in shared memory of the kernel in Gluon, which has ring_warps warps (0: the plain one).
     "rowwise": {
         "one_tile_max": 16384,
         "loop_tile": 4096,

@@ -187,7 +187,7 @@ class RowSums(Rows):
         read = [named[n] for n in self.names if isinstance(named.get(n), Tensor)]
         row = cols * sum(v.dtype.itemsize for v in read if v.ndim == grad.ndim and v.numel() == grad.numel())
         held = row + cols * compute.itemsize * len(self.sums)
-        return held <= config["sums_hold"] and 2 * row + 1024 <= arch.shared_memory
+        return bool(held <= config["sums_hold"] and 2 * row + 1024 <= arch.shared_memory)
 
     def _long(self, cols: int, compute: torch.dtype) -> bool:
         """Whether a row is more than one tile."""

@@ -289,6 +289,7 @@ class RowSums(Rows):
 
         part = self._part(space, bm, config["programs"] // (1 if two else 2))
         kernel, _ = self._bind(ring_sums, named, space.operands, compute, "tile", space.precise)
+        kernel.aligned_only = True
         meta = dict(
             **self._constants(space, compute, pick, True),
             EVEN=int(part % bm == 0 == space.rows % part and cols == bn * tiles),

@@ -17,6 +17,7 @@ import numpy as np
 import triton.language as tl
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.runtime.jit import JITFunction
 
 from . import _block_add
@@ -106,6 +107,11 @@ class Groups:
     def adding(self) -> list[tuple[Shared, Array]]:
         """Of each block that this group lets be added to global memory, its place and what it was."""
         found: list[tuple[Shared, Array]] = self.here.__dict__.setdefault("adding", [])
+        return found
+
+    def ahead(self) -> list[list[Callable[[], None]]]:
+        """The copies of this group that are not waited for: what delivers each, and an empty entry after those of a group."""
+        found: list[list[Callable[[], None]]] = self.here.__dict__.setdefault("ahead", [])
         return found
 
     def run(self, functions: Sequence[Callable[[], None]], running: set[int]) -> None:
@@ -289,6 +295,32 @@ def _add_wait(pendings: Any, read_only: Any = True) -> None:
             raise InterpreterError(f"a block changed before it was read to be added: kernel {BUILDER.kernel}")
 
 
+def _copy_ahead(smem: Shared, pointer: Any, mask: Any = None, *_: Any, **__: Any) -> None:
+    """What is masked stays NaN."""
+    value = tl.load(pointer, mask).handle.data.reshape(-1, *smem.shape)
+    live = np.True_ if mask is None else tl.broadcast_to(mask, pointer.shape).handle.data.reshape(-1, *smem.shape)
+    _spoil(smem)
+
+    def deliver() -> None:
+        smem.data[...] = np.where(live, value, smem.data)
+
+    GROUPS.ahead().append([deliver])
+
+
+def _commit_group() -> None:
+    """One list holds all groups: of one that was committed the end is marked by an empty entry."""
+    GROUPS.ahead().append([])
+
+
+def _wait_group(num_outstanding: Any = 0) -> None:
+    ahead = GROUPS.ahead()
+    while sum(not entry for entry in ahead) > _number(num_outstanding):
+        entry = ahead.pop(0)
+        while entry:
+            entry[0]()
+            entry = ahead.pop(0)
+
+
 def _same(value: Any, *_: Any, **__: Any) -> Any:
     return value
 
@@ -338,6 +370,11 @@ def patches(running: set[int]) -> Iterator[tuple[Any, str, Any]]:
     for name in ("async_load", "async_copy_global_to_shared"):
         if hasattr(hopper.tma, name):
             yield hopper.tma, name, _copy
+    for name in ("async_load", "async_copy_global_to_shared"):
+        if hasattr(async_copy, name):
+            yield async_copy, name, _copy_ahead
+    yield async_copy, "commit_group", _commit_group
+    yield async_copy, "wait_group", _wait_group
     if _block_add.add_block is not None:
         yield _block_add, "add_block", _add
     yield hopper.tma, "store_wait", _add_wait

@@ -220,7 +220,7 @@ class Replay:
     def __init__(self, program: Program, values: Sequence[Any], device: torch.device) -> None:
         self.program, self.device, self.index, self.results = program, device, device.index, program.results
         self.launches = tuple(
-            _driver.prepare(kernel, grid, _placed(args, values, program), meta, device)
+            _driver.prepare(kernel, grid, _checked(kernel, _placed(args, values, program)), meta, device)
             for kernel, grid, args, meta in program.launches
         )
         #: The types and slots of the numbers that launches take.
@@ -284,6 +284,19 @@ def _placed(args: Any, values: Sequence[Any], program: Program) -> Any:
             raise NotReplayable("a descriptor of an address that is no multiple of 16")
         return dataclasses.replace(args, base=base)
     return tuple(_placed(a, values, program) for a in args) if isinstance(args, tuple) else args
+
+
+def _checked(kernel: Any, args: Any) -> Any:
+    """``args``, unless ``kernel`` is for aligned tensors only: traced ones have no address by which it could be chosen."""
+    if getattr(kernel, "aligned_only", False) and not _aligned(args):
+        raise NotReplayable("a kernel for aligned tensors, and an address that is no multiple of 16")
+    return args
+
+
+def _aligned(args: Any) -> bool:
+    if isinstance(args, tuple):
+        return all(map(_aligned, args))
+    return not isinstance(args, Ref) or args.dtype is None or args.aligned
 
 
 _TYPES = {"f": ctypes.c_float, "d": ctypes.c_double, "i": ctypes.c_int32, "l": ctypes.c_int64}

@@ -72,6 +72,7 @@ SPILLS: dict[str, tuple[int, str]] = {
     "matmul": (8, "a small tile of float32 without tensor cores"),
     "cos_grad": (16, "sine with the reduction of large arguments"),
     "group_norm": (8, "32 masked elements a thread; a row that is not held would be read twice"),
+    "layer_norm_grad_weight_bias": (32, "numbers of a program, outside of the loop over rows"),
     "norm_vector_sums_part": (8, "it adds the gradients of a batch's samples, a thousandth of what was read for them"),
 }
 
@@ -498,3 +499,25 @@ def test_spilling_and_shared_memory_are_seen() -> None:
     poor = dataclasses.replace(rows["sm_90"], shared_memory=1)
     found = list(Launch(hog, (1,), (x, x), {"N": 512, "num_warps": 4}).problems(poor))
     assert any("shared memory" in problem for problem in found), found
+
+
+@pytest.mark.parametrize(("rows", "columns", "warps"), [(4096, 16384, 16), (8192, 4096, 16), (32768, 1024, 8)])
+def test_gradients_of_norms_in_gluon_compile(rows: int, columns: int, warps: int) -> None:
+    """Rows in a ring of shared memory, and sums over them in registers."""
+    row = next(row for row in ROWS if row.name == "sm_90")
+    numbers = row.config("rowwise") | dict(ring=3, ring_warps=warps, sums_hold=229376, long_stages=3)
+    row = dataclasses.replace(row, launch={**row.launch, "rowwise": numbers})
+    launches, make = Launches(), Unfilled(BF16)
+    x, w, b = (make(*size).requires_grad_() for size in ((rows, columns), (columns,), (columns,)))
+    _forget_plans()
+    with _launch.capturing(launches), backends.use_arch(row):
+        for out, leaves in (
+            (gemskit.layer_norm(x, (columns,), w, b), (x, w, b)),
+            (gemskit.rms_norm(x, (columns,), w), (x, w)),
+        ):
+            torch.autograd.grad(out, leaves, torch.empty_like(out))
+    _forget_plans()
+    found = [launch for launch in launches.values() if "ACROSS" in launch.meta]
+    assert len(found) == 2 and all(launch.meta["STAGES"] == 3 for launch in found)
+    problems = [f"{launch}: {problem}" for launch in found for problem in launch.problems(row)]
+    assert not problems, "\n".join(problems)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gemskit import _launch
 from gemskit._interpret import interpret
 from gemskit.backends import Arch
 from gemskit.nn.loss import cross_entropy
-from gemskit.nn.norm import fused_add_rms_norm, layer_norm, rms_norm
+from gemskit.nn.norm import LAYER_NORM_GRAD, RMS_NORM_GRAD, fused_add_rms_norm, layer_norm, rms_norm
 from gemskit.nn.softmax import log_softmax, softmax
 
 #: Small, so that rows of hundreds take every path: tiles of 256 and 512, and of 4,096 bytes half is held.
@@ -92,3 +93,44 @@ def test_cross_entropy(n: int) -> None:
     x, t = torch.randn(5, n), torch.tensor([0, n - 1, 7, -100, 255])
     check(lambda x: cross_entropy(x, t), lambda x: F.cross_entropy(x, t), x, tolerance=1e-5)
     assert cross_entropy(x, torch.full((5,), n), reduction="none").isnan().all()
+
+
+#: Rows of several tiles copied ahead by plain Triton, and by Gluon in a ring: one warp a row, or two side by side.
+AHEAD = (
+    dict(sums_max=64, sums_hold=1 << 20, sums_warps=1, long_stages=3),
+    dict(sums_max=64, sums_hold=1 << 20, sums_warps=1, long_stages=3, ring=3, ring_warps=1),
+    dict(sums_max=64, sums_hold=1 << 20, sums_warps=1, long_stages=3, ring=2, ring_warps=2),
+    dict(sums_stages=3, join_tile=4096, join_cols=8),
+)
+
+
+@pytest.mark.parametrize("numbers", AHEAD, ids=("tiles", "ring", "wide", "stages"))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "n"), [(7, 1024), (8, 720), (19, 272), (3, 333)])
+def test_rows_copied_ahead(
+    rows: int, n: int, dtype: torch.dtype, numbers: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Arch.config
+    more = numbers | dict(programs=4)
+    monkeypatch.setattr(Arch, "config", lambda self, d: config(self, d) | (more if d == "rowwise" else {}))
+    for gradient in (LAYER_NORM_GRAD, RMS_NORM_GRAD):
+        for kernel in gradient.together.values():
+            kernel._plans.clear()
+    x, y, w, b = (torch.randn(*s).to(dtype) for s in ((rows, n), (rows, n), (n,), (n,)))
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    with _launch.record() as calls:
+        check(
+            lambda x, w, b: layer_norm(x, (n,), w, b),
+            lambda x, w, b: F.layer_norm(x, (n,), w, b),
+            x, w, b, tolerance=tolerance,
+        )  # fmt: skip
+        # The residual's gradient is one more operand, which the weight's does not see.
+        check(
+            lambda x, y, w: torch.cat(fused_add_rms_norm(x, y, (n,), w)),
+            lambda x, y, w: torch.cat((F.rms_norm(x + y, (n,), w, 1e-5), x + y)),
+            x, y, w, tolerance=2 * tolerance,
+        )  # fmt: skip
+    found = [dict(call.config) for call in calls if "STAGES" in dict(call.config)]
+    assert len(found) == 2
+    # Copies of a ring are of 16 bytes.
+    assert all(("ACROSS" in meta) == ("ring" in numbers and n % 16 == 0) for meta in found)

@@ -76,6 +76,9 @@ DEFAULT: Launch = {
         "split_into": 1024,
     },
     # hold: bytes of a row that stay in registers for each operand, hold_most for all together (0: none is held as it is stored).
+    # Sums over rows: sums_stages less one blocks of rows at once in shared memory (0: in registers). Rows longer than sums_max
+    # are read once up to sums_hold bytes of sums and of a row as it is stored, long_stages of them like sums_stages. ring: most
+    # blocks of rows in shared memory of the kernel in Gluon, which has ring_warps warps (0: the plain one).
     "rowwise": {
         "one_tile_max": 16384,
         "loop_tile": 4096,
@@ -89,6 +92,14 @@ DEFAULT: Launch = {
         "registers": 0,
         "sums_max": 16384,
         "sums_tile": 4096,
+        "sums_stages": 0,
+        "sums_hold": 0,
+        "sums_warps": 16,
+        "long_stages": 0,
+        "ring": 0,
+        "ring_warps": 16,
+        "join_tile": 2048,
+        "join_cols": 32,
         "programs": 256,
     },
     "gemm": {

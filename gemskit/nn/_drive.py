@@ -150,7 +150,7 @@ class RowGradient:
         found.update({n: outs[like[n][1]] for n in elements if n in needs})
         vectors = tuple(n for n in self.folds if n in needs)
         both = self.together.get(vectors) if outs and grad.numel() else None
-        if both is not None and both.fits(math.prod(shape[d] for d in dims), compute):
+        if both is not None and both.fits(named, math.prod(shape[d] for d in dims), compute):
             found.update({n: target(n) for n in vectors})
             both(
                 named, (*outs.values(), *(found[n] for n in vectors)), shape, dims, compute, (0,) * len(outs)

@@ -531,21 +531,20 @@ class Rows(Planned):
             looked = _choice(f"{self.name}_observe", pool, observe, functions)
             stepped = _choice("step", "a, b", step, functions)
             formula = adapter(f"{self.name}_formula", pool, self.formula, expressions, wrap)
-            self._bound[key] = fill(
-                driver,
-                self.name,
-                types,
-                **self._more(pool, expressions),
+            names: dict[str, Any] = dict(
+                OBSERVE=looked,
+                STEP=stepped,
                 COMBINE=_choice("combine", "a", combine, functions),
                 FORMULA=formula,
                 JOIN=fill(_joined, f"{self.name}_joined", OBSERVE=looked, STEP=stepped),
                 FINISH=fill(_finish, f"{self.name}_finish", FORMULA=formula),
             )
+            self._bound[key] = fill(driver, self.name, types, **names, **self._more(pool, expressions, names))
         self._known[asked] = self._bound[key], runtime
         return self._bound[key], runtime
 
-    def _more(self, pool: str, expressions: Mapping[str, str]) -> dict[str, Any]:
-        """What else a driver needs."""
+    def _more(self, pool: str, expressions: Mapping[str, str], names: Mapping[str, Any]) -> dict[str, Any]:
+        """What else a driver needs, beside ``names``."""
         return {}
 
 

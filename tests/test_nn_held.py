@@ -100,7 +100,7 @@ AHEAD = (
     dict(sums_max=64, sums_hold=1 << 20, sums_warps=1, long_stages=3),
     dict(sums_max=64, sums_hold=1 << 20, sums_warps=1, long_stages=3, ring=3, ring_warps=1),
     dict(sums_max=64, sums_hold=1 << 20, sums_warps=1, long_stages=3, ring=2, ring_warps=2),
-    dict(sums_stages=3, join_tile=4096, join_cols=8),
+    dict(sums_stages=3),
 )
 
 

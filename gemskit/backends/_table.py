@@ -98,8 +98,6 @@ DEFAULT: Launch = {
         "long_stages": 0,
         "ring": 0,
         "ring_warps": 16,
-        "join_tile": 2048,
-        "join_cols": 32,
         "programs": 256,
     },
     "gemm": {

@@ -208,8 +208,9 @@ class RowSums(Rows):
         plain = self._plain(named, space, compute, pick)
         ring = self._ring(named, space, compute, pick)
         _, runtime = self._bind(_row_sums, named, space.operands, compute, "tile", space.precise)
-        across = config["join_cols"]
-        again = dict(BM=config["join_tile"] // across, BN=across, num_warps=config["join_tile"] // 512)
+        # H200, 32768x1024: 8 columns a program 67 us in all, 32 columns 72; 4096x16384: 127, 121.
+        across = min(32, max(8, _layout.next_power_of_2(cols // 512)))
+        again = dict(BM=4096 // across, BN=across, num_warps=8)
 
         def run(outs: Sequence[Tensor], named: Named) -> None:
             if not rows:
@@ -243,7 +244,9 @@ class RowSums(Rows):
             # for 75).
             bm = config["sums_tile"] // (1 if bn >= 4096 else 2) // bn
             bm = max(1, min(bm, _layout.next_power_of_2(space.rows)))
-            warps, stages = min(config["warps"], max(1, bm * bn // 512)), config["sums_stages"]
+            warps = min(config["warps"], max(1, bm * bn // 512))
+            # Several rows and two sums leave too few registers for what copies need (32768x1024: 82 us for 72).
+            stages = config["sums_stages"] if bm <= 2 or len(self.sums) == 1 else 0
         # Long rows: two programs do not fit on a processor (H200, 8192x4096: 79 us for 85; 32768x1024: 110 for 84).
         part = self._part(space, bm, config["programs"] // (2 if bn * tiles >= 4096 else 1))
         vectors = tuple(int(a == 1) for a in space.along)
@@ -274,7 +277,8 @@ class RowSums(Rows):
         # Copies of 16 bytes; the compiler knows multiples of 16 elements.
         lines = all(in_col[k] == (1,) and not any(s % 16 for s in in_row[k]) for k in read) and cols % 16 == 0
         zero = all(v == 0 for s in self.statistics["tile"] for v in s.identity)
-        if not config["ring"] or compute != torch.float32 or not lines or not zero or not cols:
+        # Rows that stay in registers are faster there (8192x4096: 61 us, by the ring 105; 4096x16384: 196 us, by the ring 121).
+        if not config["ring"] or not self._long(cols, compute) or compute != torch.float32 or not lines or not zero:
             return None
         # 32 elements of a row a thread, more where there are no more warps.
         side = min(warps, _layout.next_power_of_2(_layout.cdiv(cols, 1024)))

@@ -398,6 +398,7 @@ def run(
 ) -> bool:  # fmt: skip
     """Launch for the gradients that are not None; False, with nothing launched, where ``p`` is no problem for these kernels."""
     from gemskit.nn import _attention_hopper_together as together
+    from gemskit.nn._attention_hopper_together_wide import attention_hopper_grads_together_wide
 
     widths = served(p, grad, out, *(t for t in (to_query, to_key, to_value) if t is not None))
     if widths is None:
@@ -409,15 +410,13 @@ def run(
     if None in whole[64] + whole[32]:
         return False
     small = max(widths) <= 128
-    # The sums of both gradients do not fit into registers together above 128 columns.
-    parts = [(to_key, to_value)] if small else [(to_key, None), (None, to_value)]
     short, rest, *_ = p.numbers
     scale = short + rest
     rows = _layout.cdiv(p.length, ROWS.value)
     numbers = torch.empty((p.batch * p.heads * rows, 2, ROWS.value), dtype=torch.float32, device=grad.device)
     width = p.shape["VALUE"]
     added = None
-    if small and together.wanted(p, config, to_query, to_key, to_value):
+    if together.wanted(p, max(widths), config, to_query, to_key, to_value):
         added = torch.empty((p.batch, p.heads, p.length, e), dtype=torch.float32, device=grad.device)
     launch(
         attention_row_numbers, (numbers.shape[0],),
@@ -428,12 +427,15 @@ def run(
     meta = dict(E=e, EV=ev, HEAD=p.shape["HEAD"], SIDES=p.shape["SIDES"], BOTTOM=p.bottom, num_warps=4)
     causal = p.shape["SIDES"] == 1
     sizes = (p.length, p.size, *p.sides, scale, scale * LOG2E.value)
+    # The sums of both gradients of 128 keys do not fit into registers together above 128 columns, those of 64 keys do.
+    side = SIDE if small or added is None else SIDE // 2
+    parts = [(to_key, to_value)] if small or added is not None else [(to_key, None), (None, to_value)]
     for for_key, for_value in parts:
         if for_key is None and for_value is None:
             continue
         # Where values stay in shared memory too there is room for half as many rows.
         block, stages = (32, 2) if for_value is None and not small else (64, 2)
-        tiles = _layout.cdiv(p.size, SIDE)
+        tiles = _layout.cdiv(p.size, side)
         shares = _shares(p.batch * p.owners * tiles, p.group, config["processors"])
         owners, group = p.owners * shares, p.group // shares
         sums = [t if t is None or shares == 1 else _apart(t, shares) for t in (for_key, for_value)]
@@ -443,14 +445,16 @@ def run(
         inputs: list[Any] = [*whole[block][:2], *whole[64][2:], numbers]
         kernel, extra = attention_hopper_grad_key_value, {}
         if added is not None:
+            inputs[2:] = together.halved(inputs[2]), inputs[3], *together.blocks(numbers, added, 2 if small else 4)
             # Causal, 4096 rows of 128 columns 2.68 ms without and 2.74 with, else 5.19 and 4.68; 64 columns 0.48 and 0.47.
             kernel, extra = together.attention_hopper_grads_together, {"AHEAD": not causal or max(widths) == 64}
-            inputs[2:] = together.halved(inputs[2]), inputs[3], *together.blocks(numbers, added)
+            if not small:
+                kernel, extra = attention_hopper_grads_together_wide, {"AHEAD": True, "HELD": 1 if e == ev else 2}
         launch(
             kernel, (programs,),
             (*inputs, *sums, *map(_strides, sums),
              planes * tiles, tiles, planes, section, owners, group, shares, *sizes),
-            dict(meta, BM=block, BN=SIDE, VALUE=width, STAGES=stages, ORDER=how, **extra),
+            dict(meta, BM=block, BN=side, VALUE=width, STAGES=stages, ORDER=how, **extra),
         )  # fmt: skip
         for t, found in zip((for_key, for_value), sums):
             if t is not None and found is not None and found is not t:

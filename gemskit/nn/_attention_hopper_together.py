@@ -222,10 +222,11 @@ def attention_hopper_grads_together(
 # ---- the host's part -----------------------------------------------------------------------------------------------
 
 
-def wanted(p: Any, config: Mapping[str, int], *gradients: Tensor | None) -> bool:
-    """Whether this kernel is to be taken: for all gradients, where their last bits may differ from run to run."""
+def wanted(p: Any, width: int, config: Mapping[str, int], *gradients: Tensor | None) -> bool:
+    """Whether one kernel is to be taken: for all gradients, where their last bits may differ from run to run."""
     repeatable = p.deterministic or torch.are_deterministic_algorithms_enabled()
-    return bool(config.get("together")) and not repeatable and None not in gradients and add_block is not None
+    served = width <= config.get("together", 0) and add_block is not None
+    return served and not repeatable and None not in gradients
 
 
 def halved(key: Descriptor) -> Descriptor:
@@ -234,10 +235,11 @@ def halved(key: Descriptor) -> Descriptor:
     return replace(key, layout=gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=16, rank=4))
 
 
-def blocks(numbers: Tensor, sums: Tensor) -> tuple[Descriptor, Descriptor]:
-    """Lines of ``numbers``, and of ``sums`` (batch, heads, rows, columns) 64 rows and half of the columns."""
+def blocks(numbers: Tensor, sums: Tensor, parts: int) -> tuple[Descriptor, Descriptor]:
+    """Lines of ``numbers``, and of ``sums`` (batch, heads, rows, columns) 64 rows and one of so many ``parts`` of the columns."""
     found = []
-    for t, block in ((numbers.view(-1, ROWS.value), [1, ROWS.value]), (sums, [1, 1, ROWS.value, sums.shape[3] // 2])):
+    part = [1, 1, ROWS.value, sums.shape[3] // parts]
+    for t, block in ((numbers.view(-1, ROWS.value), [1, ROWS.value]), (sums, part)):
         layout = gl.NVMMASharedLayout.get_default_for(block, gl.float32)
         found.append(Descriptor(t, tuple(t.shape), tuple(t.stride()), tuple(block), layout))
     return found[0], found[1]

@@ -45,19 +45,20 @@ def _load_wide(
         mbarrier.expect(kv_full, BN * (E + EV) * 2)
         block_to_shared(key, [batch, owner // shares, n * BN, 0], kv_full, keys)
         block_to_shared(value, [batch, owner // shares, n * BN, 0], kv_full, values)
-        for j in range(group * count):
-            head, block = owner * group + j // count, first + j % count
-            line = ((batch * (owners * group) + head) * blocks + block) * 2
-            stage, held = i % STAGES, i % HELD
-            mbarrier.wait(q_empty.index(stage), ((i // STAGES) & 1) ^ 1)
-            mbarrier.expect(q_full.index(stage), BM * (E * 2 + 4))
-            block_to_shared(query, [batch, head, block * BM, 0], q_full.index(stage), queries.index(stage))
-            block_to_shared(numbers, [line, 0], q_full.index(stage), lses.index(stage))
-            mbarrier.wait(g_empty.index(held), ((i // HELD) & 1) ^ 1)
-            mbarrier.expect(g_full.index(held), BM * (EV * 2 + 4))
-            block_to_shared(grad, [batch, head, block * BM, 0], g_full.index(held), grads.index(held))
-            block_to_shared(numbers, [line + 1, 0], g_full.index(held), deltas.index(held))
-            i += 1
+        for h in range(group):
+            for j in range(first, first + count):
+                head = owner * group + h
+                line = ((batch * (owners * group) + head) * blocks + j) * 2
+                stage, held = i % STAGES, i % HELD
+                mbarrier.wait(q_empty.index(stage), ((i // STAGES) & 1) ^ 1)
+                mbarrier.expect(q_full.index(stage), BM * (E * 2 + 4))
+                block_to_shared(query, [batch, head, j * BM, 0], q_full.index(stage), queries.index(stage))
+                block_to_shared(numbers, [line, 0], q_full.index(stage), lses.index(stage))
+                mbarrier.wait(g_empty.index(held), ((i // HELD) & 1) ^ 1)
+                mbarrier.expect(g_full.index(held), BM * (EV * 2 + 4))
+                block_to_shared(grad, [batch, head, j * BM, 0], g_full.index(held), grads.index(held))
+                block_to_shared(numbers, [line + 1, 0], g_full.index(held), deltas.index(held))
+                i += 1
 
 
 @gluon.jit
@@ -68,7 +69,7 @@ def _halves(sums, BM: gl.constexpr, COLS: gl.constexpr):
 
 @gluon.jit
 def _sum_values(
-    to_query, to_value, queries, grads, keys, lses, weighed, changes, place,
+    to_query, to_value, queries, grads, keys, lses, factors, place,
     q_full, q_empty, g_full, g_empty, kv_full, kv_empty, sent, changed, value_at,
     tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, VALUE: gl.constexpr,
@@ -106,48 +107,49 @@ def _sum_values(
                 mbarrier.wait(q_full.index(i % STAGES), (i // STAGES) & 1)
             q = queries.index(i % STAGES).reshape([BM, E])
             scores = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
-        for j in range(group * count):
-            stage, held = i % STAGES, i % HELD
-            if not AHEAD:
-                mbarrier.wait(q_full.index(stage), (i // STAGES) & 1)
-                q = queries.index(stage).reshape([BM, E])
-                scores = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(0, deps=(scores,))
-            lse = lses.index(stage).reshape([BM]).load(gl.SliceLayout(0, over))
-            mbarrier.arrive(q_empty.index(stage), count=1)
-            last_head, last_begin = head, begin
-            head, begin = owner * group + j // count, (first + j % count) * BM
-            scores = _seen_from(scores, col, row, start, begin, low, high, BN, BM, SIDES)
-            weights = gl.exp2(scores * factor - lse[None, :]).to(dtype)
-            # Who sent the last changes has read the last weights.
-            mbarrier.wait(changed, (i & 1) ^ 1)
-            weighed.store(weights)
-            mbarrier.arrive(sent, count=1)
-            for_query = warpgroup_mma(
-                changes.index((i + 1) % 2).permute((1, 0)), mine, nothing, use_acc=False, is_async=True
-            )
-            part = gl.convert_layout(weights, gl.DotOperandLayout(0, of_value, k_width=2))
-            mbarrier.wait(g_full.index(held), (i // HELD) & 1)
-            for_value = warpgroup_mma(part, grads.index(held).reshape([BM, EV]), for_value, is_async=True)
-            for_query = warpgroup_mma_wait(1, deps=(for_query,))
-            one, two = _halves(for_query * scale, BM, COLS)
-            _add(to_query, one, place, [batch, last_head, last_begin, 0], BM, COLS // 2)
-            # What has a factor in registers and is in flight into the next step makes ptxas wait after every product.
-            for_value, part = warpgroup_mma_wait(0, deps=(for_value, part))
-            mbarrier.arrive(g_empty.index(held), count=1)
-            if AHEAD:
-                if j + 1 < group * count:
-                    mbarrier.wait(q_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1)
-                # After the last block its result is not used.
-                q = queries.index((i + 1) % STAGES).reshape([BM, E])
-                scores = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
-            _add(to_query, two, place, [batch, last_head, last_begin, COLS // 2], BM, COLS // 2)
-            i += 1
+        for h in range(group):
+            for j in range(first, first + count):
+                stage, held = i % STAGES, i % HELD
+                if not AHEAD:
+                    mbarrier.wait(q_full.index(stage), (i // STAGES) & 1)
+                    q = queries.index(stage).reshape([BM, E])
+                    scores = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
+                scores = warpgroup_mma_wait(0, deps=(scores,))
+                lse = lses.index(stage).reshape([BM]).load(gl.SliceLayout(0, over))
+                mbarrier.arrive(q_empty.index(stage), count=1)
+                last_head, last_begin = head, begin
+                head, begin = owner * group + h, j * BM
+                scores = _seen_from(scores, col, row, start, begin, low, high, BN, BM, SIDES)
+                weights = gl.exp2(scores * factor - lse[None, :]).to(dtype)
+                # Two places in turn: the changes before the last, here before, were multiplied before the last were sent.
+                mbarrier.wait(changed, (i & 1) ^ 1)
+                factors.index(i % 2).store(weights)
+                mbarrier.arrive(sent, count=1)
+                for_query = warpgroup_mma(
+                    factors.index((i + 1) % 2).permute((1, 0)), mine, nothing, use_acc=False, is_async=True
+                )
+                part = gl.convert_layout(weights, gl.DotOperandLayout(0, of_value, k_width=2))
+                mbarrier.wait(g_full.index(held), (i // HELD) & 1)
+                for_value = warpgroup_mma(part, grads.index(held).reshape([BM, EV]), for_value, is_async=True)
+                for_query = warpgroup_mma_wait(1, deps=(for_query,))
+                one, two = _halves(for_query * scale, BM, COLS)
+                _add(to_query, one, place, [batch, last_head, last_begin, 0], BM, COLS // 2)
+                # What has a factor in registers and is in flight into the next step makes ptxas wait after every product.
+                for_value, part = warpgroup_mma_wait(0, deps=(for_value, part))
+                mbarrier.arrive(g_empty.index(held), count=1)
+                if AHEAD:
+                    if (h + 1 < group) | (j + 1 < first + count):
+                        mbarrier.wait(q_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1)
+                    # After the last block its result is not used.
+                    q = queries.index((i + 1) % STAGES).reshape([BM, E])
+                    scores = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
+                _add(to_query, two, place, [batch, last_head, last_begin, COLS // 2], BM, COLS // 2)
+                i += 1
         if AHEAD:
             scores = warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.wait(changed, (i & 1) ^ 1)
         for_query = warpgroup_mma(
-            changes.index((i + 1) % 2).permute((1, 0)), mine, nothing, use_acc=False, is_async=True
+            factors.index((i + 1) % 2).permute((1, 0)), mine, nothing, use_acc=False, is_async=True
         )
         for_query = warpgroup_mma_wait(0, deps=(for_query,))
         mbarrier.arrive(kv_empty, count=1)
@@ -160,7 +162,7 @@ def _sum_values(
 
 @gluon.jit
 def _sum_keys(
-    to_query, to_key, queries, grads, keys, values, deltas, weighed, changes, place,
+    to_query, to_key, queries, grads, keys, values, deltas, factors, place,
     q_full, q_empty, g_full, g_empty, kv_full, kv_empty, sent, changed, key_at,
     tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, HEAD: gl.constexpr,
@@ -183,36 +185,37 @@ def _sum_keys(
         first, count = _rows_of(n * BN, length, low, high, BM, BN, SIDES)
         for_key = gl.zeros([BN, E], gl.float32, of_key)
         mbarrier.wait(kv_full, turn & 1)
-        for j in range(group * count):
-            stage, held = i % STAGES, i % HELD
-            head, begin = owner * group + j // count, (first + j % count) * BM
-            mbarrier.wait(g_full.index(held), (i // HELD) & 1)
-            g = grads.index(held).reshape([BM, EV])
-            slopes = warpgroup_mma(v, g.permute((1, 0)), none, use_acc=False, is_async=True)
-            slopes = warpgroup_mma_wait(0, deps=(slopes,))
-            delta = deltas.index(held).reshape([BM]).load(gl.SliceLayout(0, over))
-            mbarrier.arrive(g_empty.index(held), count=1)
-            mbarrier.wait(sent, i & 1)
-            weights = weighed.load(over).to(gl.float32)
-            change = (weights * (slopes - delta[None, :])).to(keys.dtype)
-            # Two places in turn: with its last weights the first group says that it has multiplied what was in this one.
-            changes.index(i % 2).store(change)
-            fence_async_shared()
-            mbarrier.arrive(changed, count=1)
-            change = gl.convert_layout(change, gl.DotOperandLayout(0, of_key, k_width=2))
-            mbarrier.wait(changed, i & 1)
-            mbarrier.wait(q_full.index(stage), (i // STAGES) & 1)
-            for_query = warpgroup_mma(
-                changes.index(i % 2).permute((1, 0)), mine, nothing, use_acc=False, is_async=True
-            )
-            for_key = warpgroup_mma(change, queries.index(stage).reshape([BM, E]), for_key, is_async=True)
-            for_query = warpgroup_mma_wait(1, deps=(for_query,))
-            one, two = _halves(for_query * scale, BM, COLS)
-            _add(to_query, one, place, [batch, head, begin, COLS], BM, COLS // 2)
-            for_key, change = warpgroup_mma_wait(0, deps=(for_key, change))
-            mbarrier.arrive(q_empty.index(stage), count=1)
-            _add(to_query, two, place, [batch, head, begin, COLS + COLS // 2], BM, COLS // 2)
-            i += 1
+        for h in range(group):
+            for j in range(first, first + count):
+                stage, held = i % STAGES, i % HELD
+                head, begin = owner * group + h, j * BM
+                mbarrier.wait(g_full.index(held), (i // HELD) & 1)
+                g = grads.index(held).reshape([BM, EV])
+                slopes = warpgroup_mma(v, g.permute((1, 0)), none, use_acc=False, is_async=True)
+                slopes = warpgroup_mma_wait(0, deps=(slopes,))
+                delta = deltas.index(held).reshape([BM]).load(gl.SliceLayout(0, over))
+                mbarrier.arrive(g_empty.index(held), count=1)
+                mbarrier.wait(sent, i & 1)
+                weights = factors.index(i % 2).load(over).to(gl.float32)
+                change = (weights * (slopes - delta[None, :])).to(keys.dtype)
+                # In place of the weights.
+                factors.index(i % 2).store(change)
+                fence_async_shared()
+                mbarrier.arrive(changed, count=1)
+                change = gl.convert_layout(change, gl.DotOperandLayout(0, of_key, k_width=2))
+                mbarrier.wait(changed, i & 1)
+                mbarrier.wait(q_full.index(stage), (i // STAGES) & 1)
+                for_query = warpgroup_mma(
+                    factors.index(i % 2).permute((1, 0)), mine, nothing, use_acc=False, is_async=True
+                )
+                for_key = warpgroup_mma(change, queries.index(stage).reshape([BM, E]), for_key, is_async=True)
+                for_query = warpgroup_mma_wait(1, deps=(for_query,))
+                one, two = _halves(for_query * scale, BM, COLS)
+                _add(to_query, one, place, [batch, head, begin, COLS], BM, COLS // 2)
+                for_key, change = warpgroup_mma_wait(0, deps=(for_key, change))
+                mbarrier.arrive(q_empty.index(stage), count=1)
+                _add(to_query, two, place, [batch, head, begin, COLS + COLS // 2], BM, COLS // 2)
+                i += 1
         mbarrier.arrive(kv_empty, count=1)
         _put(for_key * scale, to_key, batch, owner, n * BN, size, key_at, BN, E, HEAD)
     tma.store_wait(0)
@@ -237,8 +240,7 @@ def attention_hopper_grads_together_wide(
     lses = gl.allocate_shared_memory(numbers.dtype, [STAGES] + numbers.block_type.shape, numbers.layout)
     deltas = gl.allocate_shared_memory(numbers.dtype, [HELD] + numbers.block_type.shape, numbers.layout)
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, BM], key.dtype)
-    weighed = gl.allocate_shared_memory(key.dtype, [BN, BM], layout)
-    changes = gl.allocate_shared_memory(key.dtype, [2, BN, BM], layout)
+    factors = gl.allocate_shared_memory(key.dtype, [2, BN, BM], layout)
     sums = gl.allocate_shared_memory(to_query.dtype, [2] + to_query.block_type.shape, to_query.layout)
     q_full, q_empty = barriers(STAGES, 1), barriers(STAGES, 2)
     g_full, g_empty = barriers(HELD, 1), barriers(HELD, 2)
@@ -246,11 +248,11 @@ def attention_hopper_grads_together_wide(
     sent, changed = barriers(1, 1).index(0), barriers(1, 1).index(0)
     fence_async_shared()
     gl.warp_specialize([
-        (_sum_values, (to_query, to_value, queries, grads, keys, lses, weighed, changes, sums.index(0),
+        (_sum_values, (to_query, to_value, queries, grads, keys, lses, factors, sums.index(0),
                        q_full, q_empty, g_full, g_empty, kv_full, kv_empty, sent, changed, value_at,
                        tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale, factor,
                        BM, BN, E, EV, VALUE, STAGES, HELD, SIDES, BOTTOM, ORDER, AHEAD)),
-        (_sum_keys, (to_query, to_key, queries, grads, keys, values, deltas, weighed, changes, sums.index(1),
+        (_sum_keys, (to_query, to_key, queries, grads, keys, values, deltas, factors, sums.index(1),
                      q_full, q_empty, g_full, g_empty, kv_full, kv_empty, sent, changed, key_at,
                      tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale,
                      BM, BN, E, EV, HEAD, STAGES, HELD, SIDES, BOTTOM, ORDER)),

@@ -119,11 +119,16 @@ def _load_rows(
 
 @gluon.jit
 def _seen_from(
-    scores, col, row, start, begin, low, high, HALF: gl.constexpr, BM: gl.constexpr, SIDES: gl.constexpr
+    scores, col, row, start, begin, size, low, high, HALF: gl.constexpr, BM: gl.constexpr, SIDES: gl.constexpr
 ):  # fmt: skip
-    """Scores of keys from ``start`` on (down) and rows from ``begin`` on (across), -inf where a row does not see a key."""
-    if SIDES != 0:
+    """Scores of keys from ``start`` on (down) and rows from ``begin`` on (across), -inf where a row does not see a key.
+
+    Keys from ``size`` on, if given, are not seen: they are zeros, but a weight of theirs may be inf, and inf x 0 is NaN.
+    """
+    if SIDES != 0 or size is not None:
         edge = start < 0
+        if size is not None:
+            edge = start + HALF > size
         if SIDES % 2 == 1:
             edge = edge | (start + HALF - 1 > begin + high)
         if SIDES >= 2:
@@ -131,6 +136,8 @@ def _seen_from(
         if edge:
             place = (begin + row)[None, :]
             seen = place >= 0
+            if size is not None:
+                seen = seen & (col[:, None] < size)
             if SIDES % 2 == 1:
                 seen = seen & (col[:, None] <= place + high)
             if SIDES >= 2:
@@ -187,7 +194,7 @@ def _sum_rows(
                 scores = warpgroup_mma_wait(1, deps=(scores,))
             else:
                 scores = warpgroup_mma_wait(0, deps=(scores,))
-            scores = _seen_from(scores, col, row, start, begin, low, high, HALF, BM, SIDES)
+            scores = _seen_from(scores, col, row, start, begin, None, low, high, HALF, BM, SIDES)
             weights = gl.exp2(scores * factor - lse[None, :])
             if VALUES:
                 part = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, of_value, k_width=2))

@@ -133,7 +133,7 @@ def _sum_all(
                     scores = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
                     slopes = warpgroup_mma(v, g.permute((1, 0)), none, use_acc=False, is_async=True)
                     scores = warpgroup_mma_wait(1, deps=(scores,))
-                scores = _seen_from(scores, col, row, start, begin, low, high, HALF, BM, SIDES)
+                scores = _seen_from(scores, col, row, start, begin, size, low, high, HALF, BM, SIDES)
                 lse = pairs.index(2 * stage).reshape([BM]).load(gl.SliceLayout(0, over))
                 weights = gl.exp2(scores * factor - lse[None, :])
                 part = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, of_value, k_width=2))

@@ -119,7 +119,7 @@ def _sum_values(
                 mbarrier.arrive(q_empty.index(stage), count=1)
                 last_head, last_begin = head, begin
                 head, begin = owner * group + h, j * BM
-                scores = _seen_from(scores, col, row, start, begin, low, high, BN, BM, SIDES)
+                scores = _seen_from(scores, col, row, start, begin, size, low, high, BN, BM, SIDES)
                 weights = gl.exp2(scores * factor - lse[None, :]).to(dtype)
                 # Two places in turn: the changes before the last, here before, were multiplied before the last were sent.
                 mbarrier.wait(changed, (i & 1) ^ 1)

@@ -456,7 +456,9 @@ def run(
             # Causal, 4096 rows of 128 columns 2.68 ms without and 2.74 with, else 5.19 and 4.68; 64 columns 0.48 and 0.47.
             kernel, extra = together.attention_hopper_grads_together, {"AHEAD": not causal or max(widths) == 64}
             if not small:
-                kernel, extra = attention_hopper_grads_together_wide, {"AHEAD": True, "HELD": 1 if e == ev else 2}
+                # HELD: above 384 columns of both there is room for one block of gradients.
+                kernel, extra = attention_hopper_grads_together_wide, {"HELD": 1 if e == ev else 2}
+                extra |= {"AHEAD": True, "HALVES": True}
         launch(
             kernel, (programs,),
             (*inputs, *sums, *map(_strides, sums),

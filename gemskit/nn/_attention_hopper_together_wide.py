@@ -1,9 +1,9 @@
 """All gradients of attention above head size 128 on Hopper's tensor cores by one kernel in Gluon, in five products.
 
-As :mod:`gemskit.nn._attention_hopper_together`, but sums of 64 keys and of as many values, of 256 columns each, take all registers
-of the two groups that multiply. So each group has one of the two sums. The first makes weights of scores, which are its factors in
-registers, and sends them to the second, which makes changes of the scores, its own factors, and sends those. Each then multiplies
-the changes by half of the columns of the keys; the first does so one block later, while the second changes the next scores.
+As :mod:`gemskit.nn._attention_hopper_together`, but sums for 64 keys and as many values, of 256 columns each, are all that fits
+into registers, so each of the two groups that multiply has one of them. The first makes weights of scores, its factors in registers,
+and sends them to the second, which makes changes of scores of them, its own factors, and sends those back in their place. Each
+multiplies the changes by half of the columns of the keys: the first a block later, while the second makes the next changes.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _sum_values(
     tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, VALUE: gl.constexpr,
     STAGES: gl.constexpr, HELD: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
-    AHEAD: gl.constexpr,
+    AHEAD: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
     """Four warps with weights, the sum of values, and the left half of the columns of queries' gradients.
 
@@ -84,13 +84,18 @@ def _sum_values(
     over: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
     of_value: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, EV, 16])
     of_query: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLS, 16])
+    of_half: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLS // 2, 16]
+    )
     dtype: gl.constexpr = keys.dtype
     _, low, high = window(size, length, left, right, SIDES, BOTTOM)
     row = gl.arange(0, BM, gl.SliceLayout(0, over))
     none = gl.zeros([BN, BM], gl.float32, over)
     nothing = gl.zeros([BM, COLS], gl.float32, of_query)
+    quarter = gl.zeros([BM, COLS // 2], gl.float32, of_half)
     k = keys.reshape([BN, E])
     mine = k.slice(0, COLS, dim=1)
+    left_half, right_half = mine.slice(0, COLS // 2, dim=1), mine.slice(COLS // 2, COLS // 2, dim=1)
     i = 0
     for turn in range(number_of_tiles(tiles, ORDER)):
         plane, n = tile_of(turn, tiles, tiles_n, planes, section, False, ORDER)
@@ -99,7 +104,7 @@ def _sum_values(
         start = n * BN
         col = start + gl.arange(0, BN, gl.SliceLayout(1, over))
         for_value = gl.zeros([BN, EV], gl.float32, of_value)
-        # Before the first block the last changes, of another tile, are multiplied once more and added behind the last row: nowhere.
+        # Before its first block a tile multiplies the last changes of the one before once more, and adds that behind all rows.
         head, begin = owner * group, length
         mbarrier.wait(kv_full, turn & 1)
         if AHEAD:
@@ -121,29 +126,41 @@ def _sum_values(
                 head, begin = owner * group + h, j * BM
                 scores = _seen_from(scores, col, row, start, begin, size, low, high, BN, BM, SIDES)
                 weights = gl.exp2(scores * factor - lse[None, :]).to(dtype)
-                # Two places in turn: the changes before the last, here before, were multiplied before the last were sent.
+                # Two places in turn: when the last changes come, the ones before, which lie here, were multiplied by both.
                 mbarrier.wait(changed, (i & 1) ^ 1)
                 factors.index(i % 2).store(weights)
                 mbarrier.arrive(sent, count=1)
-                for_query = warpgroup_mma(
-                    factors.index((i + 1) % 2).permute((1, 0)), mine, nothing, use_acc=False, is_async=True
-                )
+                last = factors.index((i + 1) % 2).permute((1, 0))
+                if HALVES:
+                    one = warpgroup_mma(last, left_half, quarter, use_acc=False, is_async=True)
+                else:
+                    for_query = warpgroup_mma(last, mine, nothing, use_acc=False, is_async=True)
                 part = gl.convert_layout(weights, gl.DotOperandLayout(0, of_value, k_width=2))
                 mbarrier.wait(g_full.index(held), (i // HELD) & 1)
                 for_value = warpgroup_mma(part, grads.index(held).reshape([BM, EV]), for_value, is_async=True)
-                for_query = warpgroup_mma_wait(1, deps=(for_query,))
-                one, two = _halves(for_query * scale, BM, COLS)
-                _add(to_query, one, place, [batch, last_head, last_begin, 0], BM, COLS // 2)
+                if HALVES:
+                    one = warpgroup_mma_wait(1, deps=(one,))
+                else:
+                    for_query = warpgroup_mma_wait(1, deps=(for_query,))
+                    one, two = _halves(for_query, BM, COLS)
+                _add(to_query, one * scale, place, [batch, last_head, last_begin, 0], BM, COLS // 2)
                 # What has a factor in registers and is in flight into the next step makes ptxas wait after every product.
                 for_value, part = warpgroup_mma_wait(0, deps=(for_value, part))
                 mbarrier.arrive(g_empty.index(held), count=1)
+                if HALVES:
+                    two = warpgroup_mma(last, right_half, quarter, use_acc=False, is_async=True)
                 if AHEAD:
                     if (h + 1 < group) | (j + 1 < first + count):
                         mbarrier.wait(q_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1)
                     # After the last block its result is not used.
                     q = queries.index((i + 1) % STAGES).reshape([BM, E])
                     scores = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
-                _add(to_query, two, place, [batch, last_head, last_begin, COLS // 2], BM, COLS // 2)
+                if HALVES:
+                    if AHEAD:
+                        two = warpgroup_mma_wait(1, deps=(two,))
+                    else:
+                        two = warpgroup_mma_wait(0, deps=(two,))
+                _add(to_query, two * scale, place, [batch, last_head, last_begin, COLS // 2], BM, COLS // 2)
                 i += 1
         if AHEAD:
             scores = warpgroup_mma_wait(0, deps=(scores,))
@@ -167,17 +184,23 @@ def _sum_keys(
     tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, HEAD: gl.constexpr,
     STAGES: gl.constexpr, HELD: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
+    HALVES: gl.constexpr,
 ):  # fmt: skip
     """Four warps with changes of scores, the sum of keys, and the right half of the columns of queries' gradients."""
     COLS: gl.constexpr = E // 2
     over: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
     of_key: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, E, 16])
     of_query: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLS, 16])
+    of_half: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLS // 2, 16]
+    )
     _, low, high = window(size, length, left, right, SIDES, BOTTOM)
     none = gl.zeros([BN, BM], gl.float32, over)
     nothing = gl.zeros([BM, COLS], gl.float32, of_query)
+    quarter = gl.zeros([BM, COLS // 2], gl.float32, of_half)
     v = values.reshape([BN, EV])
     mine = keys.reshape([BN, E]).slice(COLS, COLS, dim=1)
+    left_half, right_half = mine.slice(0, COLS // 2, dim=1), mine.slice(COLS // 2, COLS // 2, dim=1)
     i = 0
     for turn in range(number_of_tiles(tiles, ORDER)):
         plane, n = tile_of(turn, tiles, tiles_n, planes, section, False, ORDER)
@@ -205,16 +228,25 @@ def _sum_keys(
                 change = gl.convert_layout(change, gl.DotOperandLayout(0, of_key, k_width=2))
                 mbarrier.wait(changed, i & 1)
                 mbarrier.wait(q_full.index(stage), (i // STAGES) & 1)
-                for_query = warpgroup_mma(
-                    factors.index(i % 2).permute((1, 0)), mine, nothing, use_acc=False, is_async=True
-                )
+                changes = factors.index(i % 2).permute((1, 0))
+                if HALVES:
+                    one = warpgroup_mma(changes, left_half, quarter, use_acc=False, is_async=True)
+                else:
+                    for_query = warpgroup_mma(changes, mine, nothing, use_acc=False, is_async=True)
                 for_key = warpgroup_mma(change, queries.index(stage).reshape([BM, E]), for_key, is_async=True)
-                for_query = warpgroup_mma_wait(1, deps=(for_query,))
-                one, two = _halves(for_query * scale, BM, COLS)
-                _add(to_query, one, place, [batch, head, begin, COLS], BM, COLS // 2)
-                for_key, change = warpgroup_mma_wait(0, deps=(for_key, change))
+                if HALVES:
+                    one = warpgroup_mma_wait(1, deps=(one,))
+                else:
+                    for_query = warpgroup_mma_wait(1, deps=(for_query,))
+                    one, two = _halves(for_query, BM, COLS)
+                _add(to_query, one * scale, place, [batch, head, begin, COLS], BM, COLS // 2)
+                if HALVES:
+                    two = warpgroup_mma(changes, right_half, quarter, use_acc=False, is_async=True)
+                    for_key, change, two = warpgroup_mma_wait(0, deps=(for_key, change, two))
+                else:
+                    for_key, change = warpgroup_mma_wait(0, deps=(for_key, change))
                 mbarrier.arrive(q_empty.index(stage), count=1)
-                _add(to_query, two, place, [batch, head, begin, COLS + COLS // 2], BM, COLS // 2)
+                _add(to_query, two * scale, place, [batch, head, begin, COLS + COLS // 2], BM, COLS // 2)
                 i += 1
         mbarrier.arrive(kv_empty, count=1)
         _put(for_key * scale, to_key, batch, owner, n * BN, size, key_at, BN, E, HEAD)
@@ -227,7 +259,7 @@ def attention_hopper_grads_together_wide(
     tiles, tiles_n, planes, section, owners, group, shares, length, size, left, right, scale, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, HEAD: gl.constexpr, VALUE: gl.constexpr,
     STAGES: gl.constexpr, HELD: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
-    AHEAD: gl.constexpr, num_warps: gl.constexpr,
+    AHEAD: gl.constexpr, HALVES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """A tile of BN keys and values a turn, and blocks of BM rows of all heads that share them, whose gradients it adds to.
 
@@ -251,11 +283,11 @@ def attention_hopper_grads_together_wide(
         (_sum_values, (to_query, to_value, queries, grads, keys, lses, factors, sums.index(0),
                        q_full, q_empty, g_full, g_empty, kv_full, kv_empty, sent, changed, value_at,
                        tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale, factor,
-                       BM, BN, E, EV, VALUE, STAGES, HELD, SIDES, BOTTOM, ORDER, AHEAD)),
+                       BM, BN, E, EV, VALUE, STAGES, HELD, SIDES, BOTTOM, ORDER, AHEAD, HALVES)),
         (_sum_keys, (to_query, to_key, queries, grads, keys, values, deltas, factors, sums.index(1),
                      q_full, q_empty, g_full, g_empty, kv_full, kv_empty, sent, changed, key_at,
                      tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale,
-                     BM, BN, E, EV, HEAD, STAGES, HELD, SIDES, BOTTOM, ORDER)),
+                     BM, BN, E, EV, HEAD, STAGES, HELD, SIDES, BOTTOM, ORDER, HALVES)),
         (_load_wide, (query, grad, key, value, numbers, queries, grads, keys, values, lses, deltas,
                       q_full, q_empty, g_full, g_empty, kv_full, kv_empty,
                       tiles, tiles_n, planes, section, owners, group, shares, length, size, left, right,

@@ -72,14 +72,19 @@ def attention_row_numbers(
 
 
 @gluon.jit
-def _rows_of(start, length, low, high, BM: gl.constexpr, BN: gl.constexpr, SIDES: gl.constexpr):
-    """The first block of BM rows that sees any of the keys from ``start`` on, and how many do."""
+def _tile_of_keys(
+    turn, tiles, tiles_n, planes, section, owners, length, size, left, right,
+    BM: gl.constexpr, BN: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
+):  # fmt: skip
+    """Batch, owner and keys of the tile of this ``turn``; the first block of BM rows that sees any of them, and how many do."""
+    _, low, high = window(size, length, left, right, SIDES, BOTTOM)
+    plane, n = tile_of(turn, tiles, tiles_n, planes, section, False, ORDER)
     first, last = 0, length
     if SIDES % 2 == 1:
-        first = max(start - high, 0) // BM
+        first = max(n * BN - high, 0) // BM
     if SIDES >= 2:
-        last = max(min(length, start + BN - low), 0)
-    return first, max(gl.cdiv(last, BM) - first, 0)
+        last = max(min(length, n * BN + BN - low), 0)
+    return plane // owners, plane % owners, n, first, max(gl.cdiv(last, BM) - first, 0)
 
 
 @gluon.jit
@@ -94,12 +99,11 @@ def _load_rows(
     Heads that share keys may come in ``shares``, each an owner of its own with a sum of its own.
     """
     HALF: gl.constexpr = BN // 2
-    _, low, high = window(size, length, left, right, SIDES, BOTTOM)
     i = 0
     for turn in range(number_of_tiles(tiles, ORDER)):
-        plane, n = tile_of(turn, tiles, tiles_n, planes, section, False, ORDER)
-        batch, owner = plane // owners, plane % owners
-        first, count = _rows_of(n * BN, length, low, high, BM, BN, SIDES)
+        batch, owner, n, first, count = _tile_of_keys(
+            turn, tiles, tiles_n, planes, section, owners, length, size, left, right, BM, BN, SIDES, BOTTOM, ORDER
+        )
         mbarrier.wait(kv_empty, (turn & 1) ^ 1)
         mbarrier.expect(kv_full, BN * ((E + EV) if KEYS else E) * 2)
         for half in gl.static_range(2):
@@ -167,9 +171,9 @@ def _sum_rows(
     none = gl.zeros([HALF, BM], gl.float32, over)
     i = 0
     for turn in range(number_of_tiles(tiles, ORDER)):
-        plane, n = tile_of(turn, tiles, tiles_n, planes, section, False, ORDER)
-        batch, owner = plane // owners, plane % owners
-        first, count = _rows_of(n * BN, length, low, high, BM, BN, SIDES)
+        batch, owner, n, first, count = _tile_of_keys(
+            turn, tiles, tiles_n, planes, section, owners, length, size, left, right, BM, BN, SIDES, BOTTOM, ORDER
+        )
         start = n * BN + half * HALF
         col = start + gl.arange(0, HALF, gl.SliceLayout(1, over))
         mbarrier.wait(kv_full, turn & 1)

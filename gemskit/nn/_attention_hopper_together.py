@@ -26,9 +26,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from gemskit._block_add import add_block
 from gemskit._tensor_map import Descriptor
 from gemskit.blas._hopper import barriers, block_to_shared
-from gemskit.nn._attention_hopper_grads import ROWS, _put, _rows_of, _seen_from
+from gemskit.nn._attention_hopper_grads import ROWS, _put, _seen_from, _tile_of_keys
 from gemskit.nn._attention_tiles import window
-from gemskit.nn._hopper_order import number_of_tiles, tile_of
+from gemskit.nn._hopper_order import number_of_tiles
 
 
 @gluon.jit
@@ -40,13 +40,12 @@ def _load_all(
 ):  # fmt: skip
     """The warp that loads: once keys and values, then blocks of rows with their numbers of every head that shares them."""
     HALF: gl.constexpr = BN // 2
-    _, low, high = window(size, length, left, right, SIDES, BOTTOM)
     blocks = gl.cdiv(length, BM)
     i = 0
     for turn in range(number_of_tiles(tiles, ORDER)):
-        plane, n = tile_of(turn, tiles, tiles_n, planes, section, False, ORDER)
-        batch, owner = plane // owners, plane % owners
-        first, count = _rows_of(n * BN, length, low, high, BM, BN, SIDES)
+        batch, owner, n, first, count = _tile_of_keys(
+            turn, tiles, tiles_n, planes, section, owners, length, size, left, right, BM, BN, SIDES, BOTTOM, ORDER
+        )
         mbarrier.wait(kv_empty, (turn & 1) ^ 1)
         mbarrier.expect(kv_full, BN * (E + EV) * 2)
         for half in gl.static_range(2):
@@ -104,9 +103,9 @@ def _sum_all(
     mine = sums.index(half)
     i = 0
     for turn in range(number_of_tiles(tiles, ORDER)):
-        plane, n = tile_of(turn, tiles, tiles_n, planes, section, False, ORDER)
-        batch, owner = plane // owners, plane % owners
-        first, count = _rows_of(n * BN, length, low, high, BM, BN, SIDES)
+        batch, owner, n, first, count = _tile_of_keys(
+            turn, tiles, tiles_n, planes, section, owners, length, size, left, right, BM, BN, SIDES, BOTTOM, ORDER
+        )
         start = n * BN + half * HALF
         col = start + gl.arange(0, HALF, gl.SliceLayout(1, over))
         k, v = keys.index(half).reshape([HALF, E]), values.index(half).reshape([HALF, EV])

@@ -1,9 +1,9 @@
 """All gradients of attention above head size 128 on Hopper's tensor cores by one kernel in Gluon, in five products.
 
 As :mod:`gemskit.nn._attention_hopper_together`, but sums for 64 keys and as many values, of 256 columns each, are all that fits
-into registers, so each of the two groups that multiply has one of them. The first makes weights of scores, its factors in registers,
-and sends them to the second, which makes changes of scores of them, its own factors, and sends those back in their place. Each
-multiplies the changes by half of the columns of the keys: the first a block later, while the second makes the next changes.
+into registers, so each of the two groups that multiply has one of them. The first makes weights of scores, its factors in
+registers, and sends them to the second, which makes changes of scores of them, its own factors, and sends those back in their
+place. Each multiplies the changes by half of the columns of the keys: the first a block later, while the second makes the next.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from gemskit.blas._hopper import barriers, block_to_shared
-from gemskit.nn._attention_hopper_grads import _put, _rows_of, _seen_from
+from gemskit.nn._attention_hopper_grads import _put, _seen_from, _tile_of_keys
 from gemskit.nn._attention_hopper_together import _add
 from gemskit.nn._attention_tiles import window
-from gemskit.nn._hopper_order import number_of_tiles, tile_of
+from gemskit.nn._hopper_order import number_of_tiles
 
 
 @gluon.jit
@@ -34,13 +34,12 @@ def _load_wide(
     SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads: once keys and values, then queries with their lse, and gradients with their delta."""
-    _, low, high = window(size, length, left, right, SIDES, BOTTOM)
     blocks = gl.cdiv(length, BM)
     i = 0
     for turn in range(number_of_tiles(tiles, ORDER)):
-        plane, n = tile_of(turn, tiles, tiles_n, planes, section, False, ORDER)
-        batch, owner = plane // owners, plane % owners
-        first, count = _rows_of(n * BN, length, low, high, BM, BN, SIDES)
+        batch, owner, n, first, count = _tile_of_keys(
+            turn, tiles, tiles_n, planes, section, owners, length, size, left, right, BM, BN, SIDES, BOTTOM, ORDER
+        )
         mbarrier.wait(kv_empty, (turn & 1) ^ 1)
         mbarrier.expect(kv_full, BN * (E + EV) * 2)
         block_to_shared(key, [batch, owner // shares, n * BN, 0], kv_full, keys)
@@ -98,9 +97,9 @@ def _sum_values(
     left_half, right_half = mine.slice(0, COLS // 2, dim=1), mine.slice(COLS // 2, COLS // 2, dim=1)
     i = 0
     for turn in range(number_of_tiles(tiles, ORDER)):
-        plane, n = tile_of(turn, tiles, tiles_n, planes, section, False, ORDER)
-        batch, owner = plane // owners, plane % owners
-        first, count = _rows_of(n * BN, length, low, high, BM, BN, SIDES)
+        batch, owner, n, first, count = _tile_of_keys(
+            turn, tiles, tiles_n, planes, section, owners, length, size, left, right, BM, BN, SIDES, BOTTOM, ORDER
+        )
         start = n * BN
         col = start + gl.arange(0, BN, gl.SliceLayout(1, over))
         for_value = gl.zeros([BN, EV], gl.float32, of_value)
@@ -194,7 +193,6 @@ def _sum_keys(
     of_half: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLS // 2, 16]
     )
-    _, low, high = window(size, length, left, right, SIDES, BOTTOM)
     none = gl.zeros([BN, BM], gl.float32, over)
     nothing = gl.zeros([BM, COLS], gl.float32, of_query)
     quarter = gl.zeros([BM, COLS // 2], gl.float32, of_half)
@@ -203,9 +201,9 @@ def _sum_keys(
     left_half, right_half = mine.slice(0, COLS // 2, dim=1), mine.slice(COLS // 2, COLS // 2, dim=1)
     i = 0
     for turn in range(number_of_tiles(tiles, ORDER)):
-        plane, n = tile_of(turn, tiles, tiles_n, planes, section, False, ORDER)
-        batch, owner = plane // owners, plane % owners
-        first, count = _rows_of(n * BN, length, low, high, BM, BN, SIDES)
+        batch, owner, n, first, count = _tile_of_keys(
+            turn, tiles, tiles_n, planes, section, owners, length, size, left, right, BM, BN, SIDES, BOTTOM, ORDER
+        )
         for_key = gl.zeros([BN, E], gl.float32, of_key)
         mbarrier.wait(kv_full, turn & 1)
         for h in range(group):

@@ -454,15 +454,16 @@ def run(
         section = sections(planes, p.length * group, e + ev, 1)
         programs, how = order(planes, tiles, section, config["processors"], causal)
         inputs: list[Any] = [*whole[block][:2], *whole[64][2:], numbers]
-        kernel, extra = attention_hopper_grad_key_value, {}
+        kernel = attention_hopper_grad_key_value
+        extra: dict[str, int] = {}
         if added is not None:
             inputs[2:] = together.halved(inputs[2]), inputs[3], *together.blocks(numbers, added, 2 if small else 4)
             # Causal, 4096 rows of 128 columns 2.68 ms without and 2.74 with, else 5.19 and 4.68; 64 columns 0.48 and 0.47.
             kernel, extra = together.attention_hopper_grads_together, {"AHEAD": not causal or max(widths) == 64}
             if not small:
                 # HELD: above 384 columns of both there is room for one block of gradients.
-                kernel, extra = attention_hopper_grads_together_wide, {"HELD": 1 if e == ev else 2}
-                extra |= {"AHEAD": True, "HALVES": True}
+                kernel, extra = attention_hopper_grads_together_wide, {"AHEAD": True, "HALVES": True}
+                extra |= {"HELD": 1 if e == ev else 2}
         launch(
             kernel, (programs,),
             (*inputs, *sums, *map(_strides, sums),

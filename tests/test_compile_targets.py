@@ -69,6 +69,10 @@ SPILLS: dict[str, tuple[int, str]] = {
         244,
         "head size 128: numbers of a tile, and 8 in the loop over rows where the next scores come first",
     ),
+    "attention_hopper_grads_together_wide": (
+        512,
+        "head size 256: numbers of a tile, and addresses in the loop over rows; 3.6 spills 92 bytes, 3.9 290",
+    ),
     "matmul": (8, "a small tile of float32 without tensor cores"),
     "cos_grad": (16, "sine with the reduction of large arguments"),
     "group_norm": (8, "32 masked elements a thread; a row that is not held would be read twice"),
@@ -323,7 +327,7 @@ def test_epilogues_compile(name: str) -> None:
     assert launches and not problems, "\n".join(problems)
 
 
-@pytest.mark.parametrize(("columns", "together"), [(128, 0), (256, 0), (64, 1), (128, 1)])
+@pytest.mark.parametrize(("columns", "together"), [(128, 0), (256, 0), (64, 256), (128, 256), (256, 256)])
 def test_attention_for_hopper_compiles(columns: int, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only 256 columns may spill."""
     if columns <= 128:

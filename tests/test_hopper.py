@@ -285,6 +285,11 @@ ATTENTION = [
     (1, 2, 2, 400, 400, 64, 64, dict(right=0, left=70)),
     (1, 1, 1, 130, 500, 32, 32, dict(right=40, left=30)),
     (1, 1, 1, 140, 140, 256, 256, dict(right=0)),
+    (1, 2, 1, 200, 270, 192, 192, {}),
+    (2, 2, 2, 130, 200, 256, 256, dict(right=0, shift=70)),
+    (1, 2, 2, 300, 130, 192, 128, dict(right=0, shift=-170)),
+    (1, 1, 1, 140, 300, 64, 256, dict(right=40, left=30)),
+    (1, 6, 1, 140, 140, 256, 256, dict(right=0)),
     (1, 4, 4, 300, 300, 64, 64, dict(right=0)),  # tiles in pairs
     (1, 6, 1, 140, 140, 64, 80, dict(right=0)),  # gradients of keys in shares
 ]
@@ -320,7 +325,7 @@ def test_attention(
 
 
 @WALK
-@pytest.mark.parametrize("together", [0, 1])
+@pytest.mark.parametrize("together", [0, 256])
 def test_attention_gradients(
     batch: int, heads: int, owners: int, rows: int, keys: int, size: int, width: int, how: dict[str, int],
     together: int, monkeypatch: pytest.MonkeyPatch,
@@ -400,7 +405,7 @@ def test_attention_operators_take_it(attending: list[Any]) -> None:
 def test_gradients_together_only_where_they_need_not_be_repeatable(
     given: str, attending: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _on_hopper(monkeypatch, together=1)
+    _on_hopper(monkeypatch, together=128)
     q, k, v = (halves(1, 70, 2, 64) for _ in range(3))
     leaves = [t.requires_grad_() for t in ((q, k) if given == "two gradients" else (q, k, v))]
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: given == "setting")

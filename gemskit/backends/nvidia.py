@@ -14,10 +14,12 @@ NO_E4M3 = FNUZ | {"float8_e4m3fn"}
 # of that backward. "wide" are the warps of the backward above head size 128.
 # Products of halves: gemskit/blas/_hopper.py.
 HOPPER = {
-    # wgmma 1 takes the kernels in Gluon; up to head size turns their groups issue products in turns. together 1: all gradients by
-    # one kernel (nn/_attention_hopper_together.py), not bitwise repeatable; 0: by two. whole are the keys of a block where one
-    # program reads all of a sequence.
-    "attention": dict(m=64, n=64, warps=4, wide=8, stages=3, wgmma=1, turns=64, together=1, processors=132, whole=128),
+    # wgmma 1 takes the kernels in Gluon; up to head size turns their groups issue products in turns. Up to head size together
+    # all gradients come by one kernel (nn/_attention_hopper_together.py; _wide.py above 128), not bitwise repeatable.
+    # whole are the keys of a block where one program reads all of a sequence.
+    "attention": dict(
+        m=64, n=64, warps=4, wide=8, stages=3, wgmma=1, turns=64, together=128, processors=132, whole=128
+    ),
     # promote 1 adds sums of float8, of 14 bits on tensor cores, to those of float32 in each step of a product.
     # float8 1 takes the kernel in Gluon for those of K-major factors, in steps of 128; 2: steps of 256 (H200, 4096³: 109 us for
     # 114, but off by 2.3e-3 of sums of positive numbers where 1 and torch are by 1.7e-3); 0: the plain one (169 us).

@@ -72,14 +72,19 @@ def attention_row_numbers(
 
 
 @gluon.jit
-def _rows_of(start, length, low, high, BM: gl.constexpr, BN: gl.constexpr, SIDES: gl.constexpr):
-    """The first block of BM rows that sees any of the keys from ``start`` on, and how many do."""
+def _tile_of_keys(
+    turn, tiles, tiles_n, planes, section, owners, length, size, left, right,
+    BM: gl.constexpr, BN: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
+):  # fmt: skip
+    """Batch, owner and keys of the tile of this ``turn``; the first block of BM rows that sees any of them, and how many do."""
+    _, low, high = window(size, length, left, right, SIDES, BOTTOM)
+    plane, n = tile_of(turn, tiles, tiles_n, planes, section, False, ORDER)
     first, last = 0, length
     if SIDES % 2 == 1:
-        first = max(start - high, 0) // BM
+        first = max(n * BN - high, 0) // BM
     if SIDES >= 2:
-        last = max(min(length, start + BN - low), 0)
-    return first, max(gl.cdiv(last, BM) - first, 0)
+        last = max(min(length, n * BN + BN - low), 0)
+    return plane // owners, plane % owners, n, first, max(gl.cdiv(last, BM) - first, 0)
 
 
 @gluon.jit
@@ -94,12 +99,11 @@ def _load_rows(
     Heads that share keys may come in ``shares``, each an owner of its own with a sum of its own.
     """
     HALF: gl.constexpr = BN // 2
-    _, low, high = window(size, length, left, right, SIDES, BOTTOM)
     i = 0
     for turn in range(number_of_tiles(tiles, ORDER)):
-        plane, n = tile_of(turn, tiles, tiles_n, planes, section, False, ORDER)
-        batch, owner = plane // owners, plane % owners
-        first, count = _rows_of(n * BN, length, low, high, BM, BN, SIDES)
+        batch, owner, n, first, count = _tile_of_keys(
+            turn, tiles, tiles_n, planes, section, owners, length, size, left, right, BM, BN, SIDES, BOTTOM, ORDER
+        )
         mbarrier.wait(kv_empty, (turn & 1) ^ 1)
         mbarrier.expect(kv_full, BN * ((E + EV) if KEYS else E) * 2)
         for half in gl.static_range(2):
@@ -119,11 +123,16 @@ def _load_rows(
 
 @gluon.jit
 def _seen_from(
-    scores, col, row, start, begin, low, high, HALF: gl.constexpr, BM: gl.constexpr, SIDES: gl.constexpr
+    scores, col, row, start, begin, size, low, high, HALF: gl.constexpr, BM: gl.constexpr, SIDES: gl.constexpr
 ):  # fmt: skip
-    """Scores of keys from ``start`` on (down) and rows from ``begin`` on (across), -inf where a row does not see a key."""
-    if SIDES != 0:
+    """Scores of keys from ``start`` on (down) and rows from ``begin`` on (across), -inf where a row does not see a key.
+
+    Keys from ``size`` on, if given, are not seen: they are zeros, but a weight of theirs may be inf, and inf x 0 is NaN.
+    """
+    if SIDES != 0 or size is not None:
         edge = start < 0
+        if size is not None:
+            edge = start + HALF > size
         if SIDES % 2 == 1:
             edge = edge | (start + HALF - 1 > begin + high)
         if SIDES >= 2:
@@ -131,6 +140,8 @@ def _seen_from(
         if edge:
             place = (begin + row)[None, :]
             seen = place >= 0
+            if size is not None:
+                seen = seen & (col[:, None] < size)
             if SIDES % 2 == 1:
                 seen = seen & (col[:, None] <= place + high)
             if SIDES >= 2:
@@ -160,9 +171,9 @@ def _sum_rows(
     none = gl.zeros([HALF, BM], gl.float32, over)
     i = 0
     for turn in range(number_of_tiles(tiles, ORDER)):
-        plane, n = tile_of(turn, tiles, tiles_n, planes, section, False, ORDER)
-        batch, owner = plane // owners, plane % owners
-        first, count = _rows_of(n * BN, length, low, high, BM, BN, SIDES)
+        batch, owner, n, first, count = _tile_of_keys(
+            turn, tiles, tiles_n, planes, section, owners, length, size, left, right, BM, BN, SIDES, BOTTOM, ORDER
+        )
         start = n * BN + half * HALF
         col = start + gl.arange(0, HALF, gl.SliceLayout(1, over))
         mbarrier.wait(kv_full, turn & 1)
@@ -187,7 +198,7 @@ def _sum_rows(
                 scores = warpgroup_mma_wait(1, deps=(scores,))
             else:
                 scores = warpgroup_mma_wait(0, deps=(scores,))
-            scores = _seen_from(scores, col, row, start, begin, low, high, HALF, BM, SIDES)
+            scores = _seen_from(scores, col, row, start, begin, None, low, high, HALF, BM, SIDES)
             weights = gl.exp2(scores * factor - lse[None, :])
             if VALUES:
                 part = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, of_value, k_width=2))
@@ -398,6 +409,7 @@ def run(
 ) -> bool:  # fmt: skip
     """Launch for the gradients that are not None; False, with nothing launched, where ``p`` is no problem for these kernels."""
     from gemskit.nn import _attention_hopper_together as together
+    from gemskit.nn._attention_hopper_together_wide import attention_hopper_grads_together_wide
 
     widths = served(p, grad, out, *(t for t in (to_query, to_key, to_value) if t is not None))
     if widths is None:
@@ -409,15 +421,13 @@ def run(
     if None in whole[64] + whole[32]:
         return False
     small = max(widths) <= 128
-    # The sums of both gradients do not fit into registers together above 128 columns.
-    parts = [(to_key, to_value)] if small else [(to_key, None), (None, to_value)]
     short, rest, *_ = p.numbers
     scale = short + rest
     rows = _layout.cdiv(p.length, ROWS.value)
     numbers = torch.empty((p.batch * p.heads * rows, 2, ROWS.value), dtype=torch.float32, device=grad.device)
     width = p.shape["VALUE"]
     added = None
-    if small and together.wanted(p, config, to_query, to_key, to_value):
+    if together.wanted(p, max(widths), config, to_query, to_key, to_value):
         added = torch.empty((p.batch, p.heads, p.length, e), dtype=torch.float32, device=grad.device)
     launch(
         attention_row_numbers, (numbers.shape[0],),
@@ -428,12 +438,15 @@ def run(
     meta = dict(E=e, EV=ev, HEAD=p.shape["HEAD"], SIDES=p.shape["SIDES"], BOTTOM=p.bottom, num_warps=4)
     causal = p.shape["SIDES"] == 1
     sizes = (p.length, p.size, *p.sides, scale, scale * LOG2E.value)
+    # The sums of both gradients of 128 keys do not fit into registers together above 128 columns, those of 64 keys do.
+    side = SIDE if small or added is None else SIDE // 2
+    parts = [(to_key, to_value)] if small or added is not None else [(to_key, None), (None, to_value)]
     for for_key, for_value in parts:
         if for_key is None and for_value is None:
             continue
         # Where values stay in shared memory too there is room for half as many rows.
         block, stages = (32, 2) if for_value is None and not small else (64, 2)
-        tiles = _layout.cdiv(p.size, SIDE)
+        tiles = _layout.cdiv(p.size, side)
         shares = _shares(p.batch * p.owners * tiles, p.group, config["processors"])
         owners, group = p.owners * shares, p.group // shares
         sums = [t if t is None or shares == 1 else _apart(t, shares) for t in (for_key, for_value)]
@@ -441,16 +454,21 @@ def run(
         section = sections(planes, p.length * group, e + ev, 1)
         programs, how = order(planes, tiles, section, config["processors"], causal)
         inputs: list[Any] = [*whole[block][:2], *whole[64][2:], numbers]
-        kernel, extra = attention_hopper_grad_key_value, {}
+        kernel = attention_hopper_grad_key_value
+        extra: dict[str, int] = {}
         if added is not None:
+            inputs[2:] = together.halved(inputs[2]), inputs[3], *together.blocks(numbers, added, 2 if small else 4)
             # Causal, 4096 rows of 128 columns 2.68 ms without and 2.74 with, else 5.19 and 4.68; 64 columns 0.48 and 0.47.
             kernel, extra = together.attention_hopper_grads_together, {"AHEAD": not causal or max(widths) == 64}
-            inputs[2:] = together.halved(inputs[2]), inputs[3], *together.blocks(numbers, added)
+            if not small:
+                # HELD: above 384 columns of both there is room for one block of gradients.
+                kernel, extra = attention_hopper_grads_together_wide, {"AHEAD": True, "HALVES": True}
+                extra |= {"HELD": 1 if e == ev else 2}
         launch(
             kernel, (programs,),
             (*inputs, *sums, *map(_strides, sums),
              planes * tiles, tiles, planes, section, owners, group, shares, *sizes),
-            dict(meta, BM=block, BN=SIDE, VALUE=width, STAGES=stages, ORDER=how, **extra),
+            dict(meta, BM=block, BN=side, VALUE=width, STAGES=stages, ORDER=how, **extra),
         )  # fmt: skip
         for t, found in zip((for_key, for_value), sums):
             if t is not None and found is not None and found is not t:

@@ -26,9 +26,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from gemskit._block_add import add_block
 from gemskit._tensor_map import Descriptor
 from gemskit.blas._hopper import barriers, block_to_shared
-from gemskit.nn._attention_hopper_grads import ROWS, _put, _rows_of, _seen_from
+from gemskit.nn._attention_hopper_grads import ROWS, _put, _seen_from, _tile_of_keys
 from gemskit.nn._attention_tiles import window
-from gemskit.nn._hopper_order import number_of_tiles, tile_of
+from gemskit.nn._hopper_order import number_of_tiles
 
 
 @gluon.jit
@@ -40,13 +40,12 @@ def _load_all(
 ):  # fmt: skip
     """The warp that loads: once keys and values, then blocks of rows with their numbers of every head that shares them."""
     HALF: gl.constexpr = BN // 2
-    _, low, high = window(size, length, left, right, SIDES, BOTTOM)
     blocks = gl.cdiv(length, BM)
     i = 0
     for turn in range(number_of_tiles(tiles, ORDER)):
-        plane, n = tile_of(turn, tiles, tiles_n, planes, section, False, ORDER)
-        batch, owner = plane // owners, plane % owners
-        first, count = _rows_of(n * BN, length, low, high, BM, BN, SIDES)
+        batch, owner, n, first, count = _tile_of_keys(
+            turn, tiles, tiles_n, planes, section, owners, length, size, left, right, BM, BN, SIDES, BOTTOM, ORDER
+        )
         mbarrier.wait(kv_empty, (turn & 1) ^ 1)
         mbarrier.expect(kv_full, BN * (E + EV) * 2)
         for half in gl.static_range(2):
@@ -104,9 +103,9 @@ def _sum_all(
     mine = sums.index(half)
     i = 0
     for turn in range(number_of_tiles(tiles, ORDER)):
-        plane, n = tile_of(turn, tiles, tiles_n, planes, section, False, ORDER)
-        batch, owner = plane // owners, plane % owners
-        first, count = _rows_of(n * BN, length, low, high, BM, BN, SIDES)
+        batch, owner, n, first, count = _tile_of_keys(
+            turn, tiles, tiles_n, planes, section, owners, length, size, left, right, BM, BN, SIDES, BOTTOM, ORDER
+        )
         start = n * BN + half * HALF
         col = start + gl.arange(0, HALF, gl.SliceLayout(1, over))
         k, v = keys.index(half).reshape([HALF, E]), values.index(half).reshape([HALF, EV])
@@ -133,7 +132,7 @@ def _sum_all(
                     scores = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
                     slopes = warpgroup_mma(v, g.permute((1, 0)), none, use_acc=False, is_async=True)
                     scores = warpgroup_mma_wait(1, deps=(scores,))
-                scores = _seen_from(scores, col, row, start, begin, low, high, HALF, BM, SIDES)
+                scores = _seen_from(scores, col, row, start, begin, size, low, high, HALF, BM, SIDES)
                 lse = pairs.index(2 * stage).reshape([BM]).load(gl.SliceLayout(0, over))
                 weights = gl.exp2(scores * factor - lse[None, :])
                 part = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, of_value, k_width=2))
@@ -222,10 +221,11 @@ def attention_hopper_grads_together(
 # ---- the host's part -----------------------------------------------------------------------------------------------
 
 
-def wanted(p: Any, config: Mapping[str, int], *gradients: Tensor | None) -> bool:
-    """Whether this kernel is to be taken: for all gradients, where their last bits may differ from run to run."""
+def wanted(p: Any, width: int, config: Mapping[str, int], *gradients: Tensor | None) -> bool:
+    """Whether one kernel is to be taken: for all gradients, where their last bits may differ from run to run."""
     repeatable = p.deterministic or torch.are_deterministic_algorithms_enabled()
-    return bool(config.get("together")) and not repeatable and None not in gradients and add_block is not None
+    served = width <= config.get("together", 0) and add_block is not None
+    return served and not repeatable and None not in gradients
 
 
 def halved(key: Descriptor) -> Descriptor:
@@ -234,10 +234,11 @@ def halved(key: Descriptor) -> Descriptor:
     return replace(key, layout=gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=16, rank=4))
 
 
-def blocks(numbers: Tensor, sums: Tensor) -> tuple[Descriptor, Descriptor]:
-    """Lines of ``numbers``, and of ``sums`` (batch, heads, rows, columns) 64 rows and half of the columns."""
+def blocks(numbers: Tensor, sums: Tensor, parts: int) -> tuple[Descriptor, Descriptor]:
+    """Lines of ``numbers``, and of ``sums`` (batch, heads, rows, columns) 64 rows and one of so many ``parts`` of the columns."""
     found = []
-    for t, block in ((numbers.view(-1, ROWS.value), [1, ROWS.value]), (sums, [1, 1, ROWS.value, sums.shape[3] // 2])):
+    part = [1, 1, ROWS.value, sums.shape[3] // parts]
+    for t, block in ((numbers.view(-1, ROWS.value), [1, ROWS.value]), (sums, part)):
         layout = gl.NVMMASharedLayout.get_default_for(block, gl.float32)
         found.append(Descriptor(t, tuple(t.shape), tuple(t.stride()), tuple(block), layout))
     return found[0], found[1]

@@ -18,7 +18,7 @@ HOPPER = {
     # all gradients come by one kernel (nn/_attention_hopper_together.py; _wide.py above 128), not bitwise repeatable.
     # whole are the keys of a block where one program reads all of a sequence.
     "attention": dict(
-        m=64, n=64, warps=4, wide=8, stages=3, wgmma=1, turns=64, together=128, processors=132, whole=128
+        m=64, n=64, warps=4, wide=8, stages=3, wgmma=1, turns=64, together=256, processors=132, whole=128
     ),
     # promote 1 adds sums of float8, of 14 bits on tensor cores, to those of float32 in each step of a product.
     # float8 1 takes the kernel in Gluon for those of K-major factors, in steps of 128; 2: steps of 256 (H200, 4096³: 109 us for

@@ -462,8 +462,7 @@ def run(
             kernel, extra = together.attention_hopper_grads_together, {"AHEAD": not causal or max(widths) == 64}
             if not small:
                 # HELD: above 384 columns of both there is room for one block of gradients.
-                kernel, extra = attention_hopper_grads_together_wide, {"AHEAD": True, "HALVES": True}
-                extra |= {"HELD": 1 if e == ev else 2}
+                kernel, extra = attention_hopper_grads_together_wide, {"HELD": 1 if e == ev else 2}
         launch(
             kernel, (programs,),
             (*inputs, *sums, *map(_strides, sums),

@@ -61,9 +61,17 @@ def _load_wide(
 
 
 @gluon.jit
-def _halves(sums, BM: gl.constexpr, COLS: gl.constexpr):
-    """The left and the right half of the columns, which lie in different registers of the same threads."""
-    return sums.reshape([BM, 2, COLS // 2]).permute(0, 2, 1).split()
+def _sent(weights, dtype: gl.constexpr):
+    """Weights, which are at most 1, as float16 of 256 times them (normal above 2.4e-7), in the type of the memory they lie in.
+
+    In bfloat16 changes would have 1.2 times the error of torch's flash backend.
+    """
+    return (weights * 256).to(gl.float16).to(gl.int16, bitcast=True).to(dtype, bitcast=True)
+
+
+@gluon.jit
+def _received(sent):
+    return sent.to(gl.int16, bitcast=True).to(gl.float16, bitcast=True).to(gl.float32) * (1 / 256)
 
 
 @gluon.jit
@@ -73,11 +81,10 @@ def _sum_values(
     tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, VALUE: gl.constexpr,
     STAGES: gl.constexpr, HELD: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
-    AHEAD: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
     """Four warps with weights, the sum of values, and the left half of the columns of queries' gradients.
 
-    Scores stand with keys down and rows across. With AHEAD those of the next block are computed while a sum is added.
+    Scores stand with keys down and rows across.
     """
     COLS: gl.constexpr = E // 2
     over: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
@@ -90,7 +97,6 @@ def _sum_values(
     _, low, high = window(size, length, left, right, SIDES, BOTTOM)
     row = gl.arange(0, BM, gl.SliceLayout(0, over))
     none = gl.zeros([BN, BM], gl.float32, over)
-    nothing = gl.zeros([BM, COLS], gl.float32, of_query)
     quarter = gl.zeros([BM, COLS // 2], gl.float32, of_half)
     k = keys.reshape([BN, E])
     mine = k.slice(0, COLS, dim=1)
@@ -106,73 +112,46 @@ def _sum_values(
         # Before its first block a tile multiplies the last changes of the one before once more, and adds that behind all rows.
         head, begin = owner * group, length
         mbarrier.wait(kv_full, turn & 1)
-        if AHEAD:
-            if count > 0:
-                mbarrier.wait(q_full.index(i % STAGES), (i // STAGES) & 1)
-            q = queries.index(i % STAGES).reshape([BM, E])
-            scores = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
         for h in range(group):
             for j in range(first, first + count):
                 stage, held = i % STAGES, i % HELD
-                if not AHEAD:
-                    mbarrier.wait(q_full.index(stage), (i // STAGES) & 1)
-                    q = queries.index(stage).reshape([BM, E])
-                    scores = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
+                mbarrier.wait(q_full.index(stage), (i // STAGES) & 1)
+                q = queries.index(stage).reshape([BM, E])
+                scores = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
                 scores = warpgroup_mma_wait(0, deps=(scores,))
                 lse = lses.index(stage).reshape([BM]).load(gl.SliceLayout(0, over))
                 mbarrier.arrive(q_empty.index(stage), count=1)
                 last_head, last_begin = head, begin
                 head, begin = owner * group + h, j * BM
                 scores = _seen_from(scores, col, row, start, begin, size, low, high, BN, BM, SIDES)
-                weights = gl.exp2(scores * factor - lse[None, :]).to(dtype)
+                weights = gl.exp2(scores * factor - lse[None, :])
                 # Two places in turn: when the last changes come, the ones before, which lie here, were multiplied by both.
                 mbarrier.wait(changed, (i & 1) ^ 1)
-                factors.index(i % 2).store(weights)
+                factors.index(i % 2).store(_sent(weights, dtype))
                 mbarrier.arrive(sent, count=1)
                 last = factors.index((i + 1) % 2).permute((1, 0))
-                if HALVES:
-                    one = warpgroup_mma(last, left_half, quarter, use_acc=False, is_async=True)
-                else:
-                    for_query = warpgroup_mma(last, mine, nothing, use_acc=False, is_async=True)
-                part = gl.convert_layout(weights, gl.DotOperandLayout(0, of_value, k_width=2))
+                one = warpgroup_mma(last, left_half, quarter, use_acc=False, is_async=True)
+                part = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, of_value, k_width=2))
                 mbarrier.wait(g_full.index(held), (i // HELD) & 1)
                 for_value = warpgroup_mma(part, grads.index(held).reshape([BM, EV]), for_value, is_async=True)
-                if HALVES:
-                    one = warpgroup_mma_wait(1, deps=(one,))
-                else:
-                    for_query = warpgroup_mma_wait(1, deps=(for_query,))
-                    one, two = _halves(for_query, BM, COLS)
+                one = warpgroup_mma_wait(1, deps=(one,))
                 _add(to_query, one * scale, place, [batch, last_head, last_begin, 0], BM, COLS // 2)
                 # What has a factor in registers and is in flight into the next step makes ptxas wait after every product.
                 for_value, part = warpgroup_mma_wait(0, deps=(for_value, part))
                 mbarrier.arrive(g_empty.index(held), count=1)
-                if HALVES:
-                    two = warpgroup_mma(last, right_half, quarter, use_acc=False, is_async=True)
-                if AHEAD:
-                    if (h + 1 < group) | (j + 1 < first + count):
-                        mbarrier.wait(q_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1)
-                    # After the last block its result is not used.
-                    q = queries.index((i + 1) % STAGES).reshape([BM, E])
-                    scores = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
-                if HALVES:
-                    if AHEAD:
-                        two = warpgroup_mma_wait(1, deps=(two,))
-                    else:
-                        two = warpgroup_mma_wait(0, deps=(two,))
+                two = warpgroup_mma(last, right_half, quarter, use_acc=False, is_async=True)
+                two = warpgroup_mma_wait(0, deps=(two,))
                 _add(to_query, two * scale, place, [batch, last_head, last_begin, COLS // 2], BM, COLS // 2)
                 i += 1
-        if AHEAD:
-            scores = warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.wait(changed, (i & 1) ^ 1)
-        for_query = warpgroup_mma(
-            factors.index((i + 1) % 2).permute((1, 0)), mine, nothing, use_acc=False, is_async=True
-        )
-        for_query = warpgroup_mma_wait(0, deps=(for_query,))
+        last = factors.index((i + 1) % 2).permute((1, 0))
+        one = warpgroup_mma(last, left_half, quarter, use_acc=False, is_async=True)
+        two = warpgroup_mma(last, right_half, quarter, use_acc=False, is_async=True)
+        one, two = warpgroup_mma_wait(0, deps=(one, two))
         mbarrier.arrive(kv_empty, count=1)
-        one, two = _halves(for_query * scale, BM, COLS)
-        _add(to_query, one, place, [batch, head, begin, 0], BM, COLS // 2)
+        _add(to_query, one * scale, place, [batch, head, begin, 0], BM, COLS // 2)
         _put(for_value, to_value, batch, owner, start, size, value_at, BN, EV, VALUE)
-        _add(to_query, two, place, [batch, head, begin, COLS // 2], BM, COLS // 2)
+        _add(to_query, two * scale, place, [batch, head, begin, COLS // 2], BM, COLS // 2)
     tma.store_wait(0)
 
 
@@ -183,7 +162,6 @@ def _sum_keys(
     tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, HEAD: gl.constexpr,
     STAGES: gl.constexpr, HELD: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
-    HALVES: gl.constexpr,
 ):  # fmt: skip
     """Four warps with changes of scores, the sum of keys, and the right half of the columns of queries' gradients."""
     COLS: gl.constexpr = E // 2
@@ -194,7 +172,6 @@ def _sum_keys(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLS // 2, 16]
     )
     none = gl.zeros([BN, BM], gl.float32, over)
-    nothing = gl.zeros([BM, COLS], gl.float32, of_query)
     quarter = gl.zeros([BM, COLS // 2], gl.float32, of_half)
     v = values.reshape([BN, EV])
     mine = keys.reshape([BN, E]).slice(COLS, COLS, dim=1)
@@ -217,7 +194,7 @@ def _sum_keys(
                 delta = deltas.index(held).reshape([BM]).load(gl.SliceLayout(0, over))
                 mbarrier.arrive(g_empty.index(held), count=1)
                 mbarrier.wait(sent, i & 1)
-                weights = factors.index(i % 2).load(over).to(gl.float32)
+                weights = _received(factors.index(i % 2).load(over))
                 change = (weights * (slopes - delta[None, :])).to(keys.dtype)
                 # In place of the weights.
                 factors.index(i % 2).store(change)
@@ -227,22 +204,12 @@ def _sum_keys(
                 mbarrier.wait(changed, i & 1)
                 mbarrier.wait(q_full.index(stage), (i // STAGES) & 1)
                 changes = factors.index(i % 2).permute((1, 0))
-                if HALVES:
-                    one = warpgroup_mma(changes, left_half, quarter, use_acc=False, is_async=True)
-                else:
-                    for_query = warpgroup_mma(changes, mine, nothing, use_acc=False, is_async=True)
+                one = warpgroup_mma(changes, left_half, quarter, use_acc=False, is_async=True)
                 for_key = warpgroup_mma(change, queries.index(stage).reshape([BM, E]), for_key, is_async=True)
-                if HALVES:
-                    one = warpgroup_mma_wait(1, deps=(one,))
-                else:
-                    for_query = warpgroup_mma_wait(1, deps=(for_query,))
-                    one, two = _halves(for_query, BM, COLS)
+                one = warpgroup_mma_wait(1, deps=(one,))
                 _add(to_query, one * scale, place, [batch, head, begin, COLS], BM, COLS // 2)
-                if HALVES:
-                    two = warpgroup_mma(changes, right_half, quarter, use_acc=False, is_async=True)
-                    for_key, change, two = warpgroup_mma_wait(0, deps=(for_key, change, two))
-                else:
-                    for_key, change = warpgroup_mma_wait(0, deps=(for_key, change))
+                two = warpgroup_mma(changes, right_half, quarter, use_acc=False, is_async=True)
+                for_key, change, two = warpgroup_mma_wait(0, deps=(for_key, change, two))
                 mbarrier.arrive(q_empty.index(stage), count=1)
                 _add(to_query, two * scale, place, [batch, head, begin, COLS + COLS // 2], BM, COLS // 2)
                 i += 1
@@ -257,7 +224,7 @@ def attention_hopper_grads_together_wide(
     tiles, tiles_n, planes, section, owners, group, shares, length, size, left, right, scale, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, HEAD: gl.constexpr, VALUE: gl.constexpr,
     STAGES: gl.constexpr, HELD: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
-    AHEAD: gl.constexpr, HALVES: gl.constexpr, num_warps: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """A tile of BN keys and values a turn, and blocks of BM rows of all heads that share them, whose gradients it adds to.
 
@@ -281,11 +248,11 @@ def attention_hopper_grads_together_wide(
         (_sum_values, (to_query, to_value, queries, grads, keys, lses, factors, sums.index(0),
                        q_full, q_empty, g_full, g_empty, kv_full, kv_empty, sent, changed, value_at,
                        tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale, factor,
-                       BM, BN, E, EV, VALUE, STAGES, HELD, SIDES, BOTTOM, ORDER, AHEAD, HALVES)),
+                       BM, BN, E, EV, VALUE, STAGES, HELD, SIDES, BOTTOM, ORDER)),
         (_sum_keys, (to_query, to_key, queries, grads, keys, values, deltas, factors, sums.index(1),
                      q_full, q_empty, g_full, g_empty, kv_full, kv_empty, sent, changed, key_at,
                      tiles, tiles_n, planes, section, owners, group, length, size, left, right, scale,
-                     BM, BN, E, EV, HEAD, STAGES, HELD, SIDES, BOTTOM, ORDER, HALVES)),
+                     BM, BN, E, EV, HEAD, STAGES, HELD, SIDES, BOTTOM, ORDER)),
         (_load_wide, (query, grad, key, value, numbers, queries, grads, keys, values, lses, deltas,
                       q_full, q_empty, g_full, g_empty, kv_full, kv_empty,
                       tiles, tiles_n, planes, section, owners, group, shares, length, size, left, right,

@@ -8,11 +8,6 @@ from fnmatch import fnmatchcase
 REASONS: tuple[tuple[str, str, str], ...] = (
     ("floor_divide", "*", "exact division, which agrees with the CPU; torch on CUDA divides approximately"),
     ("remainder", "*", "exact division, which agrees with the CPU; torch on CUDA divides approximately"),
-    (
-        "*attention",
-        "* d256* backward",
-        "eight products for five: the sums of keys and values do not fit into registers together",
-    ),
     ("*attention", "*packed* backward", "gradients of packed sequences take the kernels that run everywhere"),
     (
         "*attention",
@@ -29,16 +24,14 @@ REASONS: tuple[tuple[str, str, str], ...] = (
         "*",
         "four products for three, as logits are not stored: a fifth of the memory",
     ),
-    *(
-        (op, "64M", "the formula of float32; the short one for halves is newer than the report of 2026-11-22")
-        for op in ("digamma", "special_i0e", "acosh", "asinh", "sinh", "atan")
-    ),
+    ("erfc", "*", "two polynomials of float32; there is no short form for halves"),
+    ("lgamma", "*", "the formula of float32; there is no short form for halves"),
     (
         "mm",
         "*x*",
         "tiles of 128 rows or columns fill few processors or the last round badly; a second launch where K is split",
     ),
-    ("scaled_mm", "*", "sums of float32: tensor cores keep 14 bits, which every step waits for and adds"),
+    ("scaled_mm", "*", "sums of float32: tensor cores keep 14 bits, which every 128 terms are added to them, as torch does"),
     ("grouped_mm", "*", "the kernel that runs everywhere, not Hopper's"),
     ("gated_linear", "16x*", "two weights share what one program has in flight"),
     ("sort", "*", "four or eight passes that count, then move; torch's counts and moves in one"),

@@ -13,10 +13,15 @@ from gemskit._layout import cdiv
 from gemskit._native import cache_dir
 
 #: Tiles (M, N), stages of K = 64 that fit into 227 KiB, and the time of one step of K in us when all programs work (H200).
+#: Those of 64 and 192 rows are estimates: the bytes of a step by 93 a ns, which the others reach.
 TILES = (
     (128, 256, 4, 0.735), (256, 128, 4, 0.767), (128, 128, 6, 0.38), (128, 64, 8, 0.248), (128, 32, 10, 0.231),
-    (128, 16, 11, 0.207),
+    (128, 16, 11, 0.207), (192, 128, 5, 0.57), (64, 64, 13, 0.18), (64, 32, 16, 0.14),
 )  # fmt: skip
+#: Groups of four warps that multiply by the rows of a tile, where they are not two; each has 64 rows or more.
+WORKERS = {64: 1, 192: 3}
+#: Elements of a group's sum that take half of its registers.
+LARGE = 128 * 128
 STEP = 64
 #: us: of a launch, of the second one that adds up parts; bytes a us that memory gives.
 LAUNCH, JOIN, BANDWIDTH = 5.0, 5.0, 3.5e6
@@ -46,6 +51,11 @@ class Choice:
     #: Estimated us.
     time: float
 
+    @property
+    def workers(self) -> int:
+        """Groups of warps that multiply."""
+        return WORKERS.get(self.BM, 2)
+
 
 def choices(
     M: int, N: int, K: int, batches: int, processors: int, gated: bool = False, small: bool = False, float8: int = 0
@@ -62,7 +72,11 @@ def choices(
     moved = batches * (size * (M * K + K * N) + 2 * M * N) / BANDWIDTH
     for transposed in (False,) if gated else (False, True):
         m, n = (N, M) if transposed else (M, N)
-        for BM, BN, stages, step in TILES[2 * small : 4 if gated else None]:
+        for BM, BN, stages, step in TILES:
+            workers = WORKERS.get(BM, 2)
+            # A gated product has no tiles of fewer columns; two sums of float8 have no registers beside those of three groups.
+            if (small and BM * BN // workers >= LARGE) or (gated and BN < 64) or (float8 and workers > 2):
+                continue
             if float8:
                 stages, step = stages // float8, step * float8 * FLOAT8_STEP
             tiles = cdiv(m, BM) * cdiv(n, BN) * batches

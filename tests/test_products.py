@@ -68,14 +68,16 @@ def test_every_choice_covers_the_product(
 
 
 def test_the_rule_prefers_what_was_measured() -> None:
-    """H200: full rounds of large tiles where there are many, the last round split, few rows as columns of tiles."""
+    """H200: full rounds of large tiles where there are many, the last round split, few rows in small tiles of all of K."""
     large = _rule.choose(8192, 8192, 8192, 1, 132)
     assert (large.BM, large.BN) in {(128, 256), (256, 128)}
     # 320 tiles are 2.4 rounds: 56 of them in two halves make 2.5, where whole ones would take 3.
     uneven = _rule.choose(2048, 5120, 25600, 1, 132)
     assert (uneven.whole, uneven.split, uneven.pieces) == (264, 56, 2)
     few = _rule.choose(32, 4096, 4096, 1, 132)
-    assert few.transposed and few.BN <= 32
+    assert (few.BM, few.BN, few.whole, few.split) == (64, 32, 128, 0)
+    # 192 rows where they make one full round.
+    assert [(c.BM, c.BN, c.whole) for c in [_rule.choose(512, 6144, 4096, 1, 132)]] == [(192, 128, 128)]
 
 
 # -- what is launched ---------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,14 @@ def choices(
                 yield Choice(
                     BM, BN, depth, stages, group, processors, tiles - last, last, pieces, part, transposed, time
                 )
+
+
+def best_of_groups(rows: int, N: int, K: int, groups: int, processors: int) -> Choice:
+    """For ``rows`` in ``groups`` that end anywhere: as if all had as many, with the most tiles that they can have."""
+    each = cdiv(rows, groups)
+    found = (c for c in choices(each, N, K, groups, processors) if not (c.split or c.transposed))
+    choice = min(found, key=lambda c: c.time)
+    return replace(choice, whole=(rows // choice.BM + min(groups + 1, rows)) * cdiv(N, choice.BN))
 
 
 def _together(moving: float, multiplying: float) -> float:

@@ -172,7 +172,9 @@ def test_gated(split: bool, hopper: list[_rule.Choice], monkeypatch: pytest.Monk
     assert hopper and all(bool(c.split) is split for c in hopper)
 
 
-@pytest.mark.parametrize("ends", [[130, 130, 300, 420], [0, 64, 400, 400], [420, 420, 420, 420], [7, 90, 500, 500]], ids=str)
+@pytest.mark.parametrize(
+    "ends", [[130, 130, 300, 420], [0, 64, 400, 400], [420, 420, 420, 420], [7, 90, 500, 500]], ids=str
+)
 @pytest.mark.parametrize("layout", ["rows", "weights by rows", "columns"])
 def test_groups_of_rows(
     ends: list[int], layout: str, hopper: list[_rule.Choice], monkeypatch: pytest.MonkeyPatch

@@ -95,14 +95,15 @@ def few_rows(
     tl.store(out + at, result.to(out.dtype.element_ty), live)
 
 
-def tile(M: int, N: int) -> tuple[int, int, int, int]:
-    """Columns and K of a tile of several rows, warps and stages.
+def tile(M: int, N: int, gated: bool = False) -> tuple[int, int, int, int]:
+    """Columns and K of a tile of several rows, warps and stages. A gated product has as many bytes in flight, of two matrices.
 
     Many columns: fewer, larger programs, as those of 16 columns read the first factor N / 16 times.
     """
     if N <= (8192 if M <= 16 else 4096):
-        return 16, 512, 2, 3
-    return (32, 256, 2, 4) if N <= 8192 else (64, 128, 4, 4)
+        return (16, 256, 2, 3) if gated else (16, 512, 2, 3)
+    bn, bk, warps, stages = (32, 256, 2, 4) if N <= 8192 else (64, 128, 4, 4)
+    return bn // (1 + gated), bk, warps, stages
 
 
 def plan(
@@ -125,14 +126,13 @@ def plan(
         bk = min(2048, max(32, _layout.next_power_of_2(K)))
         bn, warps, stages = max(1, 4096 // bk), 4, 1
         bm = 1
+        if gated:
+            bn, bk = (bn // 2, bk) if bn > 1 else (bn, max(16, bk // 2))
     else:
         # 16 is the smallest side of a product on tensor cores.
-        bm, (bn, bk, warps, stages) = max(16, _layout.next_power_of_2(M)), tile(M, N)
+        bm, (bn, bk, warps, stages) = max(16, _layout.next_power_of_2(M)), tile(M, N, gated)
         # As many bytes of float8.
         bk = min(bk * 2 // dtype.itemsize, max(16, _layout.next_power_of_2(K)))
-    if gated:
-        # As many bytes in flight, of two matrices.
-        bn, bk = (bn // 2, bk) if bn > 16 or (bm == 1 and bn > 1) else (bn, max(16, bk // 2))
     grid = (_layout.cdiv(N, bn) * space.batches,)
     meta = dict(
         ACC=TRITON[acc], BM=bm, BN=bn, BK=bk, EVEN_K=K % bk == 0, WIDE=space.wide, ALONG=space.along, num_warps=warps,

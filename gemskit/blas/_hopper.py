@@ -402,7 +402,7 @@ def product(
             (_load, (a, b, up, a_tiles, b_loads, ready, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps,
                      units, whole, split, part_steps, offs, groups, M, A_ROWS, B_ROWS, BM, BN, BK, STAGES, WORKERS, GROUP,
                      ONE)),
-        ], [4, 4, 1], [160, 160, 24])  # fmt: skip
+        ], [4, 4, 1], [152, 152, 32])  # fmt: skip
 
 
 @jit
@@ -510,9 +510,10 @@ class Kernels:
         )  # fmt: skip
         cols = choice.BN // (1 + gated)
         split, pieces = choice.split, choice.pieces
+        one = choice.whole <= choice.processors and not (split or groups or space.wide) and space.batches == 1
         meta = dict(
             tile, A_ROWS=bool(a.k_last), B_ROWS=not b.k_last, BK=choice.BK, STAGES=choice.STAGES,
-            WORKERS=choice.workers, ONE=choice.whole <= choice.processors and not split and space.batches == 1 and not space.wide and not groups,
+            WORKERS=choice.workers, ONE=one,
             PROMOTED=promoted, num_warps=4,
         )  # fmt: skip
         rows = max(1, min(64, PART // choice.BN))

@@ -433,18 +433,21 @@ def test_tiles_for_hopper_compile(tile: tuple[int, int], monkeypatch: pytest.Mon
 
     def chosen(*given: Any) -> _rule.Choice:
         found = [c for c in _rule.choices(*given[:7]) if (c.BM, c.BN) == tile]
-        return next((c for c in found if c.split), found[-1])
+        return found[0 if given[0] == 8 * tile[0] else -1]
 
     monkeypatch.setattr(_drive, "choose", chosen)
     with _launch.capturing(launches), backends.use_arch(row):
-        for m, n in ((tile[0] * 8, tile[1] * 8), (4096, 4096), (2 * tile[0], 66 * tile[1])):
+        for m, n in ((8 * tile[0], 8 * tile[1]), (64 * tile[0], 64 * tile[1])):
             _forget_plans()
-            gemskit.mm(make(m, 1024), make(n, 1024).mT, epilogue=epilogues.residual(make(m, n)))
+            other = make(n) if tile[0] == 192 else make(m, n)
+            gemskit.mm(make(m, 1024), make(n, 1024).mT, epilogue=epilogues.residual(other))
         if tile[1] >= 64:
             gemskit.gated_linear(make(4096, 1024), make(4096, 1024), make(4096, 1024))
     _forget_plans()
     found = [launch for launch in launches.values() if "STAGES" in launch.meta]
-    assert len(found) >= 2 and {launch.meta["WORKERS"] for launch in found} == {_rule.WORKERS[tile[0]]}
+    assert {launch.meta["ONE"] for launch in found} == {False, True} and {
+        launch.meta["WORKERS"] for launch in found
+    } == {_rule.WORKERS[tile[0]]}
     problems = [f"{launch}: {problem}" for launch in launches.values() for problem in launch.problems(row)]
     assert not problems, "\n".join(problems)
 

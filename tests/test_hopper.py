@@ -172,9 +172,7 @@ def test_gated(split: bool, hopper: list[_rule.Choice], monkeypatch: pytest.Monk
     assert hopper and all(bool(c.split) is split for c in hopper)
 
 
-@pytest.mark.parametrize(
-    "ends", [[130, 130, 300, 420], [0, 64, 400, 400], [420, 420, 420, 420], [7, 90, 500, 500]], ids=str
-)
+@pytest.mark.parametrize("ends", [[130, 130, 300, 420], [0, 64, 400, 400], [420] * 4, [7, 90, 500, 500]], ids=str)
 @pytest.mark.parametrize("layout", ["rows", "weights by rows", "columns"])
 def test_groups_of_rows(
     ends: list[int], layout: str, hopper: list[_rule.Choice], monkeypatch: pytest.MonkeyPatch
@@ -184,10 +182,9 @@ def test_groups_of_rows(
     _on_hopper(monkeypatch)
     x = halves(T, K)
     w = halves(4, K, N) if layout == "weights by rows" else halves(4, N, K).mT
-    want, first = torch.zeros(T, N, dtype=torch.float64), 0
-    for g, end in enumerate(ends):
+    want = torch.zeros(T, N, dtype=torch.float64)
+    for g, (first, end) in enumerate(zip([0, *ends], ends)):
         want[first:end] = x[first:end].double() @ w[g].double()
-        first = end
     if layout == "columns":
         close(gemskit.grouped_mm(w.mT, x.mT, offs), want.mT)
     else:

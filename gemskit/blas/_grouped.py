@@ -236,7 +236,7 @@ def _on_hopper(
     if any(t.dtype.itemsize > 2 and along == 3 for t, along in zip(extras, space.along)):
         return None
     found: Callable[..., None] | None = after.wgmma.plan(
-        space, a.dtype, best_of_groups(T, N, K, groups, config["processors"]), groups=groups
+        space, a.dtype, best_of_groups(T, N, K, groups, config["processors"], 3 in space.along), groups=groups
     )
     return found
 

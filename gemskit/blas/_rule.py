@@ -58,11 +58,13 @@ class Choice:
 
 
 def choices(
-    M: int, N: int, K: int, batches: int, processors: int, gated: bool = False, small: bool = False, float8: int = 0
-) -> Iterator[Choice]:
+    M: int, N: int, K: int, batches: int, processors: int, gated: bool = False, small: bool = False, float8: int = 0,
+    matrix: bool = False,
+) -> Iterator[Choice]:  # fmt: skip
     """All that are considered. Tiles of a gated product are half gate, half up, so there are twice N columns.
 
     ``small`` leaves out those whose accumulator takes half of all registers: an operand of float32 beside it would spill.
+    ``matrix`` leaves out those of three groups of warps, where any matrix beside it would (Triton 3.9: 344 bytes a thread).
     Factors of ``float8`` are multiplied by so many times 128 of K a step, those of halves (0) by 64.
     """
     if gated:
@@ -75,7 +77,7 @@ def choices(
         for BM, BN, stages, step in TILES:
             workers = WORKERS.get(BM, 2)
             # A gated product has no tiles of fewer columns; two sums of float8 have no registers beside those of three groups.
-            if (small and BM * BN // workers >= LARGE) or (gated and BN < 64) or (float8 and workers > 2):
+            if (small and BM * BN // workers >= LARGE) or (gated and BN < 64) or ((float8 or matrix) and workers > 2):
                 continue
             if float8:
                 stages, step = stages // float8, step * float8 * FLOAT8_STEP
@@ -96,10 +98,10 @@ def choices(
                 )
 
 
-def best_of_groups(rows: int, N: int, K: int, groups: int, processors: int) -> Choice:
+def best_of_groups(rows: int, N: int, K: int, groups: int, processors: int, matrix: bool = False) -> Choice:
     """For ``rows`` in ``groups`` that end anywhere: as if all had as many, with the most tiles that they can have."""
     each = cdiv(rows, groups)
-    found = (c for c in choices(each, N, K, groups, processors) if not (c.split or c.transposed))
+    found = (c for c in choices(each, N, K, groups, processors, matrix=matrix) if not (c.split or c.transposed))
     choice = min(found, key=lambda c: c.time)
     return replace(choice, whole=(rows // choice.BM + min(groups + 1, rows)) * cdiv(N, choice.BN))
 
@@ -109,24 +111,25 @@ def _together(moving: float, multiplying: float) -> float:
 
 
 def best(
-    M: int, N: int, K: int, batches: int, processors: int, gated: bool = False, small: bool = False, float8: int = 0
-) -> Choice:
+    M: int, N: int, K: int, batches: int, processors: int, gated: bool = False, small: bool = False, float8: int = 0,
+    matrix: bool = False,
+) -> Choice:  # fmt: skip
     """The fastest by the model."""
-    return min(choices(M, N, K, batches, processors, gated, small, float8), key=lambda c: c.time)
+    return min(choices(M, N, K, batches, processors, gated, small, float8, matrix), key=lambda c: c.time)
 
 
 @functools.lru_cache(maxsize=4096)
 def choose(
     M: int, N: int, K: int, batches: int, processors: int, gated: bool = False, small: bool = False, arch: str = "",
-    float8: int = 0,
+    float8: int = 0, matrix: bool = False,
 ) -> Choice:  # fmt: skip
     """The one that was tuned for these sizes on ``arch`` (of halves), else the fastest by the model."""
     pick = tuned(arch).get(name_of(batches, M, N, K, gated))
     if pick is not None and not float8:
-        for choice in choices(M, N, K, batches, processors, gated, small):
+        for choice in choices(M, N, K, batches, processors, gated, small, matrix=matrix):
             if pick_of(choice) == tuple(pick):
                 return choice
-    return best(M, N, K, batches, processors, gated, small, float8)
+    return best(M, N, K, batches, processors, gated, small, float8, matrix)
 
 
 # -- tuned choices --------------------------------------------------------------------------------------------------------

@@ -43,8 +43,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_rule.Choice]]:
     taken: list[_rule.Choice] = []
     plan = _hopper.Kernels.plan
 
-    def noted(self: Any, space: Any, dtype: Any, choice: _rule.Choice, *rest: Any, **more: Any) -> Any:
-        found = plan(self, space, dtype, choice, *rest, **more)
+    def noted(self: Any, space: Any, dtype: Any, choice: _rule.Choice, *rest: Any) -> Any:
+        found = plan(self, space, dtype, choice, *rest)
         if found is not None:
             taken.append(choice)
         return found
@@ -58,7 +58,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_rule.Choice]]:
 
 def _on_hopper(monkeypatch: pytest.MonkeyPatch, float8: int = 1, **attention: int) -> None:
     row = backends.find_arch("sm_90")
-    changed = {"gemm": {"wgmma": 1, "float8": float8, "groups": 1}, "attention": {"wgmma": 1, **attention}}
+    changed = {"gemm": {"wgmma": 1, "float8": float8}, "attention": {"wgmma": 1, **attention}}
     launch = {name: {**row.config(name), **config, "processors": PROCESSORS} for name, config in changed.items()}
     here = dataclasses.replace(row, launch={**row.launch, **launch})
     monkeypatch.setattr(backends, "arch", lambda device=None: here)
@@ -73,7 +73,6 @@ def _forget() -> None:
         "linear",
         "gated_linear",
         "scaled_mm",
-        "grouped_mm",
         "scaled_dot_product_attention",
         "flash_attention",
     )
@@ -170,26 +169,6 @@ def test_gated(split: bool, hopper: list[_rule.Choice], monkeypatch: pytest.Monk
             monkeypatch.setattr(_drive, "choose", fixed(choice))
             close(gemskit.gated_linear(x, gate, up), want)
     assert hopper and all(bool(c.split) is split for c in hopper)
-
-
-@pytest.mark.parametrize("ends", [[130, 130, 300, 420], [0, 64, 400, 400], [420] * 4, [7, 90, 500, 500]], ids=str)
-@pytest.mark.parametrize("layout", ["rows", "weights by rows", "columns"])
-def test_groups_of_rows(
-    ends: list[int], layout: str, hopper: list[_rule.Choice], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Empty groups, rows of none, ends behind all rows; of columns, where tiles are stored along them."""
-    T, K, N, offs = 420, 128, 264, torch.tensor(ends, dtype=torch.int32)
-    _on_hopper(monkeypatch)
-    x = halves(T, K)
-    w = halves(4, K, N) if layout == "weights by rows" else halves(4, N, K).mT
-    want = torch.zeros(T, N, dtype=torch.float64)
-    for g, (first, end) in enumerate(zip([0, *ends], ends)):
-        want[first:end] = x[first:end].double() @ w[g].double()
-    if layout == "columns":
-        close(gemskit.grouped_mm(w.mT, x.mT, offs), want.mT)
-    else:
-        close(gemskit.grouped_mm(x, w, offs), want)
-    assert len(hopper) == 1
 
 
 # -- products of float8 -------------------------------------------------------------------------------------------------

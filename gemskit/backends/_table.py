@@ -101,7 +101,6 @@ DEFAULT: Launch = {
         "processors": 132,
         "promote": 0,
         "float8": 0,
-        "groups": 0,
     },
     # rows: as many of halves take a kernel of their own. float8 1: conversions to float16 are instructions, so that few rows of
     # float8 are best multiplied as halves.

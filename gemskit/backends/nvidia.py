@@ -20,8 +20,7 @@ HOPPER = {
     "attention": dict(m=64, n=64, warps=4, wide=8, stages=3, wgmma=1, turns=64, together=1, processors=132, whole=128),
     # promote 1 adds sums of float8, of 14 bits on tensor cores, to those of float32 in each step of a product.
     # float8 1 takes the kernel in Gluon for those of K-major factors, in steps of 128; 2: steps of 256; 0: the plain one.
-    # groups 1 takes it for products of groups of 64 rows or more; 0: the plain one.
-    "gemm": {"wgmma": 1, "processors": 132, "promote": 1, "float8": 0, "groups": 0},
+    "gemm": {"wgmma": 1, "processors": 132, "promote": 1, "float8": 0},
     "gemm_few": {"rows": 32},
 }
 AMPERE = {"attention": {"m": 128, "n": 64, "warps": 8, "wide": 8, "stages": 2}}

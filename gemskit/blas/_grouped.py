@@ -5,8 +5,7 @@ The grid is the most tiles that any groups of these totals can have, so the host
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,12 +15,10 @@ from torch import Tensor
 from gemskit import _layout, backends, language
 from gemskit._bind import fill, slots
 from gemskit._driver import tf32
-from gemskit._dtypes import FLOAT8, HALVES, TRITON, compute_type
+from gemskit._dtypes import FLOAT8, TRITON, compute_type
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit.blas._factors import plus_product, promoted
-from gemskit.blas._rule import best_of_groups
-from gemskit.blas._space import Space
 
 #: Filled in per operator.
 EPILOGUE: Any = None
@@ -180,15 +177,6 @@ class After:
         stored = fill(_stored, f"{name}_stored", EPILOGUE=fn)
         self.rows = fill(_rows, f"{name}_rows", annotations, STORED=stored)
         self.steps = fill(_steps, f"{name}_steps", annotations, STORED=stored)
-        self._own = (name, fn, dict(annotations or {}))
-
-    @functools.cached_property
-    def wgmma(self) -> Any:
-        # Gluon is there from Triton 3.5 on, and takes 0.1 s to import.
-        from gemskit.blas._hopper import Kernels
-
-        name, fn, annotations = self._own
-        return Kernels(f"{name}_wgmma", fn, annotations)
 
 
 PLAIN = After("grouped", _plain)
@@ -201,10 +189,6 @@ def rows(
 ) -> None:  # fmt: skip
     """``out[i] = a[i] @ b[g]``, ``g`` the group of row ``i``; times ``scale_a[i]`` and ``scale_b[g]``."""
     (T, K), (groups, _, N) = a.shape, b.shape
-    if scale_a is None and scale_b is None and not (a.data_ptr() | b.data_ptr()) % 16:
-        run = _on_hopper(out, a, b, after, extras)
-        if run is not None:
-            return run(out, a, b, None, extras, scalars, offs)
     sides, meta = _tile(_layout.cdiv(T, max(groups, 1)), N, K, a.dtype, fast)
     most = T // sides["BM"] + min(groups + 1, T)
     grid = most * _layout.cdiv(N, sides["BN"])
@@ -217,28 +201,6 @@ def rows(
             after.rows, (grid,), (out, a, b, offs, scale_a, scale_b, extras, groups, T, N, K, *strides),
             {**sides, **meta, "GROUPS": count, "WIDE": _wide(out, a, b, *extras)},
         )  # fmt: skip
-
-
-def _on_hopper(
-    out: Tensor, a: Tensor, b: Tensor, after: After, extras: tuple[Tensor, ...]
-) -> Callable[..., None] | None:
-    """The launch of the kernel for Hopper's tensor cores; None where it is not worth it or has none."""
-    (T, K), (groups, _, N) = a.shape, b.shape
-    row = backends.arch()
-    config = row.config("gemm")
-    # With fewer rows a group, the plain kernel has smaller tiles.
-    if not (config["wgmma"] and config["groups"] and a.dtype in HALVES and groups and N and K and T >= 64 * groups):
-        return None
-    # A batch of products that have the first factor and the result in common.
-    shared = [t.expand(groups, *t.shape) for t in (out, a, *(t.expand(out.shape) for t in extras))]
-    space = Space.of(shared[0], shared[1], b, shared[2:])
-    # A matrix of float32 to be added would spill beside the large tiles.
-    if any(t.dtype.itemsize > 2 and along == 3 for t, along in zip(extras, space.along)):
-        return None
-    found: Callable[..., None] | None = after.wgmma.plan(
-        space, a.dtype, best_of_groups(T, N, K, groups, config["processors"], 3 in space.along), groups=groups
-    )
-    return found
 
 
 def steps(

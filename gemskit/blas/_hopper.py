@@ -83,33 +83,10 @@ def _where(tile, tiles_m, tiles_n, GROUP: gl.constexpr, ONE: gl.constexpr):
 
 
 @gluon.jit
-def _group_of(tile, group, before, first, end, offs, groups, M, tiles_n, BM: gl.constexpr):
-    """The group of rows that has a tile, from that of an earlier one on, whose rows begin at ``first`` and stop at ``end``.
-
-    ``before`` tiles are of other groups. Rows behind the last group are one more, whose product has no steps.
-    """
-    while (group < groups) & (tile >= before + gl.cdiv(end - first, BM) * tiles_n):
-        before += gl.cdiv(end - first, BM) * tiles_n
-        group += 1
-        first = end
-        end = gl.load(offs + group, mask=group < groups, other=M).to(gl.int32)
-        end = gl.minimum(gl.maximum(end, first), M)
-    return group, before, first, end
-
-
-@gluon.jit
-def _in_group(tile, before, first, end, tiles_n, BM: gl.constexpr, GROUP: gl.constexpr):
-    """The first row of a tile of this group, and its column. A tile behind the last one of all begins where rows end."""
-    tiles_m = gl.maximum(gl.cdiv(end - first, BM), 1)
-    m, n = language.swizzle(gl.minimum(tile - before, tiles_m * tiles_n - 1), tiles_m, tiles_n, GROUP)
-    return gl.where(tile - before < tiles_m * tiles_n, first + m * BM, end), n
-
-
-@gluon.jit
 def _load(
     a, b, up, a_tiles, b_tiles, ready, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps, units, whole,
-    split, part_steps, offs, groups, M, A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    BK: gl.constexpr, STAGES: gl.constexpr, WORKERS: gl.constexpr, GROUP: gl.constexpr, ONE: gl.constexpr,
+    split, part_steps, A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+    STAGES: gl.constexpr, WORKERS: gl.constexpr, GROUP: gl.constexpr, ONE: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads: waits until a stage is empty, fills it with a tile of ``a`` for each worker and one of ``b``.
 
@@ -124,16 +101,9 @@ def _load(
     fence_async_shared()
     mbarrier.arrive(ready.index(0), count=1)
     i = 0
-    group, before, row, end = -1, 0, 0, 0
     for turn in range(_turns(units, ONE)):
         tile, first, last, _ = _work(turn, whole, split, part_steps, steps, ONE)
-        if offs is not None:
-            group, before, row, end = _group_of(tile, group, before, row, end, offs, groups, M, tiles_n, BM)
-            start, n = _in_group(tile, before, row, end, tiles_n, BM, GROUP)
-            batch, last = group, steps * (group < groups)
-        else:
-            batch, m, n = _where(tile, tiles_m, tiles_n, GROUP, ONE)
-            start = m * BM
+        batch, m, n = _where(tile, tiles_m, tiles_n, GROUP, ONE)
         a_row, b_row = offset(batch, batch_sizes, a_batch), offset(batch, batch_sizes, b_batch)
         for k in range(first, last):
             stage = i % STAGES
@@ -142,9 +112,9 @@ def _load(
             mbarrier.expect(filled, (BM + BN) * BK * BYTES)
             for worker in gl.static_range(WORKERS):
                 if A_ROWS:
-                    at = [a_row + start + worker * ROWS, k * BK]
+                    at = [a_row + m * BM + worker * ROWS, k * BK]
                 else:
-                    at = [a_row + k * BK, start + worker * ROWS]
+                    at = [a_row + k * BK, m * BM + worker * ROWS]
                 block_to_shared(a, at, filled, a_tiles.index(WORKERS * stage + worker))
             if up is not None:
                 at = [b_row + n * (BN // 2), k * BK]
@@ -162,8 +132,8 @@ def _load(
 @gluon.jit
 def _multiply(
     worker: gl.constexpr, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
-    out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split, part_steps, offs,
-    groups, A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split, part_steps,
+    A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     WORKERS: gl.constexpr, GROUP: gl.constexpr, ONE: gl.constexpr, WIDE: gl.constexpr, ALONG: gl.constexpr,
     ALIGN: gl.constexpr, TURNED: gl.constexpr, GATED: gl.constexpr, PROMOTED: gl.constexpr,
 ):  # fmt: skip
@@ -181,12 +151,8 @@ def _multiply(
     lines: gl.constexpr = lines_of(ROWS, COLS, ALIGN == 8, TURNED) if MOVED else final
     mbarrier.wait(ready.index(0), 0)
     i = 0
-    group, before, row, end = -1, 0, 0, 0
     for turn in range(_turns(units, ONE)):
         tile, start, last, part = _work(turn, whole, split, part_steps, steps, ONE)
-        if offs is not None:
-            group, before, row, end = _group_of(tile, group, before, row, end, offs, groups, M, tiles_n, BM)
-            last = steps * (group < groups)
         acc = gl.zeros([ROWS, BN], gl.float32, layout)
         for k in range(start, last):
             stage = i % STAGES
@@ -210,23 +176,17 @@ def _multiply(
             i += 1
         if not PROMOTED:
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=last > start)
+            mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
         if parts is not None:
             if part >= 0:
-                own = worker * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+                row = worker * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
                 col = gl.arange(0, BN, gl.SliceLayout(0, layout))
-                at = (part * split + tile - whole).to(gl.int64) * (BM * BN) + own[:, None] * BN + col[None, :]
+                at = (part * split + tile - whole).to(gl.int64) * (BM * BN) + row[:, None] * BN + col[None, :]
                 gl.store(parts + at, acc)
         if part < 0:
-            if offs is not None:
-                m, n = _in_group(tile, before, row, end, tiles_n, BM, GROUP)
-                batch, stop = group, end
-            else:
-                batch, m, n = _where(tile, tiles_m, tiles_n, GROUP, ONE)
-                m, stop = m * BM, M
+            batch, m, n = _where(tile, tiles_m, tiles_n, GROUP, ONE)
             if WIDE:
                 batch, m, n = batch.to(gl.int64), m.to(gl.int64), n.to(gl.int64)  # type: ignore[attr-defined]
-            m, n = m + worker * ROWS, n * COLS
             first, other = acc, None
             if GATED:
                 # The two halves of the columns lie in different registers of the same threads.
@@ -235,8 +195,8 @@ def _multiply(
             value = FINISH(
                 first,
                 other,
-                m + gl.arange(0, ROWS, gl.SliceLayout(1, final)),
-                n + gl.arange(0, COLS, gl.SliceLayout(0, final)),
+                m * BM + worker * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, final)),
+                n * COLS + gl.arange(0, COLS, gl.SliceLayout(0, final)),
                 batch,
                 extras,
                 batch_sizes,
@@ -247,15 +207,15 @@ def _multiply(
                 s1,
                 s2,
                 s3,
-                stop,
+                M,
                 N,
                 ALONG,
             ).to(out.dtype.element_ty)
             if MOVED:
                 value = gl.convert_layout(value, lines)
-            r = m + gl.arange(0, ROWS, gl.SliceLayout(1, lines))
-            c = n + gl.arange(0, COLS, gl.SliceLayout(0, lines))
-            _store(value, r, c, batch, out, batch_sizes, out_batch, out_m, out_n, stop, N, ALIGN, TURNED)
+            r = m * BM + worker * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, lines))
+            c = n * COLS + gl.arange(0, COLS, gl.SliceLayout(0, lines))
+            _store(value, r, c, batch, out, batch_sizes, out_batch, out_m, out_n, M, N, ALIGN, TURNED)
 
 
 @gluon.constexpr_function
@@ -334,7 +294,7 @@ def barriers(number: gl.constexpr, arrivals: gl.constexpr):
 @gluon.jit
 def product(
     out, a, b, up, parts, extras, batch_sizes, out_batch, a_batch, b_batch, extra_batch, out_m, out_n, extra_m, extra_n,
-    s0, s1, s2, s3, M, N, K, whole, split, pieces, part_steps, offs, groups,
+    s0, s1, s2, s3, M, N, K, whole, split, pieces, part_steps,
     A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     STAGES: gl.constexpr, WORKERS: gl.constexpr, GROUP: gl.constexpr, ONE: gl.constexpr, WIDE: gl.constexpr,
     ALONG: gl.constexpr, ALIGN: gl.constexpr, TURNED: gl.constexpr, PROMOTED: gl.constexpr, num_warps: gl.constexpr,
@@ -342,7 +302,6 @@ def product(
     """``a`` is [M, K] (A_ROWS) or [K, M], ``b`` [K, N] (B_ROWS) or [N, K], batches one below the other; float8 along K.
 
     Of a gated product ``b`` and ``up`` are [N, K], and a tile has BN / 2 columns. ONE: every program has one tile, of one batch.
-    With ``offs``, where they end, the batches of ``b`` are for groups of rows; ``whole`` is the most tiles that these can have.
     """
     GATED: gl.constexpr = up is not None
     a_tiles = gl.allocate_shared_memory(a.dtype, [WORKERS * STAGES] + a.block_type.shape, a.layout)
@@ -365,43 +324,40 @@ def product(
         gl.warp_specialize([
             (MULTIPLY, (first, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
                         out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
-                        part_steps, offs, groups, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN,
-                        TURNED, GATED, PROMOTED)),
+                        part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN, TURNED, GATED,
+                        PROMOTED)),
             (_load, (a, b, up, a_tiles, b_loads, ready, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps,
-                     units, whole, split, part_steps, offs, groups, M, A_ROWS, B_ROWS, BM, BN, BK, STAGES, WORKERS, GROUP,
-                     ONE)),
+                     units, whole, split, part_steps, A_ROWS, B_ROWS, BM, BN, BK, STAGES, WORKERS, GROUP, ONE)),
         ], [1], [32])  # fmt: skip
     elif WORKERS == 2:
         gl.warp_specialize([
             (MULTIPLY, (first, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
                         out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
-                        part_steps, offs, groups, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN,
-                        TURNED, GATED, PROMOTED)),
+                        part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN, TURNED, GATED,
+                        PROMOTED)),
             (MULTIPLY, (second, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
                         out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
-                        part_steps, offs, groups, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN,
-                        TURNED, GATED, PROMOTED)),
+                        part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN, TURNED, GATED,
+                        PROMOTED)),
             (_load, (a, b, up, a_tiles, b_loads, ready, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps,
-                     units, whole, split, part_steps, offs, groups, M, A_ROWS, B_ROWS, BM, BN, BK, STAGES, WORKERS, GROUP,
-                     ONE)),
+                     units, whole, split, part_steps, A_ROWS, B_ROWS, BM, BN, BK, STAGES, WORKERS, GROUP, ONE)),
         ], [4, 1], [232, 32])  # fmt: skip
     else:
         gl.warp_specialize([
-            (MULTIPLY, (second, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
-                        out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
-                        part_steps, offs, groups, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN,
-                        TURNED, GATED, PROMOTED)),
             (MULTIPLY, (first, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
                         out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
-                        part_steps, offs, groups, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN,
-                        TURNED, GATED, PROMOTED)),
+                        part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN, TURNED, GATED,
+                        PROMOTED)),
+            (MULTIPLY, (second, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
+                        out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
+                        part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN, TURNED, GATED,
+                        PROMOTED)),
             (MULTIPLY, (third, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
                         out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
-                        part_steps, offs, groups, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN,
-                        TURNED, GATED, PROMOTED)),
+                        part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN, TURNED, GATED,
+                        PROMOTED)),
             (_load, (a, b, up, a_tiles, b_loads, ready, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps,
-                     units, whole, split, part_steps, offs, groups, M, A_ROWS, B_ROWS, BM, BN, BK, STAGES, WORKERS, GROUP,
-                     ONE)),
+                     units, whole, split, part_steps, A_ROWS, B_ROWS, BM, BN, BK, STAGES, WORKERS, GROUP, ONE)),
         ], [4, 4, 1], [152, 152, 32])  # fmt: skip
 
 
@@ -481,13 +437,11 @@ class Kernels:
         self.join = fill(join, f"{name}_join", annotations, FINISH=finish)
 
     def plan(
-        self, space: Space, dtype: torch.dtype, choice: Choice, gated: bool = False, promoted: bool = False,
-        groups: int = 0,
-    ) -> Callable[..., None] | None:  # fmt: skip
+        self, space: Space, dtype: torch.dtype, choice: Choice, gated: bool = False, promoted: bool = False
+    ) -> Callable[..., None] | None:
         """The launches for ``choice``; None where a factor cannot be loaded by blocks.
 
-        Where ``promoted``, sums of float32 take what tensor cores found in each step. Batches may be those of ``groups`` of
-        rows, that have all rows in common and a second factor each.
+        Where ``promoted``, sums of float32 take what tensor cores found in each step.
         """
         if choice.transposed:
             space = space.transposed()
@@ -504,13 +458,13 @@ class Kernels:
         shape = (choice.BM, choice.BN)
         turned = space.rows[0] == 1 != space.cols[0]
         line, end, step = (space.cols[0], space.M, 1) if turned else (space.rows[0], space.N, space.cols[0])
-        align = math.gcd(8, line, end, *out_batch) if step == 1 and not (groups and turned) else 1
+        align = math.gcd(8, line, end, *out_batch) if step == 1 else 1
         tile = dict(
             BM=choice.BM, BN=choice.BN, GROUP=choice.GROUP, WIDE=space.wide, ALONG=space.along, ALIGN=align, TURNED=turned
         )  # fmt: skip
         cols = choice.BN // (1 + gated)
         split, pieces = choice.split, choice.pieces
-        one = choice.whole <= choice.processors and not (split or groups or space.wide) and space.batches == 1
+        one = choice.whole <= choice.processors and not (split or space.wide) and space.batches == 1
         meta = dict(
             tile, A_ROWS=bool(a.k_last), B_ROWS=not b.k_last, BK=choice.BK, STAGES=choice.STAGES,
             WORKERS=choice.workers, ONE=one,
@@ -521,7 +475,7 @@ class Kernels:
 
         def run(
             out: Tensor, first: Tensor, second: Tensor, up: Tensor | None, extras: tuple[Tensor, ...],
-            scalars: tuple[Any, ...], offs: Tensor | None = None,
+            scalars: tuple[Any, ...],
         ) -> None:  # fmt: skip
             if choice.transposed:
                 first, second = second, first
@@ -531,7 +485,7 @@ class Kernels:
                 (out, a.descriptor(first, choice.BM // choice.workers, choice.BK), b.descriptor(second, cols, choice.BK),
                  None if up is None else b.descriptor(up, cols, choice.BK), parts, extras,
                  space.sizes, out_batch, a.batch, b.batch, tuple(extra_batch), *where, *scalars, space.M, space.N, space.K,
-                 choice.whole, split, pieces, choice.part_steps, offs, groups),
+                 choice.whole, split, pieces, choice.part_steps),
                 meta,
             )  # fmt: skip
             if parts is not None:

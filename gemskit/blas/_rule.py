@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,17 @@ from gemskit._layout import cdiv
 from gemskit._native import cache_dir
 
 #: Tiles (M, N), stages of K = 64 that fit into 227 KiB, and the time of one step of K in us when all programs work (H200).
-#: Those of 64 and 192 rows are estimates: the bytes of a step by 93 a ns, which the others reach.
 TILES = (
     (128, 256, 4, 0.735), (256, 128, 4, 0.767), (128, 128, 6, 0.38), (128, 64, 8, 0.248), (128, 32, 10, 0.231),
-    (128, 16, 11, 0.207), (192, 128, 5, 0.57), (64, 64, 13, 0.18), (64, 32, 16, 0.14),
+    (128, 16, 11, 0.207), (192, 128, 5, 0.57), (64, 128, 9, 0.24), (64, 64, 12, 0.18), (64, 32, 16, 0.14),
 )  # fmt: skip
 #: Groups of four warps that multiply by the rows of a tile, where they are not two; each has 64 rows or more.
 WORKERS = {64: 1, 192: 3}
 #: Elements of a group's sum that take half of its registers.
 LARGE = 128 * 128
 STEP = 64
+#: Tiles of 64 rows up to so many columns take two steps of K at once (H200, 512³ 8.0 us for 8.7, 64x4096x4096 18.8 for 19.3).
+NARROW = 64
 #: us: of a launch, of the second one that adds up parts; bytes a us that memory gives.
 LAUNCH, JOIN, BANDWIDTH = 5.0, 5.0, 3.5e6
 #: How much of the shorter of both, multiplying and moving, the longer one does not hide.
@@ -69,8 +70,7 @@ def choices(
     """
     if gated:
         N *= 2
-    depth, size = (2 * STEP * float8, 1) if float8 else (STEP, 2)
-    steps = max(1, cdiv(K, depth))
+    size = 1 if float8 else 2
     moved = batches * (size * (M * K + K * N) + 2 * M * N) / BANDWIDTH
     for transposed in (False,) if gated else (False, True):
         m, n = (N, M) if transposed else (M, N)
@@ -79,8 +79,10 @@ def choices(
             # A gated product has no tiles of fewer columns; two sums of float8 have no registers beside those of three groups.
             if (small and BM * BN // workers >= LARGE) or (gated and BN < 64) or ((float8 or matrix) and workers > 2):
                 continue
-            if float8:
-                stages, step = stages // float8, step * float8 * FLOAT8_STEP
+            # Factors of float8 are half as long, and two steps of halves are one of theirs.
+            deep = float8 or 1 + (workers == 1 and BN <= NARROW and not gated)
+            depth = STEP * deep * (1 + (float8 > 0))
+            stages, step, steps = stages // deep, step * deep * (FLOAT8_STEP if float8 else 1), max(1, cdiv(K, depth))
             tiles = cdiv(m, BM) * cdiv(n, BN) * batches
             rounds, last = divmod(tiles, processors)
             whole = LAUNCH + _together(moved, (rounds + (last > 0)) * steps * step)
@@ -96,14 +98,6 @@ def choices(
                 yield Choice(
                     BM, BN, depth, stages, group, processors, tiles - last, last, pieces, part, transposed, time
                 )
-
-
-def best_of_groups(rows: int, N: int, K: int, groups: int, processors: int, matrix: bool = False) -> Choice:
-    """For ``rows`` in ``groups`` that end anywhere: as if all had as many, with the most tiles that they can have."""
-    each = cdiv(rows, groups)
-    found = (c for c in choices(each, N, K, groups, processors, matrix=matrix) if not (c.split or c.transposed))
-    choice = min(found, key=lambda c: c.time)
-    return replace(choice, whole=(rows // choice.BM + min(groups + 1, rows)) * cdiv(N, choice.BN))
 
 
 def _together(moving: float, multiplying: float) -> float:

@@ -74,8 +74,11 @@ def test_the_rule_prefers_what_was_measured() -> None:
     # 320 tiles are 2.4 rounds: 56 of them in two halves make 2.5, where whole ones would take 3.
     uneven = _rule.choose(2048, 5120, 25600, 1, 132)
     assert (uneven.whole, uneven.split, uneven.pieces) == (264, 56, 2)
-    few = _rule.choose(32, 4096, 4096, 1, 132)
-    assert few.transposed and few.BN <= 32
+    few = _rule.choose(64, 4096, 4096, 1, 132)
+    assert (few.BM, few.BN, few.whole, few.split) == (64, 32, 128, 0)
+    # 128 tiles, where those of 128 rows or columns are 96 or 192.
+    three = _rule.choose(512, 6144, 4096, 1, 132)
+    assert {three.BM, three.BN} == {192, 128} and three.whole == 128
 
 
 # -- what is launched ---------------------------------------------------------------------------------------------------

@@ -31,7 +31,11 @@ REASONS: tuple[tuple[str, str, str], ...] = (
         "*x*",
         "tiles of 128 rows or columns fill few processors or the last round badly; a second launch where K is split",
     ),
-    ("scaled_mm", "*", "sums of float32: tensor cores keep 14 bits, which every 128 terms are added to them, as torch does"),
+    (
+        "scaled_mm",
+        "*",
+        "sums of float32: tensor cores keep 14 bits, which every 128 terms are added to them, as torch does",
+    ),
     ("grouped_mm", "*", "the kernel that runs everywhere, not Hopper's"),
     ("gated_linear", "16x*", "two weights share what one program has in flight"),
     ("sort", "*", "four or eight passes that count, then move; torch's counts and moves in one"),

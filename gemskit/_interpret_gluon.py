@@ -240,7 +240,8 @@ def _expect(barrier: Shared, bytes_per_cta: Any, pred: Any = True) -> None:
 
 
 def _arrive(barrier: Shared, *, count: Any = 1, pred: Any = True) -> None:
-    _count(barrier, _number(count), 0)
+    if _number(pred):
+        _count(barrier, _number(count), 0)
     GROUPS.switch()
 
 

@@ -35,6 +35,7 @@ from gemskit import _bench_cases, _driver, _launch, backends, epilogues
 from gemskit._op import REGISTRY, Op
 from gemskit._tensor_map import Descriptor
 from gemskit.backends import Arch
+from gemskit.blas import _drive, _rule
 from gemskit.errors import ArgumentError, GradientError, NoKernel
 from gemskit.testing import Make, Sample, lay_out, load
 
@@ -425,6 +426,48 @@ def test_float8_products_in_gluon_compile(steps: int, fast: bool) -> None:
     assert all(launch.meta["PROMOTED"] is not fast for launch in found)
     assert {launch.meta["BK"] for launch in found} == {128 if fast else 128 * steps}
     assert max(launch.meta["BM"] * launch.meta["BN"] for launch in found) == (2 if fast else 1) * 128 * 128
+    problems = [f"{launch}: {problem}" for launch in launches.values() for problem in launch.problems(row)]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("tile", [(64, 32), (64, 64), (192, 128)], ids=str)
+def test_tiles_for_hopper_compile(tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one and three groups of warps: one tile a program and several, whole and split, gated."""
+    row, launches = next(row for row in ROWS if row.name == "sm_90"), Launches()
+    make = Unfilled(BF16)
+
+    def chosen(*given: Any) -> _rule.Choice:
+        found = [c for c in _rule.choices(*given[:7]) if (c.BM, c.BN) == tile]
+        return found[0 if given[0] == 8 * tile[0] else -1]
+
+    monkeypatch.setattr(_drive, "choose", chosen)
+    with _launch.capturing(launches), backends.use_arch(row):
+        for m, n in ((8 * tile[0], 8 * tile[1]), (64 * tile[0], 64 * tile[1])):
+            _forget_plans()
+            other = make(n) if tile[0] == 192 else make(m, n)
+            gemskit.mm(make(m, 1024), make(n, 1024).mT, epilogue=epilogues.residual(other))
+        if tile[1] >= 64:
+            gemskit.gated_linear(make(4096, 1024), make(4096, 1024), make(4096, 1024))
+    _forget_plans()
+    found = [launch for launch in launches.values() if "STAGES" in launch.meta]
+    assert {launch.meta["ONE"] for launch in found} == {False, True} and {
+        launch.meta["WORKERS"] for launch in found
+    } == {_rule.WORKERS[tile[0]]}
+    problems = [f"{launch}: {problem}" for launch in launches.values() for problem in launch.problems(row)]
+    assert not problems, "\n".join(problems)
+
+
+def test_products_of_groups_for_hopper_compile() -> None:
+    row, launches = next(row for row in ROWS if row.name == "sm_90"), Launches()
+    row = dataclasses.replace(row, launch={**row.launch, "gemm": {**row.config("gemm"), "groups": 1}})
+    make, ends = Unfilled(BF16), torch.empty(4, dtype=torch.int32)
+    _forget_plans()
+    with _launch.capturing(launches), backends.use_arch(row):
+        gemskit.grouped_mm(make(4096, 1024), make(4, 2048, 1024).mT, ends)
+        gemskit.grouped_mm(make(4096, 1024), make(4, 1024, 2048), ends, epilogue=epilogues.silu)
+        gemskit.grouped_mm(make(4, 2048, 1024), make(4096, 1024).mT, ends)
+    _forget_plans()
+    assert len(launches) == 3 and all("STAGES" in launch.meta for launch in launches.values())
     problems = [f"{launch}: {problem}" for launch in launches.values() for problem in launch.problems(row)]
     assert not problems, "\n".join(problems)
 

@@ -62,7 +62,7 @@ def test_every_choice_covers_the_product(
         assert (c.pieces - 1) * c.part_steps < steps <= c.pieces * c.part_steps or not c.split
         assert c.split * c.pieces <= processors
         bytes_of_k = c.BK * (1 if float8 else 2)
-        assert bytes_of_k == 128 * max(1, float8)
+        assert bytes_of_k == 128 * (float8 or (2 if c.BM == 64 and c.BN <= _rule.NARROW else 1))
         assert c.STAGES * (c.BM + c.BN) * bytes_of_k <= HOPPER.shared_memory - 8192, "stages, scratch and barriers"
     assert _rule.choose(M, N, K, batches, processors, float8=float8) == min(found, key=lambda c: c.time)
 
@@ -74,8 +74,11 @@ def test_the_rule_prefers_what_was_measured() -> None:
     # 320 tiles are 2.4 rounds: 56 of them in two halves make 2.5, where whole ones would take 3.
     uneven = _rule.choose(2048, 5120, 25600, 1, 132)
     assert (uneven.whole, uneven.split, uneven.pieces) == (264, 56, 2)
-    few = _rule.choose(32, 4096, 4096, 1, 132)
-    assert few.transposed and few.BN <= 32
+    few = _rule.choose(64, 4096, 4096, 1, 132)
+    assert (few.BM, few.BN, few.whole, few.split) == (64, 32, 128, 0)
+    # 128 tiles, where those of 128 rows or columns are 96 or 192.
+    three = _rule.choose(512, 6144, 4096, 1, 132)
+    assert {three.BM, three.BN} == {192, 128} and three.whole == 128
 
 
 # -- what is launched ---------------------------------------------------------------------------------------------------
@@ -142,6 +145,10 @@ def test_few_rows_take_one_launch(hopper: Fake) -> None:
     # Weights along N are read by blocks.
     hopper.clear()
     gemskit.mm(bf16(16, 14336), bf16(14336, 4096))
+    assert kernels(hopper) == ["mm_wgmma"]
+    # Too few tiles to fill the machine are split along K.
+    hopper.clear()
+    gemskit.mm(bf16(64, 8192), bf16(8192, 1024))
     assert kernels(hopper) == ["mm_wgmma", "mm_wgmma_join"]
 
 
@@ -260,6 +267,7 @@ def test_few_rows_of_float8_are_exact(m: int, n: int, k: int, dtypes: tuple[torc
 
 def test_sums_of_float32_take_tiles_that_leave_registers_for_them() -> None:
     assert _rule.best(4096, 4096, 8192, 1, 132).BN == 256
-    assert {c.BM * c.BN for c in _rule.choices(4096, 4096, 8192, 1, 132, small=True)} <= {
-        128 * n for n in (16, 32, 64, 128)
-    }
+    small = list(_rule.choices(4096, 4096, 8192, 1, 132, small=True))
+    assert small and all(c.BM * c.BN // c.workers <= 128 * 64 for c in small)
+    # Nor are there any for a matrix of halves beside three groups.
+    assert all(c.workers < 3 for c in _rule.choices(512, 6144, 4096, 1, 132, matrix=True))

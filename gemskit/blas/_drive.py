@@ -198,7 +198,8 @@ class Product:
         # Every tile has 64 rows or more for each group of warps; two sums of the large ones take all registers.
         two = promoted(a.dtype, 64, fast_sums)
         sizes = (space.M, space.N, space.K, space.batches, config["processors"])
-        choice = choose(*sizes, self.gated, small or two, row.name, float8 if two else min(float8, 1))
+        depth = float8 if two else min(float8, 1)
+        choice = choose(*sizes, self.gated, small or two, row.name, depth, 3 in space.along)
         found: Run | None = bound.wgmma.plan(space, a.dtype, choice, self.gated, two)
         return found
 

@@ -1,4 +1,4 @@
-"""Products on Hopper's tensor cores (``wgmma``), in Gluon: one warp loads, two groups of four warps multiply.
+"""Products on Hopper's tensor cores (``wgmma``), in Gluon: one warp loads, one to three groups of four warps multiply.
 
 Plain Triton lets the warps that multiply load as well and wait for each other: 5 to 12 % slower on an H200, and with an
 epilogue that nothing overlaps. Programs stay and take one tile after the other. The tiles of the last, partly filled round
@@ -48,100 +48,123 @@ MULTIPLY: Any = None
 
 
 @gluon.jit
-def _work(u, whole, split, part_steps, steps):
-    """Unit ``u`` of the work: its tile, its first and last step along K, and which part of the tile it is (-1: all)."""
-    tile, first, last, part = u, 0, steps, -1
-    if u >= whole:
-        tile = whole + (u - whole) % split
-        part = (u - whole) // split
-        first = part * part_steps
-        last = min(first + part_steps, steps)
+def _turns(units, ONE: gl.constexpr):
+    """How many units of the work a program takes."""
+    turns = 1
+    if not ONE:
+        turns = gl.cdiv(units - gl.program_id(0), gl.num_programs(0))
+    return turns
+
+
+@gluon.jit
+def _work(turn, whole, split, part_steps, steps, ONE: gl.constexpr):
+    """The unit of a turn: its tile, its first and last step along K, and which part of the tile it is (-1: all)."""
+    tile, first, last, part = gl.program_id(0), 0, steps, -1
+    if not ONE:
+        tile += turn * gl.num_programs(0)
+        if tile >= whole:
+            part = (tile - whole) // split
+            tile = whole + (tile - whole) % split
+            first = part * part_steps
+            last = min(first + part_steps, steps)
     return tile, first, last, part
 
 
 @gluon.jit
-def _where(tile, tiles_m, tiles_n, GROUP: gl.constexpr):
+def _where(tile, tiles_m, tiles_n, GROUP: gl.constexpr, ONE: gl.constexpr):
     """Batch, row and column of a tile."""
-    per_batch = tiles_m * tiles_n
-    m, n = language.swizzle(tile % per_batch, tiles_m, tiles_n, GROUP)
-    return tile // per_batch, m, n
+    if ONE:
+        # All tiles are under way at once. What comes before the first load is some of the time of a small product.
+        batch, m, n = 0, tile % tiles_m, tile // tiles_m
+    else:
+        per_batch = tiles_m * tiles_n
+        batch = tile // per_batch
+        m, n = language.swizzle(tile % per_batch, tiles_m, tiles_n, GROUP)
+    return batch, m, n
 
 
 @gluon.jit
 def _load(
-    a, b, up, a_tiles, b_tiles, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps, units, whole, split,
-    part_steps, A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-    STAGES: gl.constexpr, GROUP: gl.constexpr,
+    a, b, up, a_tiles, b_tiles, ready, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps, units, whole,
+    split, part_steps, A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+    STAGES: gl.constexpr, WORKERS: gl.constexpr, GROUP: gl.constexpr, ONE: gl.constexpr,
 ):  # fmt: skip
-    """The warp that loads: waits until a stage is empty, fills it with two tiles of ``a`` and one of ``b``.
+    """The warp that loads: waits until a stage is empty, fills it with a tile of ``a`` for each worker and one of ``b``.
 
     Of a gated product that one is half ``b``, half ``up``, so that one instruction multiplies by both.
     """
-    HALF: gl.constexpr = BM // 2
+    ROWS: gl.constexpr = BM // WORKERS
     BYTES: gl.constexpr = a.dtype.primitive_bitwidth // 8
+    # Here, as four warps would wait for each other after each.
+    for j in gl.static_range(STAGES):
+        mbarrier.init(empty.index(j), count=WORKERS)
+        mbarrier.init(full.index(j), count=1)
+    fence_async_shared()
+    mbarrier.arrive(ready.index(0), count=1)
     i = 0
-    for u in range(gl.program_id(0), units, gl.num_programs(0)):
-        tile, first, last, _ = _work(u, whole, split, part_steps, steps)
-        batch, m, n = _where(tile, tiles_m, tiles_n, GROUP)
+    for turn in range(_turns(units, ONE)):
+        tile, first, last, _ = _work(turn, whole, split, part_steps, steps, ONE)
+        batch, m, n = _where(tile, tiles_m, tiles_n, GROUP, ONE)
         a_row, b_row = offset(batch, batch_sizes, a_batch), offset(batch, batch_sizes, b_batch)
         for k in range(first, last):
             stage = i % STAGES
-            ready = full.index(stage)
+            filled = full.index(stage)
             mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
-            mbarrier.expect(ready, (BM + BN) * BK * BYTES)
-            for half in gl.static_range(2):
+            mbarrier.expect(filled, (BM + BN) * BK * BYTES)
+            for worker in gl.static_range(WORKERS):
                 if A_ROWS:
-                    at = [a_row + m * BM + half * HALF, k * BK]
+                    at = [a_row + m * BM + worker * ROWS, k * BK]
                 else:
-                    at = [a_row + k * BK, m * BM + half * HALF]
-                block_to_shared(a, at, ready, a_tiles.index(2 * stage + half))
+                    at = [a_row + k * BK, m * BM + worker * ROWS]
+                block_to_shared(a, at, filled, a_tiles.index(WORKERS * stage + worker))
             if up is not None:
                 at = [b_row + n * (BN // 2), k * BK]
-                block_to_shared(b, at, ready, b_tiles.index(2 * stage))
-                block_to_shared(up, at, ready, b_tiles.index(2 * stage + 1))
+                block_to_shared(b, at, filled, b_tiles.index(2 * stage))
+                block_to_shared(up, at, filled, b_tiles.index(2 * stage + 1))
             else:
                 if B_ROWS:
                     at = [b_row + k * BK, n * BN]
                 else:
                     at = [b_row + n * BN, k * BK]
-                block_to_shared(b, at, ready, b_tiles.index(stage))
+                block_to_shared(b, at, filled, b_tiles.index(stage))
             i += 1
 
 
 @gluon.jit
 def _multiply(
-    half: gl.constexpr, out, parts, extras, a_tiles, b_tiles, empty, full, batch_sizes, out_batch, extra_batch,
+    worker: gl.constexpr, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
     out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split, part_steps,
     A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, WIDE: gl.constexpr, ALONG: gl.constexpr, ALIGN: gl.constexpr, TURNED: gl.constexpr, GATED: gl.constexpr,
-    PROMOTED: gl.constexpr,
+    WORKERS: gl.constexpr, GROUP: gl.constexpr, ONE: gl.constexpr, WIDE: gl.constexpr, ALONG: gl.constexpr,
+    ALIGN: gl.constexpr, TURNED: gl.constexpr, GATED: gl.constexpr, PROMOTED: gl.constexpr,
 ):  # fmt: skip
-    """Four warps that multiply: one ``half`` of the rows of every tile.
+    """Four warps that multiply: a ``worker``, who has some rows of every tile.
 
     Tensor cores keep 14 bits of sums of float8: where PROMOTED, each step begins at zero and is added to a sum of float32.
     """
-    HALF: gl.constexpr = BM // 2
+    ROWS: gl.constexpr = BM // WORKERS
     COLS: gl.constexpr = BN // 2 if GATED else BN
     # An instruction multiplies 32 bytes of K.
     DEEP: gl.constexpr = 256 // a_tiles.dtype.primitive_bitwidth
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, DEEP])
     final: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLS, DEEP])
     MOVED: gl.constexpr = TURNED or COLS >= 32
-    lines: gl.constexpr = lines_of(HALF, COLS, ALIGN == 8, TURNED) if MOVED else final
+    lines: gl.constexpr = lines_of(ROWS, COLS, ALIGN == 8, TURNED) if MOVED else final
+    mbarrier.wait(ready.index(0), 0)
     i = 0
-    for u in range(gl.program_id(0), units, gl.num_programs(0)):
-        tile, start, last, part = _work(u, whole, split, part_steps, steps)
-        acc = gl.zeros([HALF, BN], gl.float32, layout)
+    for turn in range(_turns(units, ONE)):
+        tile, start, last, part = _work(turn, whole, split, part_steps, steps, ONE)
+        acc = gl.zeros([ROWS, BN], gl.float32, layout)
         for k in range(start, last):
             stage = i % STAGES
             mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-            x, y = a_tiles.index(2 * stage + half), b_tiles.index(stage)
+            x, y = a_tiles.index(WORKERS * stage + worker), b_tiles.index(stage)
             if not A_ROWS:
                 x = x.permute((1, 0))
             if not B_ROWS:
                 y = y.permute((1, 0))
             if PROMOTED:
-                step = warpgroup_mma(x, y, gl.zeros([HALF, BN], gl.float32, layout), use_acc=False, is_async=True)
+                step = warpgroup_mma(x, y, gl.zeros([ROWS, BN], gl.float32, layout), use_acc=False, is_async=True)
                 # Tensor cores are the other half's while this one waits and adds.
                 step = warpgroup_mma_wait(0, deps=(step,))
                 mbarrier.arrive(empty.index(stage), count=1)
@@ -150,31 +173,30 @@ def _multiply(
                 acc = warpgroup_mma(x, y, acc, is_async=True)
                 # The product of the step before is done: its stage may be filled again.
                 acc = warpgroup_mma_wait(1, deps=(acc,))
-                if k > start:
-                    mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
+                mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=k > start)
             i += 1
         if not PROMOTED:
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
         if parts is not None:
             if part >= 0:
-                row = half * HALF + gl.arange(0, HALF, gl.SliceLayout(1, layout))
+                row = worker * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
                 col = gl.arange(0, BN, gl.SliceLayout(0, layout))
                 at = (part * split + tile - whole).to(gl.int64) * (BM * BN) + row[:, None] * BN + col[None, :]
                 gl.store(parts + at, acc)
         if part < 0:
-            batch, m, n = _where(tile, tiles_m, tiles_n, GROUP)
+            batch, m, n = _where(tile, tiles_m, tiles_n, GROUP, ONE)
             if WIDE:
-                batch, m, n = batch.to(gl.int64), m.to(gl.int64), n.to(gl.int64)
+                batch, m, n = batch.to(gl.int64), m.to(gl.int64), n.to(gl.int64)  # type: ignore[attr-defined]
             first, other = acc, None
             if GATED:
                 # The two halves of the columns lie in different registers of the same threads.
-                gate, up = acc.reshape([HALF, 2, COLS]).permute(0, 2, 1).split()
+                gate, up = acc.reshape([ROWS, 2, COLS]).permute(0, 2, 1).split()
                 first, other = gl.convert_layout(gate, final), gl.convert_layout(up, final)
             value = FINISH(
                 first,
                 other,
-                m * BM + half * HALF + gl.arange(0, HALF, gl.SliceLayout(1, final)),
+                m * BM + worker * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, final)),
                 n * COLS + gl.arange(0, COLS, gl.SliceLayout(0, final)),
                 batch,
                 extras,
@@ -192,7 +214,7 @@ def _multiply(
             ).to(out.dtype.element_ty)
             if MOVED:
                 value = gl.convert_layout(value, lines)
-            r = m * BM + half * HALF + gl.arange(0, HALF, gl.SliceLayout(1, lines))
+            r = m * BM + worker * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, lines))
             c = n * COLS + gl.arange(0, COLS, gl.SliceLayout(0, lines))
             _store(value, r, c, batch, out, batch_sizes, out_batch, out_m, out_n, M, N, ALIGN, TURNED)
 
@@ -275,36 +297,69 @@ def product(
     out, a, b, up, parts, extras, batch_sizes, out_batch, a_batch, b_batch, extra_batch, out_m, out_n, extra_m, extra_n,
     s0, s1, s2, s3, M, N, K, whole, split, pieces, part_steps,
     A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-    STAGES: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr, ALONG: gl.constexpr, ALIGN: gl.constexpr, TURNED: gl.constexpr,
-    PROMOTED: gl.constexpr, num_warps: gl.constexpr,
+    STAGES: gl.constexpr, WORKERS: gl.constexpr, GROUP: gl.constexpr, ONE: gl.constexpr, WIDE: gl.constexpr,
+    ALONG: gl.constexpr, ALIGN: gl.constexpr, TURNED: gl.constexpr, PROMOTED: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """``a`` is [M, K] (A_ROWS) or [K, M], ``b`` [K, N] (B_ROWS) or [N, K], batches one below the other; float8 along K.
 
-    Of a gated product ``b`` and ``up`` are [N, K], and a tile has BN / 2 columns.
+    Of a gated product ``b`` and ``up`` are [N, K], and a tile has BN / 2 columns. ONE: every program has one tile, of one batch.
     """
     GATED: gl.constexpr = up is not None
-    a_tiles = gl.allocate_shared_memory(a.dtype, [2 * STAGES] + a.block_type.shape, a.layout)
+    a_tiles = gl.allocate_shared_memory(a.dtype, [WORKERS * STAGES] + a.block_type.shape, a.layout)
     LOADS: gl.constexpr = 2 * STAGES if GATED else STAGES
     b_loads = gl.allocate_shared_memory(b.dtype, [LOADS] + b.block_type.shape, b.layout)
     b_tiles = b_loads
     if GATED:
         b_tiles = _as_one(b_loads, [STAGES, BN, BK])
-    empty, full = barriers(STAGES, 2), barriers(STAGES, 1)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = barriers(1, 1)
     fence_async_shared()
     tiles_m, tiles_n, steps = gl.cdiv(M, BM), gl.cdiv(N, BN // 2 if GATED else BN), gl.cdiv(K, BK)
     units = whole + split * pieces
-    upper: gl.constexpr = 0
-    lower: gl.constexpr = 1
-    gl.warp_specialize([
-        (MULTIPLY, (upper, out, parts, extras, a_tiles, b_tiles, empty, full, batch_sizes, out_batch, extra_batch,
-                    out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
-                    part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, GROUP, WIDE, ALONG, ALIGN, TURNED, GATED, PROMOTED)),
-        (MULTIPLY, (lower, out, parts, extras, a_tiles, b_tiles, empty, full, batch_sizes, out_batch, extra_batch,
-                    out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
-                    part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, GROUP, WIDE, ALONG, ALIGN, TURNED, GATED, PROMOTED)),
-        (_load, (a, b, up, a_tiles, b_loads, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps, units, whole,
-                 split, part_steps, A_ROWS, B_ROWS, BM, BN, BK, STAGES, GROUP)),
-    ], [4, 1], [232, 32])  # fmt: skip
+    first: gl.constexpr = 0
+    second: gl.constexpr = 1
+    third: gl.constexpr = 2
+    # Constants in a list that is put together would not stay constants.
+    if WORKERS == 1:
+        gl.warp_specialize([
+            (MULTIPLY, (first, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
+                        out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
+                        part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN, TURNED, GATED,
+                        PROMOTED)),
+            (_load, (a, b, up, a_tiles, b_loads, ready, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps,
+                     units, whole, split, part_steps, A_ROWS, B_ROWS, BM, BN, BK, STAGES, WORKERS, GROUP, ONE)),
+        ], [1], [32])  # fmt: skip
+    elif WORKERS == 2:
+        gl.warp_specialize([
+            (MULTIPLY, (first, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
+                        out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
+                        part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN, TURNED, GATED,
+                        PROMOTED)),
+            (MULTIPLY, (second, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
+                        out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
+                        part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN, TURNED, GATED,
+                        PROMOTED)),
+            (_load, (a, b, up, a_tiles, b_loads, ready, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps,
+                     units, whole, split, part_steps, A_ROWS, B_ROWS, BM, BN, BK, STAGES, WORKERS, GROUP, ONE)),
+        ], [4, 1], [232, 32])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (MULTIPLY, (first, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
+                        out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
+                        part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN, TURNED, GATED,
+                        PROMOTED)),
+            (MULTIPLY, (second, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
+                        out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
+                        part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN, TURNED, GATED,
+                        PROMOTED)),
+            (MULTIPLY, (third, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
+                        out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
+                        part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN, TURNED, GATED,
+                        PROMOTED)),
+            (_load, (a, b, up, a_tiles, b_loads, ready, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps,
+                     units, whole, split, part_steps, A_ROWS, B_ROWS, BM, BN, BK, STAGES, WORKERS, GROUP, ONE)),
+        ], [4, 4, 1], [152, 152, 32])  # fmt: skip
 
 
 @jit
@@ -410,12 +465,14 @@ class Kernels:
             BM=choice.BM, BN=choice.BN, GROUP=choice.GROUP, WIDE=space.wide, ALONG=space.along, ALIGN=align, TURNED=turned
         )  # fmt: skip
         cols = choice.BN // (1 + gated)
-        meta = dict(
-            tile, A_ROWS=bool(a.k_last), B_ROWS=not b.k_last, BK=choice.BK, STAGES=choice.STAGES, PROMOTED=promoted,
-            num_warps=4,
-        )  # fmt: skip
         split, pieces = choice.split, choice.pieces
-        rows = max(1, min(choice.BM, PART // choice.BN))
+        one = choice.whole <= choice.processors and not (split or space.wide) and space.batches == 1
+        meta = dict(
+            tile, A_ROWS=bool(a.k_last), B_ROWS=not b.k_last, BK=choice.BK, STAGES=choice.STAGES,
+            WORKERS=choice.workers, ONE=one,
+            PROMOTED=promoted, num_warps=4,
+        )  # fmt: skip
+        rows = max(1, min(64, PART // choice.BN))
         grid = (min(choice.processors, choice.whole + split * pieces),)
 
         def run(
@@ -427,7 +484,7 @@ class Kernels:
             parts = torch.empty((split * pieces, *shape), dtype=torch.float32, device=out.device) if split else None
             launch(
                 self.product, grid,
-                (out, a.descriptor(first, choice.BM // 2, choice.BK), b.descriptor(second, cols, choice.BK),
+                (out, a.descriptor(first, choice.BM // choice.workers, choice.BK), b.descriptor(second, cols, choice.BK),
                  None if up is None else b.descriptor(up, cols, choice.BK), parts, extras,
                  space.sizes, out_batch, a.batch, b.batch, tuple(extra_batch), *where, *scalars, space.M, space.N, space.K,
                  choice.whole, split, pieces, choice.part_steps),

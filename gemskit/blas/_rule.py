@@ -15,9 +15,15 @@ from gemskit._native import cache_dir
 #: Tiles (M, N), stages of K = 64 that fit into 227 KiB, and the time of one step of K in us when all programs work (H200).
 TILES = (
     (128, 256, 4, 0.735), (256, 128, 4, 0.767), (128, 128, 6, 0.38), (128, 64, 8, 0.248), (128, 32, 10, 0.231),
-    (128, 16, 11, 0.207),
+    (128, 16, 11, 0.207), (192, 128, 5, 0.57), (64, 128, 9, 0.24), (64, 64, 12, 0.18), (64, 32, 16, 0.14),
 )  # fmt: skip
+#: Groups of four warps that multiply by the rows of a tile, where they are not two; each has 64 rows or more.
+WORKERS = {64: 1, 192: 3}
+#: Elements of a group's sum that take half of its registers.
+LARGE = 128 * 128
 STEP = 64
+#: Tiles of 64 rows up to so many columns take two steps of K at once (H200, 512³ 8.0 us for 8.7, 64x4096x4096 18.8 for 19.3).
+NARROW = 64
 #: us: of a launch, of the second one that adds up parts; bytes a us that memory gives.
 LAUNCH, JOIN, BANDWIDTH = 5.0, 5.0, 3.5e6
 #: How much of the shorter of both, multiplying and moving, the longer one does not hide.
@@ -46,25 +52,37 @@ class Choice:
     #: Estimated us.
     time: float
 
+    @property
+    def workers(self) -> int:
+        """Groups of warps that multiply."""
+        return WORKERS.get(self.BM, 2)
+
 
 def choices(
-    M: int, N: int, K: int, batches: int, processors: int, gated: bool = False, small: bool = False, float8: int = 0
-) -> Iterator[Choice]:
+    M: int, N: int, K: int, batches: int, processors: int, gated: bool = False, small: bool = False, float8: int = 0,
+    matrix: bool = False,
+) -> Iterator[Choice]:  # fmt: skip
     """All that are considered. Tiles of a gated product are half gate, half up, so there are twice N columns.
 
     ``small`` leaves out those whose accumulator takes half of all registers: an operand of float32 beside it would spill.
+    ``matrix`` leaves out those of three groups of warps, where any matrix beside it would (Triton 3.9: 344 bytes a thread).
     Factors of ``float8`` are multiplied by so many times 128 of K a step, those of halves (0) by 64.
     """
     if gated:
         N *= 2
-    depth, size = (2 * STEP * float8, 1) if float8 else (STEP, 2)
-    steps = max(1, cdiv(K, depth))
+    size = 1 if float8 else 2
     moved = batches * (size * (M * K + K * N) + 2 * M * N) / BANDWIDTH
     for transposed in (False,) if gated else (False, True):
         m, n = (N, M) if transposed else (M, N)
-        for BM, BN, stages, step in TILES[2 * small : 4 if gated else None]:
-            if float8:
-                stages, step = stages // float8, step * float8 * FLOAT8_STEP
+        for BM, BN, stages, step in TILES:
+            workers = WORKERS.get(BM, 2)
+            # A gated product has no tiles of fewer columns; two sums of float8 have no registers beside those of three groups.
+            if (small and BM * BN // workers >= LARGE) or (gated and BN < 64) or ((float8 or matrix) and workers > 2):
+                continue
+            # Factors of float8 are half as long, and two steps of halves are one of theirs.
+            deep = float8 or 1 + (workers == 1 and BN <= NARROW and not gated)
+            depth = STEP * deep * (1 + (float8 > 0))
+            stages, step, steps = stages // deep, step * deep * (FLOAT8_STEP if float8 else 1), max(1, cdiv(K, depth))
             tiles = cdiv(m, BM) * cdiv(n, BN) * batches
             rounds, last = divmod(tiles, processors)
             whole = LAUNCH + _together(moved, (rounds + (last > 0)) * steps * step)
@@ -87,24 +105,25 @@ def _together(moving: float, multiplying: float) -> float:
 
 
 def best(
-    M: int, N: int, K: int, batches: int, processors: int, gated: bool = False, small: bool = False, float8: int = 0
-) -> Choice:
+    M: int, N: int, K: int, batches: int, processors: int, gated: bool = False, small: bool = False, float8: int = 0,
+    matrix: bool = False,
+) -> Choice:  # fmt: skip
     """The fastest by the model."""
-    return min(choices(M, N, K, batches, processors, gated, small, float8), key=lambda c: c.time)
+    return min(choices(M, N, K, batches, processors, gated, small, float8, matrix), key=lambda c: c.time)
 
 
 @functools.lru_cache(maxsize=4096)
 def choose(
     M: int, N: int, K: int, batches: int, processors: int, gated: bool = False, small: bool = False, arch: str = "",
-    float8: int = 0,
+    float8: int = 0, matrix: bool = False,
 ) -> Choice:  # fmt: skip
     """The one that was tuned for these sizes on ``arch`` (of halves), else the fastest by the model."""
     pick = tuned(arch).get(name_of(batches, M, N, K, gated))
     if pick is not None and not float8:
-        for choice in choices(M, N, K, batches, processors, gated, small):
+        for choice in choices(M, N, K, batches, processors, gated, small, matrix=matrix):
             if pick_of(choice) == tuple(pick):
                 return choice
-    return best(M, N, K, batches, processors, gated, small, float8)
+    return best(M, N, K, batches, processors, gated, small, float8, matrix)
 
 
 # -- tuned choices --------------------------------------------------------------------------------------------------------

@@ -203,7 +203,6 @@ class RowSums(Rows):
         """The launches for ``outs``: as many results of the formula as ``pick`` has, then the vectors."""
         n = len(pick)
         space = Space.of(named, outs[:n], [o for o in self.names if isinstance(named.get(o), Tensor)], shape, dims)
-        config = backends.arch().config("rowwise")
         rows, cols = space.rows, space.cols
         plain = self._plain(named, space, compute, pick)
         ring = self._ring(named, space, compute, pick)

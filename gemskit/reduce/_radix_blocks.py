@@ -73,6 +73,15 @@ def radix_block_move(
         gl.store(into + start + to, word, live)
 
 
+@gluon.jit
+def _by_keys(word, bits, LOW: gl.constexpr, PER: gl.constexpr):
+    """Words in the order of their keys, signed ints of ``bits`` above LOW others, stably."""
+    for shift in range(0, bits, 8):
+        digit = ((word >> (LOW + shift)) & 255).to(gl.int32)
+        word = in_order_of(digit ^ gl.where(shift + 8 == bits, 128, 0), word, PER)
+    return word
+
+
 @gluon.jit(do_not_specialize=["bits"])
 def sort_block_rows(
     values, indices, x, row_sizes, x_rows, v_rows, i_rows, x_col, v_col, i_col, cols, keep, bits,
@@ -87,26 +96,39 @@ def sort_block_rows(
     live = col < cols
     from_row = offset(i, row_sizes, x_rows)
     key = key_of(gl.load(x + from_row + col * x_col, live), DESCENDING)
-    HALF: gl.constexpr = 0x80 if x.dtype.element_ty.primitive_bitwidth <= 8 else 0x8000
-    # Without the sign, in the same order. What is no element has the largest key and the last places.
+    # What is no element has the largest key and the last places.
+    MOST: gl.constexpr = 127 if x.dtype.element_ty.primitive_bitwidth <= 8 else 0x7FFF if NARROW else 0x7FFFFFFF
+    key = gl.where(live, key, MOST)
     if NARROW:
-        key = gl.where(live, key + HALF, 0xFFFF)
         word = (key << 16) | lane
     else:
-        key = gl.where(live, key ^ -0x80000000, -1)
         word = (key.to(gl.int64) << 32) | lane
     LOW: gl.constexpr = 16 if NARROW else 32
-    for shift in range(0, bits, 8):
-        word = in_order_of(((word >> (LOW + shift)) & 255).to(gl.int32), word, PER)
-    if NARROW:
-        key = ((word >> 16) & 0xFFFF) - HALF
-        found = word & 0xFFFF
-    else:
-        key = (word >> 32).to(gl.int32) ^ -0x80000000
-        found = word.to(gl.int32)
+    word = _by_keys(word, bits, LOW, PER)
+    key = (word >> LOW).to(gl.int32)
+    found = (word & (2**LOW - 1)).to(gl.int32)
     live = col < keep
     if values is not None:
         out = values + offset(i, row_sizes, v_rows) + col * v_col
         store_element(out, x, key, from_row + found.to(i.dtype) * x_col, live, DESCENDING)
     if indices is not None:
         gl.store(indices + offset(i, row_sizes, i_rows) + col * i_col, found.to(gl.int64), live)
+
+
+@gluon.jit(do_not_specialize=["bits"])
+def topk_block_join(
+    values, indices, words, x, row_sizes, x_rows, v_rows, i_rows, x_col, v_col, i_col, keep, bits,
+    DESCENDING: gl.constexpr, LOW: gl.constexpr, PER: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    """The elements of ``words``, all of a program's, which are in the order of their places: in order."""
+    i = gl.program_id(0)
+    if WIDE:
+        i = i.to(gl.int64)
+    lane = _lanes(PER)
+    word = _by_keys(gl.load(words + i * (lane.shape[0] * 32) + lane), bits, LOW, PER)
+    live = lane < keep
+    col = (word & (2**LOW - 1)).to(gl.int64)
+    at = offset(i, row_sizes, x_rows) + col * x_col
+    out = values + offset(i, row_sizes, v_rows) + lane * v_col
+    store_element(out, x, (word >> LOW).to(gl.int32), at, live, DESCENDING)
+    gl.store(indices + offset(i, row_sizes, i_rows) + lane * i_col, col, live)

@@ -117,7 +117,10 @@ def _sort_blocks(
     bits = key_bits(x.dtype)
     per = max(1, _layout.next_power_of_2(layout.cols) // (32 * WARPS))
     how = (layout.sizes, *layout.by_row, *layout.by_col, layout.cols, keep, bits)
-    meta = dict(DESCENDING=descending, NARROW=bits <= 16, PER=per, WIDE=layout.wide, num_warps=WARPS)
+    registers = backends.arch().config("radix")["registers"]
+    meta = dict(
+        DESCENDING=descending, NARROW=bits <= 16, PER=per, WIDE=layout.wide, num_warps=WARPS, maxnreg=registers
+    )  # fmt: skip
     launch(sort_block_rows, (layout.rows,), (values, indices, x, *how), meta)
 
 

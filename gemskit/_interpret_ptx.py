@@ -1,7 +1,7 @@
 """Blocks of PTX in the interpreter: straight-line integer code with ballots, shuffles and shared memory of its own.
 
-All threads of a program execute each instruction together, so a barrier that is missing does not show; who writes the same place in
-one instruction does.
+All threads of a program execute each instruction together: a barrier that is missing does not show, two threads that store to
+the same place in one instruction do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _WRAPPED = np.uint64(0xFFFFFFFF)
 
 
 class Block:
-    """One execution: ``inputs`` are the operands, (programs, threads) each, of which threads ``32 n`` to ``32 n + 31`` are a warp."""
+    """One execution: ``inputs`` are the operands, (programs, threads) each; 32 threads from a multiple of 32 on are a warp."""
 
     def __init__(self, code: str, outputs: int, inputs: list[Array], shape: tuple[int, int]) -> None:
         self.shape = shape
@@ -32,7 +32,7 @@ class Block:
             "%lanemask_lt": (one << lane) - one,
             "%lanemask_gt": _WRAPPED ^ ((one << (lane + one)) - one),
         }
-        self.memory = np.full((shape[0], 0), 0xFF, np.uint8)
+        self.memory: Array = np.full((shape[0], 0), 0xFF, np.uint8)
         for line in code.strip().strip("{}").split(";"):
             if line.strip():
                 self._step(line.strip())
@@ -49,7 +49,7 @@ class Block:
         if line.startswith(".shared"):
             name, size = re.findall(r"(\w+)\[(\d+)\]", line)[0]
             start = -(-self.memory.shape[1] // 16) * 16
-            grown = np.full((self.shape[0], start + int(size)), 0xFF, np.uint8)
+            grown: Array = np.full((self.shape[0], start + int(size)), 0xFF, np.uint8)
             grown[:, : self.memory.shape[1]] = self.memory
             self.memory = grown
             self.values[name] = np.full(self.shape, start, np.uint64)
@@ -95,7 +95,7 @@ class Block:
             bits = (warps.astype(np.uint64) << np.arange(32, dtype=np.uint64)).sum(-1, keepdims=True, dtype=np.uint64)
             return np.broadcast_to(bits, warps.shape).reshape(self.shape)
         assert (op, kinds[1]) == ("shfl", "up"), op
-        source = np.arange(32) - int(v[1].flat[0])
+        source: Array = np.arange(32) - int(v[1].flat[0])
         shifted = warps[..., np.maximum(source, 0)]
         shifted = np.where(source >= 0, shifted, warps)
         return shifted.reshape(self.shape), np.broadcast_to(source >= 0, warps.shape).reshape(self.shape)
@@ -127,7 +127,7 @@ class Block:
 
 
 def elementwise(code: str, constraints: str, args: list[Array], per: int) -> Array:
-    """A block with one result on arrays (programs, warps * per, 32), of which each thread has ``per`` elements, one below the other."""
+    """A block with one result on arrays (programs, warps * per, 32); each thread has ``per`` elements, one below the other."""
     programs, rows, lanes = args[0].shape
     assert lanes == 32 and rows % per == 0, "the layout of rows of 32"
     shape = (programs, rows // per * 32)

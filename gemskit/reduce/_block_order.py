@@ -15,7 +15,7 @@ WARPS = 8
 
 @gluon.constexpr_function
 def code(bits, per):  # type: ignore[no-untyped-def]
-    """A block of PTX. Operands: ``per`` results, ``per`` words of so many bits, ``per`` digits; element ``(row, lane)`` of a warp is operand row."""
+    """A block of PTX. Operands: ``per`` results, ``per`` words of so many bits, ``per`` digits; a row of the warp each."""
     size = bits // 8
     lines: list[str] = []
     digit = [f"${2 * per + k}" for k in range(per)]

@@ -59,6 +59,8 @@ SPILLS: dict[str, tuple[int, str]] = {
     ),
     "radix_move": (160, "16M bf16 on H200: 0.74 ms with tiles of 1024, 0.80 with 512, which spills nothing"),
     "polar_complex": (16, "sine and cosine with the reduction of large arguments"),
+    "radix_block_move": (48, "80 registers, so that three programs fit; outside of any loop"),
+    "sort_block_rows": (24, "as of radix_block_move, in Triton 3.9; 0 in 3.6"),
     "attention_hopper_grad_key_value": (128, "numbers of a tile, outside of the loop over rows"),
     "attention_hopper": (
         144,
@@ -481,3 +483,24 @@ def test_spilling_and_shared_memory_are_seen() -> None:
     poor = dataclasses.replace(rows["sm_90"], shared_memory=1)
     found = list(Launch(hog, (1,), (x, x), {"N": 512, "num_warps": 4}).problems(poor))
     assert any("shared memory" in problem for problem in found), found
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_sorts_by_blocks_compile(dtype: torch.dtype) -> None:
+    """Radix sorts that move by blocks in shared memory, rows that are one, and winners of topk."""
+    row, launches = next(row for row in ROWS if row.name == "sm_90"), Launches()
+    numbers = {**row.config("radix"), "blocks": 1, "rows": 1024}
+    row = dataclasses.replace(row, launch={**row.launch, "radix": numbers})
+    make = Unfilled(dtype)
+    _forget_plans()
+    with _launch.capturing(launches), backends.use_arch(row):
+        gemskit.sort(make(64, 128256))
+        gemskit.sort(make(8192, 4096))
+        gemskit.topk(make(64, 128256), 1024)
+    _forget_plans()
+    found = [launch for launch in launches.values() if "_block_" in launch.name]
+    assert {launch.name.rpartition(".")[2] for launch in found} == {
+        "radix_block_move", "sort_block_rows", "topk_block_join",
+    }  # fmt: skip
+    problems = [f"{launch}: {problem}" for launch in found for problem in launch.problems(row)]
+    assert not problems, "\n".join(problems)

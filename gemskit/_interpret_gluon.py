@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.runtime.jit import JITFunction
 
-from . import _block_add
+from . import _block_add, _interpret_ptx
 from ._interpret_builder import BUILDER, decide, integer, np_dtype, quiet
 from ._interpret_builder import _tensor as tensor_of
 from .errors import InterpreterError
@@ -322,6 +322,12 @@ def _wait_group(num_outstanding: Any = 0) -> None:
             entry = ahead.pop(0)
 
 
+def _asm(asm: Any, constraints: Any, args: Sequence[Any], dtype: Any, is_pure: Any, pack: Any) -> Any:
+    code, kinds = (v.value if isinstance(v, tl.constexpr) else v for v in (asm, constraints))
+    arrays = [np.ascontiguousarray(a.handle.data) for a in args]
+    return tensor_of(_interpret_ptx.elementwise(code, kinds, arrays, _number(pack)), dtype)
+
+
 def _same(value: Any, *_: Any, **__: Any) -> Any:
     return value
 
@@ -353,6 +359,7 @@ def patches(running: set[int]) -> Iterator[tuple[Any, str, Any]]:
         "convert_layout": _same,
         "allocate_shared_memory": _allocate,
         "warp_specialize": warp_specialize,
+        "inline_asm_elementwise": _asm,
         "barrier": _nothing,
         "thread_barrier": _nothing,
         **{name: _of_triton(name) for name in ("static_range", "static_assert", "static_print")},

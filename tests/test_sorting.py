@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import gemskit
-from gemskit.reduce import _radix, _select, _sort
+from gemskit import _interpret_ptx, backends
+from gemskit.reduce import _block_order, _radix, _radix_blocks, _select, _sort
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)
 
@@ -124,3 +129,66 @@ def test_gradients_go_back_to_where_values_came_from() -> None:
 def test_topk_refuses_too_many() -> None:
     with gemskit.interpret(), pytest.raises(gemskit.errors.ArgumentError, match="k=6"):
         gemskit.topk(torch.randn(2, 5), 6)
+
+
+@pytest.fixture
+def blocks() -> Iterator[None]:
+    """A device on which radix sorts move by blocks in shared memory."""
+    row = backends.find_arch("sm_90")
+    numbers = {**row.config("radix"), "blocks": 1, "rows": 1}
+    with backends.use_arch(dataclasses.replace(row, launch={**row.launch, "radix": numbers})):
+        yield
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("digits", [1, 3, 256])
+def test_a_block_in_the_order_of_digits(digits: int, bits: int) -> None:
+    """The PTX itself: two programs, all of one digit, few digits, and all 256."""
+    per = 4
+    shape = (2, _block_order.WARPS * per, 32)
+    generator = np.random.default_rng(0)
+    word = generator.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), shape).astype(f"i{bits // 8}")
+    digit = generator.integers(256 - digits, 256, shape).astype("i4")
+    kind = "l" if bits == 64 else "r"
+    constraints = ",".join([f"={kind}"] * per + [kind] * per + ["r"] * per)
+    found = _interpret_ptx.elementwise(_block_order.code(bits, per), constraints, [word, digit], per)
+    order = np.argsort(digit.reshape(2, -1), axis=1, kind="stable")
+    assert (found.reshape(2, -1) == np.take_along_axis(word.reshape(2, -1), order, 1)).all()
+
+
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32, torch.uint8, torch.bool], ids=str)
+def test_sort_by_blocks(dtype: torch.dtype, descending: bool, blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of several tiles, the last ragged; a row of one tile; with and without places."""
+    monkeypatch.setattr(_radix, "PER", 1)
+    monkeypatch.setattr(_radix, "BLOCK", 256)
+    monkeypatch.setattr(_sort, "TILE", 256)
+    monkeypatch.setattr(_sort, "SHORT", {16: 0, 32: 0, 64: 0})
+    for shape in ((2, 700), (1, 512), (3, 256), (2, 70)):
+        x = _values(shape, dtype)
+        values, indices = torch.sort(x, stable=True, descending=descending)
+        with gemskit.interpret(), gemskit.record() as calls:
+            _same(gemskit.sort(x, -1, descending), values, indices)
+            assert torch.equal(gemskit.argsort(x, descending=descending), indices)
+        kernels = {call.kernel for call in calls}
+        assert kernels >= ({"radix_block_move"} if shape[1] > 256 else {"sort_block_rows"})
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_keys_without_places_by_blocks(dtype: torch.dtype, blocks: None) -> None:
+    x = torch.randint(-(2**31), 2**31, (9000,), generator=torch.Generator().manual_seed(1)).to(dtype)
+    with gemskit.interpret(), gemskit.record() as calls:
+        assert torch.equal(gemskit.unique(x), torch.unique(x))
+    assert "radix_block_move" in {call.kernel for call in calls}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
+def test_topk_orders_winners_by_blocks(dtype: torch.dtype, blocks: None) -> None:
+    assert _radix_blocks.TILE >= 1024
+    for n, k, largest in ((1100, 256, True), (9000, 1000, False)):
+        x = _values((2, n), dtype)
+        values, indices = torch.sort(x, stable=True, descending=largest)
+        with gemskit.interpret(), gemskit.record() as calls:
+            found = gemskit.topk(x, k, -1, largest)
+        _same(found, values[:, :k], indices[:, :k])
+        assert "topk_block_join" in {call.kernel for call in calls}

@@ -133,6 +133,9 @@ DEFAULT: Launch = {
     "scan_across": {"tile": 2048, "rows": 32, "warps": 4, "split_below": 512},
     "gather": {"block": 512, "warps": 4},
     # H200, 64M float32 in 256 bins: 0.374 ms; 8192 in 8 warps 0.384; 2048 in 16 warps, 4 elements a thread, 0.545.
+    # blocks 1: radix sorts move by blocks in shared memory, in PTX (reduce/_block_order.py); 0: by sorting networks.
+    # rows: where not 0, rows with more elements that fit into a block are sorted there. registers: of a thread in such kernels.
+    "radix": {"blocks": 0, "rows": 0, "registers": 80},
     "histogram": {"tile": 4096, "warps": 4, "pieces": 1024},
 }
 

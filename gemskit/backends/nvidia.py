@@ -26,6 +26,7 @@ HOPPER = {
     "gemm": {"wgmma": 1, "processors": 132, "promote": 1, "float8": 1},
     "gemm_few": {"rows": 32},
     "launch": {"follows": 1},
+    "radix": {"blocks": 1, "rows": 1024},
     "rowwise": {"sums_stages": 3, "sums_hold": 229376, "long_stages": 3, "ring": 3},
 }
 AMPERE = {"attention": {"m": 128, "n": 64, "warps": 8, "wide": 8, "stages": 2}}

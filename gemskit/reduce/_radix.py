@@ -9,12 +9,15 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from gemskit import _layout
+from gemskit import _layout, backends
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
+from gemskit.reduce._block_order import WARPS
 from gemskit.reduce._keys import Rows, key_bits, key_of, log2, store_element
 from gemskit.reduce._network import in_order, neighbours
+from gemskit.reduce._radix_blocks import PER, radix_block_move
+from gemskit.reduce._radix_blocks import TILE as BLOCK
 
 #: Bits of a digit: runs of 11 are too short (H200, 16M float32: a move of sorted tiles 0.27 ms, of 8 bits 0.12).
 #: Elements of a tile, and the warps that count and move them.
@@ -134,12 +137,15 @@ def radix_sort(
 ) -> None:
     """Sort rows of any length; ``bits`` of the keys are known to differ at most, the lowest ones, or all may."""
     rows, cols, device = layout.rows, layout.cols, x.device
-    tiles = _layout.cdiv(cols, TILE)
-    digits = 2**BITS
     # Zeros and NaNs have equal keys: their bits are looked up.
     located = indices is not None or x.dtype.is_floating_point
     width = key_bits(x.dtype)
     packed = located and width <= 32
+    config = backends.arch().config("radix")
+    blocks = bool(config["blocks"]) and (packed or not located)
+    tile, counting = (BLOCK, WARPS) if blocks else (TILE, COUNTING)
+    tiles = _layout.cdiv(cols, tile)
+    digits = 2**BITS
     size = (rows * cols,)
     passes = _layout.cdiv(bits or width, BITS)
     words, places = [
@@ -162,22 +168,29 @@ def radix_sort(
         flip = digits // 2 if last and not bits else 0
         shift = BITS * k
         source = (None, None) if first else (words[k % 2], places[k % 2])
-        into = (None, None, values, indices) if last else (words[1 - k % 2], places[1 - k % 2], None, None)
+        into = (None, None) if last else (words[1 - k % 2], places[1 - k % 2])
+        results = (values, indices) if last else (None, None)
         read = x if source[0] is None else source[0]
         launch(
             radix_count, (rows * tiles,),
             (counts, source[0], x, layout.sizes, x_rows, layout.by_col[0], cols, tiles, shift, flip),
-            dict(meta, T=TILE, num_warps=COUNTING),
+            dict(meta, T=tile, num_warps=counting),
         )  # fmt: skip
         launch(
             radix_scan, (_layout.cdiv(rows * digits, bd),), (counts, totals, rows * digits, tiles),
             dict(BD=bd, BP=bp, WIDE=wide, num_warps=4),
         )  # fmt: skip
         launch(radix_base, (rows,), (totals,), dict(D=digits, WIDE=wide, num_warps=4))
-        launch(
-            radix_move, (rows * tiles,),
-            (*into, *source, x, counts, totals, layout.sizes, x_rows, v_rows, i_rows, *layout.by_col, cols, tiles, keep,
-             shift, flip),
-            dict(meta, LAST=last, LOG=log2(TILE), num_warps=MOVING,
-                 **neighbours(read, layout.by_col[0] if first else 1, TILE, MOVING)),
-        )  # fmt: skip
+        how = (layout.sizes, x_rows, v_rows, i_rows, *layout.by_col, cols, tiles, keep, shift, flip)
+        if blocks:
+            launch(
+                radix_block_move, (rows * tiles,), (into[0], *results, source[0], x, counts, totals, *how),
+                dict(PACKED=packed, DESCENDING=descending, LAST=last, PER=PER, WIDE=wide, num_warps=WARPS,
+                     maxnreg=config["registers"]),
+            )  # fmt: skip
+        else:
+            launch(
+                radix_move, (rows * tiles,), (*into, *results, *source, x, counts, totals, *how),
+                dict(meta, LAST=last, LOG=log2(TILE), num_warps=MOVING,
+                     **neighbours(read, layout.by_col[0] if first else 1, TILE, MOVING)),
+            )  # fmt: skip

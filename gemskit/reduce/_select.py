@@ -16,12 +16,14 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from gemskit import _layout
+from gemskit import _layout, backends
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
+from gemskit.reduce._block_order import WARPS
 from gemskit.reduce._keys import Rows, key_bits, key_of, log2, store_element
 from gemskit.reduce._network import in_order, neighbours, smallest
+from gemskit.reduce._radix_blocks import TILE, topk_block_join
 from gemskit.reduce._sort import sort_into
 
 #: Largest k that networks choose, and that a search does; more are sorted.
@@ -34,6 +36,8 @@ GROUPS, CHOICE = 4096, 8192
 PIECE, PROGRAMS = 4096, 512
 #: Elements of a piece that is searched, and winners of pieces that are searched together, at most.
 SEARCH, JOIN = 8192, 16384
+#: Elements next to each other that a thread counts by itself when it takes what a search found.
+RUN = 4
 
 
 @jit
@@ -147,7 +151,7 @@ def _entry(words, x, row, from_row, col, x_col, cols, DESCENDING: tl.constexpr, 
 def topk_search(
     winners, words, x, row_sizes, x_rows, x_col, cols, pieces, keep,
     DESCENDING: tl.constexpr, LOW: tl.constexpr, BITS: tl.constexpr, N: tl.constexpr, PART: tl.constexpr,
-    WIDE: tl.constexpr,
+    RUN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The first ``keep`` of a piece of N elements, or of N such words, as words in the order of their positions."""
     i = tl.program_id(0)
@@ -167,13 +171,15 @@ def topk_search(
         step = step >> 1
     last = bound.to(tl.int32)
     # Read again in parts, which takes few registers. One scan counts those less than the last key and, times 65536, those equal.
+    # In columns of RUN: of a vector of halves Triton scans a second time, in the layout of the store, by shuffles.
     before = tl.full((), 0, tl.int32)
     for start in range(0, N, PART):
-        col = first + start + tl.arange(0, PART)
+        col = first + start + (tl.arange(0, PART // RUN) * RUN)[None, :] + tl.arange(0, RUN)[:, None]
         part, word = _entry(words, x, row, from_row, col, x_col, cols, DESCENDING, LOW, BITS)
         one = tl.where(part < last, 1, tl.where(part == last, 65536, 0))
-        rank = tl.cumsum(one, 0) - one + before
-        before += tl.sum(one, 0)
+        run = tl.sum(one, 0)
+        rank = (tl.cumsum(run, 0) - run + before)[None, :] + tl.cumsum(one, 0) - one
+        before += tl.sum(run, 0)
         equal = rank >> 16
         taken = (one == 1) | ((one == 65536) & (equal < keep - less))
         tl.store(winners + i * keep + (rank & 65535) + tl.minimum(equal, keep - less), word, taken)
@@ -240,10 +246,16 @@ def _topk_many(values: Tensor, indices: Tensor, x: Tensor, k: int, width: int, l
             topk_search, (rows * pieces,),
             (winners, words, x if words is None else None, layout.sizes, layout.by_row[0], layout.by_col[0],
              cols, pieces, width),
-            dict(meta, BITS=bits, N=n, PART=n // 4, num_warps=max(1, min(16, n // 512))),
+            dict(meta, BITS=bits, N=n, PART=n // 4, RUN=min(RUN, n // 4), num_warps=max(1, min(16, n // 512))),
         )  # fmt: skip
         words, cols = winners, pieces * width
         n = min(_layout.next_power_of_2(cols), JOIN)
+    if backends.arch().config("radix")["blocks"] and 32 * WARPS <= width <= TILE:
+        return launch(
+            topk_block_join, (rows,),
+            (values, indices, words, x, layout.sizes, *layout.by_row, *layout.by_col, k, bits),
+            dict(meta, PER=width // (32 * WARPS), num_warps=WARPS),
+        )  # fmt: skip
     # One warp has fewer instructions, several take less time: of a few rows.
     warps = max(1, width // (WORDS if rows >= PROGRAMS else 256))
     launch(

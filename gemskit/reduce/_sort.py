@@ -9,13 +9,15 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
-from gemskit import _layout
+from gemskit import _layout, backends
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
+from gemskit.reduce._block_order import WARPS
 from gemskit.reduce._keys import Rows, key_bits, key_of, log2, store_element
 from gemskit.reduce._network import neighbours, sorted_words
 from gemskit.reduce._radix import radix_sort
+from gemskit.reduce._radix_blocks import TILE, sort_block_rows
 
 #: Longest row that one program sorts, by the bits of its keys. Those of 64 bits are sorted twice; longer, 90 s to compile.
 SHORT = {16: 8192, 32: 4096, 64: 1024}
@@ -100,10 +102,26 @@ def sort_into(
         return
     layout = Rows.of(x, values, indices, dim)
     keep = layout.cols if keep is None else keep
-    if layout.cols <= SHORT[max(16, key_bits(x.dtype))]:
+    rows = backends.arch().config("radix")["rows"]
+    if rows and rows < layout.cols <= TILE and key_bits(x.dtype) <= 32:
+        _sort_blocks(values, indices, x, layout, descending, keep)
+    elif layout.cols <= SHORT[max(16, key_bits(x.dtype))]:
         _sort_short(values, indices, x, layout, descending, keep)
     else:
         radix_sort(values, indices, x, layout, descending, keep, bits)
+
+
+def _sort_blocks(
+    values: Tensor | None, indices: Tensor | None, x: Tensor, layout: Rows, descending: bool, keep: int
+) -> None:
+    bits = key_bits(x.dtype)
+    per = max(1, _layout.next_power_of_2(layout.cols) // (32 * WARPS))
+    how = (layout.sizes, *layout.by_row, *layout.by_col, layout.cols, keep, bits)
+    registers = backends.arch().config("radix")["registers"]
+    meta = dict(
+        DESCENDING=descending, NARROW=bits <= 16, PER=per, WIDE=layout.wide, num_warps=WARPS, maxnreg=registers
+    )  # fmt: skip
+    launch(sort_block_rows, (layout.rows,), (values, indices, x, *how), meta)
 
 
 def _sort_short(

@@ -94,12 +94,13 @@ def _range(low, high, span, COMPUTE: tl.constexpr):
 
 
 @jit
-def _finish(out, counts, span, step, bins, pieces, B: tl.constexpr):
+def _finish(out, counts, span, step, bins, pieces, P: tl.constexpr, B: tl.constexpr):
     bin = tl.program_id(0) * B + tl.arange(0, B)
-    total = tl.zeros((B,), tl.int64)
-    for k in range(pieces):
-        total += tl.load(counts + k * bins + bin, bin < bins, other=0)
-    result = total.to(out.dtype.element_ty)
+    total = tl.zeros((P, B), tl.int64)
+    for start in range(0, pieces, P):
+        piece = (start + tl.arange(0, P))[:, None]
+        total += tl.load(counts + piece * bins + bin[None, :], (piece < pieces) & (bin < bins)[None, :], other=0)
+    result = tl.sum(total, 0).to(out.dtype.element_ty)
     if span is not None:
         # A range that is not finite, which torch refuses, shows without a wait for the device.
         width = tl.load(span + 1) - tl.load(span)
@@ -162,8 +163,10 @@ def _histogram(
         meta = dict(COMPUTE=TRITON[compute], OWN=own, B=tile, WIDE=wide, num_warps=config["warps"])
         arguments = (counts, input, low, high, span, sizes, *strides, n, part, bins)
         launch(_COUNT[kind], (pieces,), arguments, meta)
-    block = min(128, _layout.next_power_of_2(bins))
-    meta = dict(B=block, num_warps=4)
+    # All pieces at once, of the bins of a sector: one after the other they take 89 us on an H200.
+    at_once = min(_layout.next_power_of_2(rows), 1024)
+    block = min(max(8, 128 // at_once), _layout.next_power_of_2(bins))
+    meta = dict(P=at_once, B=block, num_warps=4)
     launch(_finish, (_layout.cdiv(bins, block),), (out, counts, span, out.stride(0), bins, rows if n else 0), meta)
 
 

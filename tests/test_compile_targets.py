@@ -459,21 +459,6 @@ def test_tiles_for_hopper_compile(tile: tuple[int, int], monkeypatch: pytest.Mon
     assert not problems, "\n".join(problems)
 
 
-def test_products_of_groups_for_hopper_compile() -> None:
-    row, launches = next(row for row in ROWS if row.name == "sm_90"), Launches()
-    row = dataclasses.replace(row, launch={**row.launch, "gemm": {**row.config("gemm"), "groups": 1}})
-    make, ends = Unfilled(BF16), torch.empty(4, dtype=torch.int32)
-    _forget_plans()
-    with _launch.capturing(launches), backends.use_arch(row):
-        gemskit.grouped_mm(make(4096, 1024), make(4, 2048, 1024).mT, ends)
-        gemskit.grouped_mm(make(4096, 1024), make(4, 1024, 2048), ends, epilogue=epilogues.silu)
-        gemskit.grouped_mm(make(4, 2048, 1024), make(4096, 1024).mT, ends)
-    _forget_plans()
-    assert len(launches) == 3 and all("STAGES" in launch.meta for launch in launches.values())
-    problems = [f"{launch}: {problem}" for launch in launches.values() for problem in launch.problems(row)]
-    assert not problems, "\n".join(problems)
-
-
 @pytest.mark.parametrize("page", [16, 256])
 def test_keys_in_pages_are_loaded_as_far_ahead_as_others(page: int) -> None:
     """Which shows in shared memory: a look-up that the loads of the same step wait for would take a stage."""

@@ -6,6 +6,7 @@ sums of 8192² bf16 in two launches 50.1 us, so 48.4; to let it begin while the 
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import triton.language as tl
@@ -14,9 +15,10 @@ from gemskit import _interpret, _launch, backends
 from gemskit._jit import jit
 
 try:
-    from triton.language.extra.cuda import gdc_wait
+    _cuda: Any = importlib.import_module("triton.language.extra.cuda")
 except ImportError:  # a Triton of another vendor
-    gdc_wait = None
+    _cuda = None
+gdc_wait: Any = getattr(_cuda, "gdc_wait", None)
 
 
 @jit

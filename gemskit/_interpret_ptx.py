@@ -1,4 +1,4 @@
-"""Blocks of PTX in the interpreter: straight-line integer code with ballots, shuffles and shared memory of its own.
+"""Blocks of PTX in the interpreter: integer code without loops, with ballots, shuffles and shared memory of its own.
 
 All threads of a program execute each instruction together: a barrier that is missing does not show, two threads that store to
 the same place in one instruction do.
@@ -33,6 +33,8 @@ class Block:
             "%lanemask_gt": _WRAPPED ^ ((one << (lane + one)) - one),
         }
         self.memory: Array = np.full((shape[0], 0), 0xFF, np.uint8)
+        #: By the label that they went to: threads that do nothing before it.
+        self.gone: dict[str, Array] = {}
         for line in code.strip().strip("{}").split(";"):
             if line.strip():
                 self._step(line.strip())
@@ -54,11 +56,20 @@ class Block:
             self.memory = grown
             self.values[name] = np.full(self.shape, start, np.uint64)
             return
+        label, colon, after = line.partition(":")
+        if colon:
+            self.gone.pop(label)
+            line = after.strip()
         found = _LINE.fullmatch(line)
         assert found is not None, line
         negated, guard, name, rest = found.groups()
         live = np.ones(self.shape, bool) if guard is None else self.values[guard].astype(bool) ^ bool(negated)
+        for threads in self.gone.values():
+            live = live & ~threads
         op, *kinds = name.split(".")
+        if op == "bra":
+            self.gone[rest.strip()] = live
+            return
         if op == "bar":
             return
         if op == "st":

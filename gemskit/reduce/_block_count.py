@@ -60,11 +60,14 @@ setp.ne.u32 q, same, 0;
 or.b32 same, same, lane;
 setp.eq.u32 one, same, 0;
 bar.sync 0;""")
-    for k in range(per):
-        lines.append(f"shl.b32 at, ${per + k}, {log};\nadd.u32 at, at, mine;\n@q red.shared.add.u32 [at], 1;")
-        if k == 0:
-            lines.append(f"@one red.shared.add.u32 [at], {32 * per};")
-    lines.append("bar.sync 0;")
+    lines.append(f"""shl.b32 at, ${per}, {log};
+add.u32 at, at, mine;
+@one red.shared.add.u32 [at], {32 * per};
+@!q bra counted;
+red.shared.add.u32 [at], 1;""")
+    for k in range(1, per):
+        lines.append(f"shl.b32 at, ${per + k}, {log};\nadd.u32 at, at, mine;\nred.shared.add.u32 [at], 1;")
+    lines.append("counted: bar.sync 0;")
     for k in range(own):
         lines.append(f"ld.shared.{kind} {of_one(parts)}, [own+{(k * THREADS) << log}];")
         lines += [f"add.u32 n, n, {part};" for part in parts[1:]]

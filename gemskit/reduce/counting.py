@@ -28,8 +28,8 @@ from gemskit.reduce.searching import search
 
 #: Most bins that a program counts by itself; more are counted by atomic adds of integers, which are exact in any order.
 _OWN = 1024
-#: Elements of a thread that are counted in shared memory at once.
-_PER = 16
+#: Elements of a thread that are counted in shared memory at once, and its registers: five programs on a multiprocessor.
+_PER, _REGISTERS = 16, 48
 
 
 @jit
@@ -89,7 +89,7 @@ def _bin(x, live, lo, hi, bins, RANGE: tl.constexpr, FEW: tl.constexpr):
     if RANGE:
         live = live & (x >= lo) & (x <= hi)
         if x.dtype.is_floating():
-            share = tl.where(live, _divided((x - lo) * bins, hi - lo), 0)
+            share = _divided((x - lo) * bins, hi - lo)
             at = share.to(tl.int32) if FEW else share.to(tl.int64)
         else:
             at = (x - lo) * bins // tl.maximum(hi - lo, 1)
@@ -107,8 +107,9 @@ def _divided(x, width):
         if (width > 2.0**-60) & (width < 2.0**60):
             inverse = language.div(width * 0 + 1, width)
             share = x * inverse
-            share = tl.math.fma(tl.math.fma(-share, width, x), inverse, share)
-            share = tl.math.fma(tl.math.fma(-share, width, x), inverse, share)
+            # Triton spends an instruction on the sign of a tensor.
+            share = tl.math.fma(tl.math.fma(share, -width, x), inverse, share)
+            share = tl.math.fma(tl.math.fma(share, -width, x), inverse, share)
         else:
             share = language.div(x, width)
         return share
@@ -201,7 +202,7 @@ def _histogram(
     arguments = (counts, input, low, high, span, sizes, *strides, n, part, bins)
     if n and shared:
         width = min(_PER, 16 // input.element_size()) if strides[0][-1:] == (1,) else 1
-        launch(_COUNT_SHARED[kind], (pieces,), arguments, dict(meta, PER=_PER, V=width, num_warps=WARPS))
+        launch(_COUNT_SHARED[kind], (pieces,), arguments, dict(meta, PER=_PER, V=width, num_warps=WARPS, maxnreg=_REGISTERS))
     elif n:
         launch(_COUNT[kind], (pieces,), arguments, dict(meta, B=tile, num_warps=config["warps"]))
     # All pieces at once, of the bins of a sector: one after the other they take 89 us on an H200.

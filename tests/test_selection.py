@@ -79,7 +79,11 @@ def shared() -> Iterator[None]:
 def test_histograms_in_shared_memory(values: str, dtype: torch.dtype, shared: None) -> None:
     """The last tile is ragged, with elements outside and NaN; vectors, columns and every other element."""
     x = torch.rand(30_001) * 120 - 10
-    x = (x if values == "random" else (x > 50) * 7.0 if values == "two" else torch.full_like(x, 7)).clamp(min=0).to(dtype)
+    x = (
+        (x if values == "random" else (x > 50) * 7.0 if values == "two" else torch.full_like(x, 7))
+        .clamp(min=0)
+        .to(dtype)
+    )
     if dtype.is_floating_point:
         x[::100], x[5], x[-1] = -3, nan, inf
     for t in (x, x[:24_576], x[:30_000].view(3, 10_000).t(), x[::2]):

@@ -118,6 +118,4 @@ def places(PER: gl.constexpr, V: gl.constexpr):
 def counted(bin, BINS: gl.constexpr, SCAN: gl.constexpr = False):
     """How often each of BINS bins occurs, in the places of elements (:func:`places`); what has the bin BINS is left out."""
     PER: gl.constexpr = bin.shape[0] * bin.shape[2]
-    return gl.inline_asm_elementwise(
-        code(PER, BINS, SCAN), _operands(PER), [bin], gl.int32, is_pure=False, pack=PER
-    )
+    return gl.inline_asm_elementwise(code(PER, BINS, SCAN), _operands(PER), [bin], gl.int32, is_pure=False, pack=PER)

@@ -28,7 +28,8 @@ from gemskit.reduce.searching import search
 
 #: Most bins that a program counts by itself; more are counted by atomic adds of integers, which are exact in any order.
 _OWN = 1024
-#: Elements of a thread that are counted in shared memory at once, and its registers: five programs on a multiprocessor.
+#: Elements of a thread that are counted in shared memory at once, and its registers for float32: five programs on a
+#: multiprocessor. Of 64 bits they would spill.
 _PER, _REGISTERS = 16, 48
 
 
@@ -202,7 +203,9 @@ def _histogram(
     arguments = (counts, input, low, high, span, sizes, *strides, n, part, bins)
     if n and shared:
         width = min(_PER, 16 // input.element_size()) if strides[0][-1:] == (1,) else 1
-        launch(_COUNT_SHARED[kind], (pieces,), arguments, dict(meta, PER=_PER, V=width, num_warps=WARPS, maxnreg=_REGISTERS))
+        if compute == torch.float32:
+            meta["maxnreg"] = _REGISTERS
+        launch(_COUNT_SHARED[kind], (pieces,), arguments, dict(meta, PER=_PER, V=width, num_warps=WARPS))
     elif n:
         launch(_COUNT[kind], (pieces,), arguments, dict(meta, B=tile, num_warps=config["warps"]))
     # All pieces at once, of the bins of a sector: one after the other they take 89 us on an H200.

@@ -1,8 +1,9 @@
 """How often each bin occurs among the elements of a program, in one block of PTX with counters in shared memory.
 
-Triton's own histogram has no such counters: 256 bins cost 80 instructions an element, and here 3. Lanes next to each other have
+Triton's own histogram has no such counters: 256 bins cost 80 instructions an element, and here 4. Lanes next to each other have
 counters of their own, so that a bin that many elements have takes 8 adds one after the other and not 32; where all elements of
-a warp are of one bin, they are one add. What is no element is counted in a bin that nobody reads. H200's adds of ints are exact.
+a warp are of one bin, they are one add. What is no element is counted in a bin that nobody reads. Sums of ints are exact in
+any order.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from gemskit.reduce._block_order import WARPS
+from gemskit.reduce._block_order import WARPS, before
 
 #: Threads of a program, and the fewest bins: one for each. The most bins: 8 KiB of counters.
 THREADS = WARPS * 32
@@ -29,7 +30,9 @@ def code(per, bins, scan):  # type: ignore[no-untyped-def]
     own = bins // THREADS
     kind = "b32" if copies == 1 else f"v{copies}.b32"
     parts = ["n", "a", "b", "at"][:copies]
-    of_one = lambda names: names[0] if copies == 1 else f"{{{', '.join(names)}}}"  # noqa: E731
+    zeros, loaded = ", ".join(["n"] * copies), ", ".join(parts)
+    if copies > 1:
+        zeros, loaded = f"{{{zeros}}}", f"{{{loaded}}}"
     lines: list[str] = []
     lines.append(f"""{{
 .shared .align 16 .b8 counters[{(bins + 1) << log}];
@@ -49,7 +52,7 @@ add.u32 mine, mine, a;
 mov.u32 n, 0;""")
     # The counters that a thread reads: no other thread needs to wait for it.
     for k in range(own):
-        lines.append(f"st.shared.{kind} [own+{(k * THREADS) << log}], {of_one(['n'] * copies)};")
+        lines.append(f"st.shared.{kind} [own+{(k * THREADS) << log}], {zeros};")
     lines.append(f"""shfl.sync.up.b32 a|q, ${per}, 1, 0, 0xffffffff;
 xor.b32 same, a, ${per};""")
     for k in range(1, per):
@@ -69,22 +72,11 @@ red.shared.add.u32 [at], 1;""")
         lines.append(f"shl.b32 at, ${per + k}, {log};\nadd.u32 at, at, mine;\nred.shared.add.u32 [at], 1;")
     lines.append("counted: bar.sync 0;")
     for k in range(own):
-        lines.append(f"ld.shared.{kind} {of_one(parts)}, [own+{(k * THREADS) << log}];")
+        lines.append(f"ld.shared.{kind} {loaded}, [own+{(k * THREADS) << log}];")
         lines += [f"add.u32 n, n, {part};" for part in parts[1:]]
         lines.append(f"mov.u32 found{k}, n;")
     if scan:
-        lines.append("mov.u32 same, n;")
-        for j in range(5):
-            lines.append(f"shfl.sync.up.b32 a|q, same, {1 << j}, 0, 0xffffffff;\n@q add.u32 same, same, a;")
-        lines.append("""mov.u32 a, sums;
-shl.b32 b, warp, 2;
-add.u32 a, a, b;
-setp.eq.u32 q, lane, 31;
-@q st.shared.b32 [a], same;
-sub.u32 same, same, n;
-bar.sync 0;""")
-        for w in range(WARPS - 1):
-            lines.append(f"ld.shared.b32 a, [sums+{4 * w}];\nsetp.gt.u32 q, warp, {w};\n@q add.u32 same, same, a;")
+        lines += before()
         lines.append("shl.b32 same, same, 16;\nadd.u32 found0, found0, same;")
     lines += [f"mov.u32 ${k}, {f'found{k}' if k < own else 0};" for k in range(per)]
     lines.append("}")
@@ -104,7 +96,7 @@ def vectors(per, width):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def places(PER: gl.constexpr, V: gl.constexpr):
-    """Of each element of a program: which it is in memory, the bin of a count in its place, and the number of that in a thread."""
+    """Of each element: which it is in memory, the bin of a count in its place, and which of its thread's bins that is."""
     layout: gl.constexpr = vectors(PER, V)
     T: gl.constexpr = 32 * layout.warps_per_cta[1]
     turn = gl.arange(0, PER // V, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]

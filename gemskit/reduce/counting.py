@@ -21,7 +21,8 @@ from gemskit._op import operator
 from gemskit._sized import sized
 from gemskit.errors import ArgumentError, DtypeError, ShapeError
 from gemskit.pointwise._drive import Elementwise
-from gemskit.reduce._block_count import MOST, THREADS, WARPS, counted, places
+from gemskit.reduce._block_count import MOST, THREADS, counted, places
+from gemskit.reduce._block_order import WARPS
 from gemskit.reduce._compact import read
 from gemskit.reduce._fold import Fold
 from gemskit.reduce.searching import search

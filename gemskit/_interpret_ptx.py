@@ -1,4 +1,4 @@
-"""Blocks of PTX in the interpreter: straight-line integer code with ballots, shuffles and shared memory of its own.
+"""Blocks of PTX in the interpreter: integer code without loops, with ballots, shuffles and shared memory of its own.
 
 All threads of a program execute each instruction together: a barrier that is missing does not show, two threads that store to
 the same place in one instruction do.
@@ -33,6 +33,8 @@ class Block:
             "%lanemask_gt": _WRAPPED ^ ((one << (lane + one)) - one),
         }
         self.memory: Array = np.full((shape[0], 0), 0xFF, np.uint8)
+        #: By the label that they went to: threads that do nothing before it.
+        self.gone: dict[str, Array] = {}
         for line in code.strip().strip("{}").split(";"):
             if line.strip():
                 self._step(line.strip())
@@ -48,24 +50,40 @@ class Block:
             return
         if line.startswith(".shared"):
             name, size = re.findall(r"(\w+)\[(\d+)\]", line)[0]
-            start = -(-self.memory.shape[1] // 16) * 16
-            grown: Array = np.full((self.shape[0], start + int(size)), 0xFF, np.uint8)
+            start = self.memory.shape[1]
+            grown: Array = np.full((self.shape[0], start + -(-int(size) // 16) * 16), 0xFF, np.uint8)
             grown[:, : self.memory.shape[1]] = self.memory
             self.memory = grown
             self.values[name] = np.full(self.shape, start, np.uint64)
             return
+        label, colon, after = line.partition(":")
+        if colon:
+            self.gone.pop(label)
+            line = after.strip()
         found = _LINE.fullmatch(line)
         assert found is not None, line
         negated, guard, name, rest = found.groups()
         live = np.ones(self.shape, bool) if guard is None else self.values[guard].astype(bool) ^ bool(negated)
+        for threads in self.gone.values():
+            live = live & ~threads
         op, *kinds = name.split(".")
+        if op == "bra":
+            self.gone[rest.strip()] = live
+            return
         if op == "bar":
             return
         if op == "st":
             return self._store(kinds, rest, live)
+        if op == "red":
+            return self._add(rest, live)
+        if op == "ld" and rest.startswith("{"):
+            names, _, place = rest[1:].partition("},")
+            for name, found in zip(names.split(","), self._load(kinds, place, live, names.count(",") + 1)):
+                self.values[name.strip()] = np.where(live, found, self.values.get(name.strip(), found))
+            return
         to, *given = [part.strip() for part in rest.split(",")]
         result = (
-            self._load(kinds, given[0], live) if op == "ld" else self._result(op, kinds, [*map(self._value, given)])
+            self._load(kinds, given[0], live)[0] if op == "ld" else self._result(op, kinds, [*map(self._value, given)])
         )
         if op == "shfl":
             to, known = to.split("|")
@@ -80,8 +98,8 @@ class Block:
             return v[0]
         if op in ("add", "sub"):
             return (v[0] + v[1] if op == "add" else v[0] - v[1]) & wrap
-        if op == "and":
-            return v[0] & v[1]
+        if op in ("and", "or", "xor"):
+            return {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}[op](v[0], v[1])
         if op == "not":
             return v[0] ^ wrap
         if op in ("shl", "shr"):
@@ -107,11 +125,19 @@ class Block:
             raise InterpreterError("PTX: an access outside of shared memory, or one that is not aligned")
         return np.where(live, at, 0)
 
-    def _load(self, kinds: list[str], place: str, live: Array) -> Array:
+    def _load(self, kinds: list[str], place: str, live: Array, parts: int = 1) -> list[Array]:
         size = int(kinds[-1][1:]) // 8
-        at = self._at(place, size, live)[..., None] + np.arange(size)
+        at = self._at(place, size * parts, live)[..., None] + np.arange(size * parts)
         found = self.memory[np.arange(self.shape[0])[:, None, None], at]
-        return np.ascontiguousarray(found).view(f"u{size}")[..., 0].astype(np.uint64)
+        words = np.ascontiguousarray(found).view(f"u{size}").astype(np.uint64)
+        return [words[..., k] for k in range(parts)]
+
+    def _add(self, rest: str, live: Array) -> None:
+        place, _, given = rest.partition(",")
+        program, thread = np.nonzero(live)
+        words = self.memory.view(np.uint32)
+        at = self._at(place, 4, live)[program, thread] // 4
+        np.add.at(words, (program, at), self._value(given)[program, thread].astype(np.uint32))
 
     def _store(self, kinds: list[str], rest: str, live: Array) -> None:
         place, _, given = rest.partition(",")
@@ -127,17 +153,29 @@ class Block:
 
 
 def elementwise(code: str, constraints: str, args: list[Array], per: int) -> Array:
-    """A block with one result on arrays (programs, warps * per, 32); each thread has ``per`` elements, one below the other."""
-    programs, rows, lanes = args[0].shape
-    assert lanes == 32 and rows % per == 0, "the layout of rows of 32"
-    shape = (programs, rows // per * 32)
+    """A block with one result on arrays of which each thread has ``per`` elements.
+
+    (programs, warps * per, 32): one below the other; or (programs, turns, threads, width): of each turn ``width``.
+    """
+    given = args[0].shape
+    axes: tuple[int, ...]
+    if len(given) == 3:
+        programs, rows, lanes = given
+        assert lanes == 32 and rows % per == 0, "the layout of rows of 32"
+        split, axes, shape = (programs, rows // per, per, 32), (0, 2, 1, 3), (programs, rows // per * 32)
+    else:
+        assert given[1] * given[3] == per, "the layout of vectors"
+        split, axes, shape = given, (0, 1, 3, 2), (given[0], given[2])
+    # Elements of threads come before threads, and back.
+    moved = tuple(split[axis] for axis in axes)
+    back = tuple(int(axis) for axis in np.argsort(axes))
 
     def of_threads(v: Array) -> list[Array]:
-        bits = v.view(f"u{v.itemsize}").reshape(programs, rows // per, per, 32)
-        return [bits[:, :, k].reshape(shape) for k in range(per)]
+        bits = v.view(f"u{v.itemsize}").reshape(split).transpose(axes).reshape(shape[0], per, shape[1])
+        return [bits[:, k] for k in range(per)]
 
     assert constraints.count("=") == per
     block = Block(code, per, [v for a in args for v in of_threads(a)], shape)
-    found = np.stack([block.values[f"${k}"].reshape(programs, -1, 32) for k in range(per)], axis=2)
+    found = np.stack([block.values[f"${k}"] for k in range(per)], axis=1).reshape(moved).transpose(back)
     dtype = args[0].dtype
-    return found.astype(f"u{dtype.itemsize}").view(dtype).reshape(args[0].shape)
+    return np.ascontiguousarray(found).astype(f"u{dtype.itemsize}").view(dtype).reshape(given)

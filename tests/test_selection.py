@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 import gemskit
+from gemskit import backends
 from gemskit._interpret import interpret
 from gemskit.errors import ArgumentError, DtypeError, NoKernel, ShapeError
 from gemskit.reduce import _radix, _sort, selection
@@ -61,6 +63,48 @@ def test_histc_of_ranges() -> None:
         gemskit.histc(x, 3, 5, 1)
     with pytest.raises(ArgumentError):
         gemskit.histc(x, 3, 0, inf)
+
+
+@pytest.fixture
+def shared() -> Iterator[None]:
+    """A device on which three programs count in shared memory, several tiles each."""
+    row = backends.find_arch("sm_90")
+    numbers = {**row.config("histogram"), "shared": 3}
+    with backends.use_arch(dataclasses.replace(row, launch={**row.launch, "histogram": numbers})):
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.int64], ids=str)
+@pytest.mark.parametrize("values", ["random", "equal", "two"])
+def test_histograms_in_shared_memory(values: str, dtype: torch.dtype, shared: None) -> None:
+    """The last tile is ragged, with elements outside and NaN; vectors, columns and every other element."""
+    x = torch.rand(30_001) * 120 - 10
+    x = (
+        (x if values == "random" else (x > 50) * 7.0 if values == "two" else torch.full_like(x, 7))
+        .clamp(min=0)
+        .to(dtype)
+    )
+    if dtype.is_floating_point:
+        x[::100], x[5], x[-1] = -3, nan, inf
+    for t in (x, x[:24_576], x[:30_000].view(3, 10_000).t(), x[::2]):
+        with gemskit.record() as calls:
+            for bins in (100, 300, 2000):
+                expected = torch.histc(t.double(), bins, 0, 100).to(dtype)
+                if dtype.is_floating_point and dtype != torch.float64:
+                    expected = torch.histc(t.float(), bins, 0, 100).to(dtype)
+                assert torch.equal(gemskit.histc(t, bins, 0, 100), expected)
+            if dtype == torch.int64 and t.ndim == 1:
+                assert torch.equal(gemskit.bincount(t, minlength=500), torch.bincount(t, minlength=500))
+        assert {call.kernel for call in calls} >= {"histogram_shared"}
+        assert "histogram" not in {call.kernel for call in calls}
+
+
+def test_more_bins_than_shared_memory_has(shared: None) -> None:
+    x = torch.randint(0, 2050, (5000,))
+    with gemskit.record() as calls:
+        assert torch.equal(gemskit.bincount(x, minlength=2049), torch.bincount(x, minlength=2049))
+        assert torch.equal(gemskit.bincount(x.clamp(max=2047)), torch.bincount(x.clamp(max=2047)))
+    assert {"histogram", "histogram_shared"} <= {call.kernel for call in calls}
 
 
 def test_bincount_refuses() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import gemskit
 from gemskit import _interpret_ptx, backends
-from gemskit.reduce import _block_order, _radix, _radix_blocks, _select, _sort
+from gemskit.reduce import _block_count, _block_order, _radix, _radix_blocks, _select, _sort
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)
 
@@ -154,6 +154,38 @@ def test_a_block_in_the_order_of_digits(digits: int, bits: int) -> None:
     found = _interpret_ptx.elementwise(_block_order.code(bits, per), constraints, [word, digit], per)
     order = np.argsort(digit.reshape(2, -1), axis=1, kind="stable")
     assert (found.reshape(2, -1) == np.take_along_axis(word.reshape(2, -1), order, 1)).all()
+
+
+@pytest.mark.parametrize("bins", [256, 512, 1024, 2048])
+@pytest.mark.parametrize("kinds", [1, 2, 3000])
+@pytest.mark.parametrize("width", [1, 4, 8])
+def test_a_block_that_counts(width: int, kinds: int, bins: int) -> None:
+    """The PTX itself: two programs, all of one bin (of the second program none counts), of two bins, of all."""
+    per, threads, scan = 8, _block_count.THREADS, bins == 256
+    generator = np.random.default_rng(0)
+    bin = np.maximum(bins - generator.integers(1, kinds + 1, (2, per // width, threads, width)), 0).astype("i4")
+    bin[1, :, 40 * (kinds > 1) :] = bins
+    constraints = ",".join(["=r"] * per + ["r"] * per)
+    found = _interpret_ptx.elementwise(_block_count.code(per, bins, scan), constraints, [bin], per)
+    found = found.transpose(0, 1, 3, 2).reshape(2, -1)
+    for program in range(2):
+        expected = np.bincount(bin[program].ravel(), minlength=bins)[:bins]
+        if scan:
+            expected = expected + (np.cumsum(expected) - expected) * 65536
+        assert (found[program, :bins] == expected).all() and not found[program, bins:].any()
+
+
+@pytest.mark.parametrize("kinds", ["random", "equal", "two"])
+def test_sort_counts_tiles_by_vectors(kinds: str, blocks: None) -> None:
+    """Tiles of 4096 elements, of which threads read four, two or one side by side; the last is ragged."""
+    x = _values((2, 9001), torch.float32)
+    if kinds != "random":
+        x = (x > (0 if kinds == "two" else torch.inf)).float()
+    for t in (x, x.bfloat16(), x.T.contiguous().T, x[:, :8192].contiguous()):
+        values, indices = torch.sort(t, stable=True)
+        with gemskit.interpret(), gemskit.record() as calls:
+            _same(gemskit.sort(t), values, indices)
+        assert "radix_block_count" in {call.kernel for call in calls}
 
 
 @pytest.mark.parametrize("descending", [False, True])

@@ -136,7 +136,8 @@ DEFAULT: Launch = {
     # blocks 1: radix sorts move by blocks in shared memory, in PTX (reduce/_block_order.py); 0: by sorting networks.
     # rows: where not 0, rows with more elements that fit into a block are sorted there. registers: of a thread in such kernels.
     "radix": {"blocks": 0, "rows": 0, "registers": 80},
-    "histogram": {"tile": 4096, "warps": 4, "pieces": 1024},
+    # shared: where not 0, so many programs count up to 2048 bins in shared memory, in PTX (reduce/_block_count.py).
+    "histogram": {"tile": 4096, "warps": 4, "pieces": 1024, "shared": 0},
 }
 
 

@@ -14,6 +14,24 @@ WARPS = 8
 
 
 @gluon.constexpr_function
+def before():  # type: ignore[no-untyped-def]
+    """Lines of PTX: of the numbers n of threads, the sum of those before each, ``same``; ``sums`` has a word for a warp."""
+    lines = ["mov.u32 same, n;"]
+    for j in range(5):
+        lines.append(f"shfl.sync.up.b32 a|q, same, {1 << j}, 0, 0xffffffff;\n@q add.u32 same, same, a;")
+    lines.append("""mov.u32 a, sums;
+shl.b32 b, warp, 2;
+add.u32 a, a, b;
+setp.eq.u32 q, lane, 31;
+@q st.shared.b32 [a], same;
+sub.u32 same, same, n;
+bar.sync 0;""")
+    for w in range(WARPS - 1):
+        lines.append(f"ld.shared.b32 a, [sums+{4 * w}];\nsetp.gt.u32 q, warp, {w};\n@q add.u32 same, same, a;")
+    return lines
+
+
+@gluon.constexpr_function
 def code(bits, per):  # type: ignore[no-untyped-def]
     """A block of PTX. Operands: ``per`` results, ``per`` words of so many bits, ``per`` digits; a row of the warp each."""
     size = bits // 8
@@ -74,21 +92,7 @@ mov.u32 n, 0;""")
         lines.append(f"""mov.u32 before{w}, n;
 ld.shared.b32 a, [at+{1024 * w}];
 add.u32 n, n, a;""")
-    lines.append("mov.u32 same, n;")
-    for j in range(5):
-        lines.append(f"""shfl.sync.up.b32 a|q, same, {1 << j}, 0, 0xffffffff;
-@q add.u32 same, same, a;""")
-    lines.append("""mov.u32 a, sums;
-shl.b32 b, warp, 2;
-add.u32 a, a, b;
-setp.eq.u32 q, lane, 31;
-@q st.shared.b32 [a], same;
-sub.u32 same, same, n;
-bar.sync 0;""")
-    for w in range(WARPS - 1):
-        lines.append(f"""ld.shared.b32 a, [sums+{4 * w}];
-setp.gt.u32 q, warp, {w};
-@q add.u32 same, same, a;""")
+    lines += before()
     for w in range(WARPS):
         lines.append(f"""add.u32 a, before{w}, same;
 st.shared.b32 [at+{1024 * w}], a;""")

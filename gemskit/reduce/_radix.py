@@ -16,7 +16,7 @@ from gemskit._layout import offset
 from gemskit.reduce._block_order import WARPS
 from gemskit.reduce._keys import Rows, key_bits, key_of, log2, store_element
 from gemskit.reduce._network import in_order, neighbours
-from gemskit.reduce._radix_blocks import PER, radix_block_move
+from gemskit.reduce._radix_blocks import PER, radix_block_count, radix_block_move
 from gemskit.reduce._radix_blocks import TILE as BLOCK
 
 #: Bits of a digit: runs of 11 are too short (H200, 16M float32: a move of sorted tiles 0.27 ms, of 8 bits 0.12).
@@ -143,7 +143,7 @@ def radix_sort(
     packed = located and width <= 32
     config = backends.arch().config("radix")
     blocks = bool(config["blocks"]) and (packed or not located)
-    tile, counting = (BLOCK, WARPS) if blocks else (TILE, COUNTING)
+    tile = BLOCK if blocks else TILE
     tiles = _layout.cdiv(cols, tile)
     digits = 2**BITS
     size = (rows * cols,)
@@ -171,10 +171,13 @@ def radix_sort(
         into = (None, None) if last else (words[1 - k % 2], places[1 - k % 2])
         results = (values, indices) if last else (None, None)
         read = x if source[0] is None else source[0]
+        # Blocks: the elements of 16 bytes, in any order.
+        side = min(PER, 16 // read.element_size()) if layout.by_col[0] == 1 or not first else 1
         launch(
-            radix_count, (rows * tiles,),
+            radix_block_count if blocks else radix_count, (rows * tiles,),
             (counts, source[0], x, layout.sizes, x_rows, layout.by_col[0], cols, tiles, shift, flip),
-            dict(meta, T=tile, num_warps=counting),
+            dict(PACKED=packed, DESCENDING=descending, PER=PER, V=side, WIDE=wide, num_warps=WARPS) if blocks
+            else dict(meta, T=tile, num_warps=COUNTING),
         )  # fmt: skip
         launch(
             radix_scan, (_layout.cdiv(rows * digits, bd),), (counts, totals, rows * digits, tiles),

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from gemskit import _layout, backends, language
 from gemskit._bind import fill
@@ -19,12 +21,17 @@ from gemskit._op import operator
 from gemskit._sized import sized
 from gemskit.errors import ArgumentError, DtypeError, ShapeError
 from gemskit.pointwise._drive import Elementwise
+from gemskit.reduce._block_count import MOST, THREADS, counted, places
+from gemskit.reduce._block_order import WARPS
 from gemskit.reduce._compact import read
 from gemskit.reduce._fold import Fold
 from gemskit.reduce.searching import search
 
 #: Most bins that a program counts by itself; more are counted by atomic adds of integers, which are exact in any order.
 _OWN = 1024
+#: Elements of a thread that are counted in shared memory at once, and its registers for float32: five programs on a
+#: multiprocessor. Of 64 bits they would spill.
+_PER, _REGISTERS = 16, 48
 
 
 @jit
@@ -39,22 +46,12 @@ def _count(
     stop = tl.minimum(first + part, n)
     lo, hi = _range(low, high, span, COMPUTE)
     own = tl.zeros((OWN if OWN else 1,), tl.int32)
+    RANGE: tl.constexpr = low is not None or span is not None
     for start in range(first, stop, B):
         i = start + tl.arange(0, B)
         live = i < stop
         x = tl.load(input + offset(i, sizes, strides), live).to(COMPUTE)
-        if low is None and span is None:
-            # The value is the bin.
-            live = live & (x >= 0) & (x < bins)
-            at = x.to(tl.int64)
-        else:
-            live = live & (x >= lo) & (x <= hi)
-            if COMPUTE.is_floating():
-                share = tl.where(live, _divided((x - lo) * bins, hi - lo), 0)
-                at = share.to(tl.int32) if OWN else share.to(tl.int64)
-            else:
-                at = (x - lo) * bins // tl.maximum(hi - lo, 1)
-            at = tl.minimum(at, bins - 1)
+        at, live = _bin(x, live, lo, hi, bins, RANGE, OWN > 0)
         if OWN:
             own += tl.histogram(tl.where(live, at, 0).to(tl.int32), OWN, live)
         else:
@@ -64,15 +61,57 @@ def _count(
         tl.store(counts + piece * bins + bin, own, bin < bins)
 
 
+@gluon.jit
+def _count_shared(
+    counts, input, low, high, span, sizes, strides, n, part, bins,
+    COMPUTE: gl.constexpr, OWN: gl.constexpr, PER: gl.constexpr, V: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    """As :func:`_count`, in shared memory; a thread reads V elements side by side."""
+    piece = gl.program_id(0)
+    if WIDE:
+        piece = piece.to(gl.int64)
+    first = piece * part
+    stop = gl.minimum(first + part, n)
+    lo, hi = _range(low, high, span, COMPUTE)
+    RANGE: gl.constexpr = low is not None or span is not None
+    place, bin, of_thread = places(PER, V)
+    own = place * 0
+    for start in range(first, stop, place.shape[1] * PER):
+        i = start + place
+        live = i < stop
+        x = gl.load(input + offset(i, sizes, strides), live).to(COMPUTE)
+        at, live = _bin(x, live, lo, hi, bins, RANGE, True)
+        own += counted(gl.where(live, at, OWN).to(gl.int32), OWN)
+    gl.store(counts + piece * bins + bin, own, (of_thread < OWN // place.shape[1]) & (bin < bins))
+
+
+@jit
+def _bin(x, live, lo, hi, bins, RANGE: tl.constexpr, FEW: tl.constexpr):
+    """The bin of ``x``, and whether it has one: of equal bins from ``lo`` to ``hi``, or its value."""
+    if RANGE:
+        live = live & (x >= lo) & (x <= hi)
+        if x.dtype.is_floating():
+            share = _divided((x - lo) * bins, hi - lo)
+            at = share.to(tl.int32) if FEW else share.to(tl.int64)
+        else:
+            at = (x - lo) * bins // tl.maximum(hi - lo, 1)
+        at = tl.minimum(at, bins - 1)
+    else:
+        live = live & (x >= 0) & (x < bins)
+        at = x.to(tl.int64)
+    return at, live
+
+
 @jit
 def _divided(x, width):
     """``x / width``, correctly rounded; by one division for all where ``width`` is far from the ends of its type's range."""
     if x.dtype == tl.float32:
         if (width > 2.0**-60) & (width < 2.0**60):
-            inverse = language.div(tl.full(width.shape, 1, width.dtype), width)
+            inverse = language.div(width * 0 + 1, width)
             share = x * inverse
-            share = tl.math.fma(tl.math.fma(-share, width, x), inverse, share)
-            share = tl.math.fma(tl.math.fma(-share, width, x), inverse, share)
+            # Triton spends an instruction on the sign of a tensor.
+            share = tl.math.fma(tl.math.fma(share, -width, x), inverse, share)
+            share = tl.math.fma(tl.math.fma(share, -width, x), inverse, share)
         else:
             share = language.div(x, width)
         return share
@@ -126,9 +165,10 @@ def _zero(index):
 _ZEROS = Elementwise("histogram_zero", _zero)
 _SPAN = Fold("histogram_span", map=_twice, combine=_both, identity=("highest", "lowest"), state=("compute", "compute"))
 #: By the type of the edges.
-_COUNT = {
-    kind: fill(_count, "histogram", {"low": kind, "high": kind} if kind else None) for kind in ("", "fp64", "i64")
-}
+_COUNT, _COUNT_SHARED = (
+    {kind: fill(count, name, {"low": kind, "high": kind} if kind else None) for kind in ("", "fp64", "i64")}
+    for count, name in ((_count, "histogram"), (_count_shared, "histogram_shared"))
+)
 
 
 def _span(input: Tensor) -> Tensor:
@@ -147,9 +187,10 @@ def _histogram(
     """Into ``out`` how many elements lie in each of its equal bins between edges; without any, how often each bin occurs."""
     n, bins = input.numel(), out.numel()
     config = backends.arch().config("histogram")
-    tile = config["tile"]
-    own = _layout.next_power_of_2(bins) if bins <= _OWN else 0
-    part = _layout.cdiv(_layout.cdiv(max(n, 1), config["pieces"]), tile) * tile
+    shared = config["shared"] if bins <= MOST else 0
+    tile = THREADS * _PER if shared else config["tile"]
+    own = max(THREADS if shared else 1, _layout.next_power_of_2(bins)) if shared or bins <= _OWN else 0
+    part = _layout.cdiv(_layout.cdiv(max(n, 1), shared or config["pieces"]), tile) * tile
     pieces = _layout.cdiv(n, part)
     sizes, strides = _layout.collapse(input.shape, [tuple(input.stride())])
     rows = pieces if own else 1
@@ -159,10 +200,15 @@ def _histogram(
         _ZEROS({}, [counts], torch.int64)
     kind = "" if edges is None else "fp64" if compute.is_floating_point else "i64"
     low, high = edges or (None, None)
-    if n:
-        meta = dict(COMPUTE=TRITON[compute], OWN=own, B=tile, WIDE=wide, num_warps=config["warps"])
-        arguments = (counts, input, low, high, span, sizes, *strides, n, part, bins)
-        launch(_COUNT[kind], (pieces,), arguments, meta)
+    meta: dict[str, Any] = dict(COMPUTE=TRITON[compute], OWN=own, WIDE=wide)
+    arguments = (counts, input, low, high, span, sizes, *strides, n, part, bins)
+    if n and shared:
+        width = min(_PER, 16 // input.element_size()) if strides[0][-1:] == (1,) else 1
+        if compute == torch.float32:
+            meta["maxnreg"] = _REGISTERS
+        launch(_COUNT_SHARED[kind], (pieces,), arguments, dict(meta, PER=_PER, V=width, num_warps=WARPS))
+    elif n:
+        launch(_COUNT[kind], (pieces,), arguments, dict(meta, B=tile, num_warps=config["warps"]))
     # All pieces at once, of the bins of a sector: one after the other they take 89 us on an H200.
     at_once = min(_layout.next_power_of_2(rows), 1024)
     block = min(max(8, 128 // at_once), _layout.next_power_of_2(bins))

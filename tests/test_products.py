@@ -33,12 +33,12 @@ SIZES = [
 
 @pytest.fixture
 def hopper(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
-    for name in ("mm", "bmm", "addmm", "linear"):
+    for name in ("mm", "bmm", "addmm", "linear", "scaled_mm"):
         REGISTRY[name]._plans.clear()
     # Not use_arch, under which nothing is replayed.
     monkeypatch.setattr(backends, "arch", lambda device=None: HOPPER)
     yield fake
-    for name in ("mm", "bmm", "addmm", "linear"):
+    for name in ("mm", "bmm", "addmm", "linear", "scaled_mm"):
         REGISTRY[name]._plans.clear()
 
 
@@ -271,3 +271,13 @@ def test_sums_of_float32_take_tiles_that_leave_registers_for_them() -> None:
     assert small and all(c.BM * c.BN // c.workers <= 128 * 64 for c in small)
     # Nor are there any for a matrix of halves beside three groups.
     assert all(c.workers < 3 for c in _rule.choices(512, 6144, 4096, 1, 132, matrix=True))
+
+
+def test_few_rows_of_float8_are_multiplied_as_halves(hopper: Fake) -> None:
+    """Sums of float8 have 14 bits on tensor cores; where tiles are small, exactness costs nothing."""
+    one = torch.ones(())
+    for m, n, kernel in ((32, 64, "scaled_mm"), (64, 32, "scaled_mm"), (64, 64, "scaled_mm_wgmma")):
+        hopper.clear()
+        a, b = torch.ones(m, 64).to(torch.float8_e4m3fn), torch.ones(n, 64).to(torch.float8_e4m3fn).t()
+        gemskit.scaled_mm(a, b, one, one)
+        assert kernels(hopper)[0] == kernel

@@ -192,7 +192,8 @@ class Product:
         """The kernel for Hopper's tensor cores, where the row of the table and the factors permit it."""
         row = backends.arch()
         config = row.config("gemm")
-        float8 = config["float8"] if a.dtype in FLOAT8 else 0
+        # Up to 32 rows or columns the plain kernel multiplies as halves, exactly, where float8's sums have 14 bits.
+        float8 = config["float8"] if a.dtype in FLOAT8 and min(space.M, space.N) > 32 else 0
         if not config["wgmma"] or not (float8 or a.dtype in HALVES) or not space.K:
             return None
         # Every tile has 64 rows or more for each group of warps; two sums of the large ones take all registers.

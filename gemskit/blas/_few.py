@@ -114,13 +114,15 @@ def tile(M: int, N: int) -> tuple[int, int, int, int]:
 def line(K: int, itemsize: int) -> tuple[int, int]:
     """Columns and K of a tile of one row.
 
-    16 KiB a program: bytes in flight, not instructions, are what is short, and what a program does before its loads
-    (H200, 28672x4096: 64 us, tiles half as large 70).
+    Bytes in flight, not instructions, are what is short, and what a program does before its loads: 16 KiB a program of halves
+    (H200, 28672x4096: 68 us, 8 KiB 70), but not with masks, whose registers leave room for three programs where there are four
+    (5120x25600: 84 us for 74).
     """
     bk = min(2048, max(32, _layout.next_power_of_2(K)))
     if K % 1024 == 0 and _layout.cdiv(K, bk) * bk > 1.1 * K:
         bk = 1024  # 10240x5120: 32 us, with masks 34
-    return max(1, min(4 * 2048 // bk, 16384 // (bk * itemsize))), bk
+    whole = bk == 2048 and K % bk == 0 and itemsize == 2
+    return (4 if whole else max(1, 4096 // bk)), bk
 
 
 def plan(

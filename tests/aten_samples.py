@@ -15,6 +15,10 @@ from gemskit.compat import no_aten
 from gemskit.compat._aten_match import targets
 
 
+#: Relative and absolute tolerance of sums that cancel, where torch's own result depends on the CPU: those of PyTorch's own tests.
+CANCEL = {"addbmm": {"rtol": 1.3e-5, "atol": 1.3e-5}}
+
+
 def database() -> list[Any]:
     """All OpInfos; the module is private to torch's tests."""
     from torch.testing._internal.common_methods_invocations import op_db
@@ -75,7 +79,8 @@ def compare(
             for a, b in zip(e, f, strict=True):
                 if isinstance(a, Tensor):
                     assert a.layout == b.layout and a.dtype == b.dtype and a.is_conj() == b.is_conj()
-                    torch.testing.assert_close(b, a, equal_nan=True, check_stride=False)
+                    tolerance = CANCEL.get(op.name, {}) if a.dtype == torch.float32 else {}
+                    torch.testing.assert_close(b, a, equal_nan=True, check_stride=False, **tolerance)
                 else:
                     assert a == b or a != a, (a, b)
 
@@ -109,4 +114,4 @@ def same_written(op: Any, sample: Any, kind: str) -> None:
         if isinstance(expected, type):
             assert found is expected
         else:
-            torch.testing.assert_close(found, expected, equal_nan=True)
+            torch.testing.assert_close(found, expected, equal_nan=True, **CANCEL.get(op.name, {}))

@@ -24,8 +24,6 @@ REASONS: tuple[tuple[str, str, str], ...] = (
         "*",
         "four products for three, as logits are not stored: a fifth of the memory",
     ),
-    ("erfc", "*", "two polynomials of float32; there is no short form for halves"),
-    ("lgamma", "*", "the formula of float32; there is no short form for halves"),
     (
         "mm",
         "*x*",

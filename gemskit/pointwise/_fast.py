@@ -256,6 +256,17 @@ def acosh(x, precise):
 
 
 @jit
+def atanh(x, precise):
+    """Inverse hyperbolic tangent: 2**-19."""
+    if precise:
+        return libdevice.atanh(x)
+    else:
+        s = x * x
+        near = ((0.1731247752904892 * s + 0.19774506986141205) * s + 0.3333800137042999) * s * x + x
+        return tl.where(tl.abs(x) < 0.35, near, (_log2(1 + x) - _log2(1 - x)) * (0.5 * LN2))
+
+
+@jit
 def atan(x, precise):
     """The angle in [-pi/2, pi/2] whose tangent is ``x``: 2**-17."""
     if precise:
@@ -311,6 +322,21 @@ def erf(x, precise):
         s = x * x
         near = ((0.004158820025622845 * s - 0.026360243558883667) * s + 0.11273735016584396) * s - 0.3761192858219147
         return tl.where(a < 0.75, (near * s + 1.1283791065216064) * x, far)
+
+
+@jit
+def erfc(x, precise):
+    """``1 - erf(x)``: 2**-16 where a float16 is not zero, 2**-13 below."""
+    if precise:
+        return libdevice.erfc(x)
+    else:
+        a = tl.abs(x)
+        t = _inverse(a * 0.435 + 1)
+        p = ((-0.1509053260087967 * t + 0.3810001611709595) * t + 0.013802091591060162) * t + 0.27252230048179626
+        p = ((p * t + 0.2377038300037384) * t + 0.24587348103523254) * t
+        # Larger by 2**24: the exponential of what would be subnormal is taken for zero.
+        r = p * tl.exp2(24 - a * a * LOG2E) * 2.0**-24
+        return tl.where(x < 0, 2 - r, r)
 
 
 @jit
@@ -448,3 +474,33 @@ def digamma(x):
     p = (p * s - 2.165112257003784) * s - 3.2898638248443604
     # What pi cot(pi g) has more than 1 / g: NaN where g is 0; nothing where x > 0.
     return value - tl.where(x < -0.5, s * w, n) * p - w
+
+
+@jit
+def lgamma(x, precise):
+    """Logarithm of the absolute value of the gamma function: 2**-17; where ``x < 0``, of its terms."""
+    if precise:
+        return libdevice.lgamma(x)
+    else:
+        # For x < 0 it is log(pi / |sin(pi g)|) - lgamma(1 - x) with g the distance to the nearest integer; halves beyond -4096
+        # are integers. Below 3/4 it is lgamma(1 + x) - log(x), so that the polynomial covers 3/4 to 9/4.
+        n = tl.clamp(x, -4096.0, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        g = n - ((n + 12582912.0) - 12582912.0)
+        z = tl.where(x > 0, x, 1 - x)
+        w = tl.where(z < 0.75, z + 1, z)
+        t = w - 1.5
+        p = ((-0.005350147373974323 * t + 0.008465115912258625) * t - 0.00841247197240591) * t + 0.01561978179961443
+        p = ((p * t - 0.031476717442274094) * t + 0.06305103749036789) * t - 0.145952507853508
+        # At 1 it is 0, not -0.
+        near = (p * t + 0.4831264019012451) * ((w - 1) * (w - 2)) + 0.0
+        r = 1 / w
+        far = (w - 0.5) * (_log2(w) * LN2 - 1) + (
+            (-0.0025565631221979856 * r + 0.0841277465224266) * r + 0.4188589453697205
+        )
+        value = tl.where(w < 2.25, near, far)
+        s = g * g
+        sine = ((-0.1777423620223999 * s + 0.8096544146537781) * s - 1.6448242664337158) * s + 0.9999990463256836
+        u = tl.where(x > 0, tl.where(z < 0.75, z, 1.0), tl.abs(g) * sine)
+        low = u < NORMAL
+        more = (_log2(tl.where(low, u * 2.0**24, u)) - tl.where(low, 24.0, 0.0)) * LN2
+        return tl.where(x > 0, value, tl.where(g == 0, 0.0, -value)) - more

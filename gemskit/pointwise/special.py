@@ -50,8 +50,8 @@ def erfc(input: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 @erfc.formula
 @jit
-def _(input):
-    return libdevice.erfc(input)
+def _(input, precise):
+    return _fast.erfc(input, precise)
 
 
 @erfc.gradient
@@ -161,8 +161,8 @@ def lgamma(input: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 @lgamma.formula
 @jit
-def _(input):
-    return libdevice.lgamma(input)
+def _(input, precise):
+    return _fast.lgamma(input, precise)
 
 
 @lgamma.gradient

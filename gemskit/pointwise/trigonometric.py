@@ -234,8 +234,8 @@ acosh_ = acosh.inplace
 
 
 @jit
-def _atanh(input):
-    return libdevice.atanh(input)
+def _atanh(input, precise):
+    return _fast.atanh(input, precise)
 
 
 @jit

@@ -14,7 +14,6 @@ import gemskit
 from gemskit.compat import no_aten
 from gemskit.compat._aten_match import targets
 
-
 #: Relative and absolute tolerance of sums that cancel, where torch's own result depends on the CPU: those of PyTorch's own tests.
 CANCEL = {"addbmm": {"rtol": 1.3e-5, "atol": 1.3e-5}}
 

@@ -1,6 +1,6 @@
 """One row of the benchmark: verified against float64, then timed beside torch eager and torch.compile.
 
-All three are called on the same tensors in the same process; times are medians of ``do_bench`` with a cold L2. The floor is
+All three are called on the same tensors in the same process; times are medians of :mod:`gemskit._bench_clock`. The floor is
 the larger of bytes over the measured copy bandwidth and FLOPs over the measured rate of a large product.
 """
 
@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend
 
 from gemskit import _bench_liger, backends
 from gemskit._bench_cases import BenchCase, Way
+from gemskit._bench_clock import milliseconds
 from gemskit._conformance import slack
 from gemskit._op import REGISTRY, Op
 from gemskit.testing import Make, Sample
@@ -36,9 +37,9 @@ class Roof:
         """A copy of 1 GiB and a bf16 product of 8192³, in bytes and FLOPs a second."""
         a = torch.randn(1 << 28, device=backends.device)
         b = torch.empty_like(a)
-        copy = _milliseconds(lambda: b.copy_(a))
+        copy = milliseconds(lambda: b.copy_(a), b.nbytes)
         x, y = (torch.randn(8192, 8192, device=backends.device, dtype=torch.bfloat16) for _ in range(2))
-        product = _milliseconds(lambda: torch.mm(x, y.t()))
+        product = milliseconds(lambda: torch.mm(x, y.t()), x.nbytes)
         return cls(2 * a.nbytes / copy * 1e3, 2 * 8192**3 / product * 1e3)
 
     def __str__(self) -> str:
@@ -75,7 +76,7 @@ def time_case(case: BenchCase, roof: Roof, compiled: bool) -> dict[str, Any]:
                 if way.backend is not None:
                     warnings.simplefilter("ignore")  # why a backend does not serve: the row says that it does not
                 call, result, upstream = _prepared(case, way.call, given, leaves)
-                found = _milliseconds(call)
+                found = milliseconds(call, sum(map(_bytes, result)))
             peers[way.name] = found
             each = [t.detach() for t in result]
             if case.ways and name == "eager":
@@ -237,13 +238,6 @@ def _exact(
     with torch.nn.attention.sdpa_kernel([SDPBackend.MATH]):
         fn = case.exact or REGISTRY[case.op].meaning
         return [t.detach() for t in _prepared(case, fn, exact, widened, grads)[1]]
-
-
-def _milliseconds(fn: Callable[[], Any]) -> float:
-    from triton.testing import do_bench
-
-    found: Any = do_bench(fn, warmup=20, rep=80, return_mode="median")
-    return float(found)
 
 
 def _bytes(t: Tensor) -> int:

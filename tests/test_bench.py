@@ -25,6 +25,7 @@ from gemskit import (
     _bench,
     _bench_attention,
     _bench_cases,
+    _bench_clock,
     _bench_elementwise,
     _bench_liger,
     _bench_reasons,
@@ -126,6 +127,47 @@ def test_both_sides_take_the_arguments(case: BenchCase) -> None:
     assert sum(map(_bench_run._bytes, meant)) > 0 or not meant
 
 
+# -- the clock --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_call_finds_the_cache_full_of_what_was_read_and_of_as_much_as_it_writes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[str, int]] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+
+        def record(self) -> None:
+            seen.append(("event", 0))
+
+        def elapsed_time(self, other: Any) -> float:
+            return 10.0
+
+    class Module:
+        @staticmethod
+        def synchronize() -> None: ...
+
+    Module.Event = Event  # type: ignore[attr-defined]
+
+    class Filler(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in (torch.amax, torch.Tensor.fill_):
+                seen.append((func.__name__, args[0].nbytes))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    monkeypatch.setattr(torch, "get_device_module", lambda *_: Module)
+    monkeypatch.setattr(_bench_clock, "FILL", 4096)
+    monkeypatch.setattr(_bench_clock, "_filler", lambda: torch.ones(1024, dtype=torch.int32).as_subclass(Filler))
+    for written, left in ((0, 0), (100, 100), (1 << 20, 4096)):
+        seen.clear()
+        assert _bench_clock.milliseconds(lambda: seen.append(("call", 0)), written) == 10.0
+        timed = [("amax", 4096), ("fill_", left), ("event", 0), ("call", 0), ("event", 0)]
+        # One call, five that are timed together, 15 and 50 that take 2 ms each with the cache.
+        assert seen == [("call", 0), ("event", 0), *timed * 5, ("event", 0), *timed * (15 + 50)]
+
+
 # -- one row, without an accelerator --------------------------------------------------------------------------------------------
 
 
@@ -138,7 +180,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         def empty_cache() -> None: ...
 
     monkeypatch.setattr(backends, "device", "cpu")
-    monkeypatch.setattr(_bench_run, "_milliseconds", lambda fn: (fn(), 1.0)[1])
+    monkeypatch.setattr(_bench_run, "milliseconds", lambda fn, written: (fn(), 1.0)[1])
     monkeypatch.setattr(torch, "get_device_module", lambda *_: Module)
 
 

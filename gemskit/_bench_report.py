@@ -100,10 +100,10 @@ def page(report: dict[str, Any], stem: str) -> str:
         "", *(f"{said}.\n" for said in summary(rows).splitlines()),
         f"![speed against torch eager]({stem}.svg)", "",
         "Milliseconds (medians; L2 holds no operand, and as many unwritten bytes as the call writes); ratios are the peer's time "
-        "over ours, so above 1 gemskit is faster. A row is timed wholly in one process on one device, whose roof was measured by that process. Every row was verified against float64 "
-        "first. Where torch has no such operator, its time is that of the composition that its users write; where it has several "
-        "backends, that of the fastest, which is named. torch.compile is left out where it calls the same library. Liger's are "
-        "the rows of its functions, where it is installed.", "",
+        "over ours, so above 1 gemskit is faster. A row is timed wholly in one process on one device, whose roof was measured by "
+        "that process. Every row was verified against float64 first. Where torch has no such operator, its time is that of the "
+        "composition that its users write; where it has several backends, that of the fastest, which is named. torch.compile is "
+        "left out where it calls the same library. Liger's are the rows of its functions, where it is installed.", "",
         *_families(_groups(rows)), *_under(rows),
     ]  # fmt: skip
     for name, some in _groups(rows).items():

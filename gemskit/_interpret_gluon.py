@@ -235,7 +235,8 @@ def _wait(barrier: Shared, phase: Any, pred: Any = True, deps: Any = ()) -> None
 
 
 def _expect(barrier: Shared, bytes_per_cta: Any, pred: Any = True) -> None:
-    _count(barrier, 1, _number(bytes_per_cta))
+    if _number(pred):
+        _count(barrier, 1, _number(bytes_per_cta))
     GROUPS.switch()
 
 
@@ -245,7 +246,11 @@ def _arrive(barrier: Shared, *, count: Any = 1, pred: Any = True) -> None:
     GROUPS.switch()
 
 
-def _copy(descriptor: Any, coord: Sequence[Any], barrier: Shared, result: Shared, *_: Any, **__: Any) -> None:
+def _copy(
+    descriptor: Any, coord: Sequence[Any], barrier: Shared, result: Shared, pred: Any = True, *_: Any, **__: Any
+) -> None:
+    if not _number(pred):
+        return
     block = descriptor.load(list(coord)).handle.data
     _spoil(result)
 

@@ -459,6 +459,24 @@ def test_tiles_for_hopper_compile(tile: tuple[int, int], monkeypatch: pytest.Mon
     assert not problems, "\n".join(problems)
 
 
+@pytest.mark.parametrize("at", range(len(_rule.TILES)))
+def test_products_of_groups_for_hopper_compile(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows, of weights by rows, and columns, which are stored along them; a matrix beside tiles that leave registers for it."""
+    row, launches = next(row for row in ROWS if row.name == "sm_90"), Launches()
+    tile, make, ends = _rule.TILES[at], Unfilled(BF16), torch.empty(4, dtype=torch.int32)
+    monkeypatch.setattr(_rule, "TILES", (tile,))
+    other = make(2048) if tile[0] == 192 else make(4096, 2048)
+    _forget_plans()
+    with _launch.capturing(launches), backends.use_arch(row):
+        gemskit.grouped_mm(make(4096, 1024), make(4, 2048, 1024).mT, ends, epilogue=epilogues.residual(other))
+        gemskit.grouped_mm(make(4096, 1024), make(4, 1024, 2048), ends)
+        gemskit.grouped_mm(make(4, 2048, 1024), make(4096, 1024).mT, ends)
+    _forget_plans()
+    assert [(launch.meta["BM"], launch.meta["BN"]) for launch in launches.values()] == [tile[:2]] * 3
+    problems = [f"{launch}: {problem}" for launch in launches.values() for problem in launch.problems(row)]
+    assert not problems, "\n".join(problems)
+
+
 @pytest.mark.parametrize("page", [16, 256])
 def test_keys_in_pages_are_loaded_as_far_ahead_as_others(page: int) -> None:
     """Which shows in shared memory: a look-up that the loads of the same step wait for would take a stage."""

@@ -43,8 +43,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_rule.Choice]]:
     taken: list[_rule.Choice] = []
     plan = _hopper.Kernels.plan
 
-    def noted(self: Any, space: Any, dtype: Any, choice: _rule.Choice, *rest: Any) -> Any:
-        found = plan(self, space, dtype, choice, *rest)
+    def noted(self: Any, space: Any, dtype: Any, choice: _rule.Choice, *rest: Any, **more: Any) -> Any:
+        found = plan(self, space, dtype, choice, *rest, **more)
         if found is not None:
             taken.append(choice)
         return found
@@ -73,6 +73,7 @@ def _forget() -> None:
         "linear",
         "gated_linear",
         "scaled_mm",
+        "grouped_mm",
         "scaled_dot_product_attention",
         "flash_attention",
     )

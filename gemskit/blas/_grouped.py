@@ -5,7 +5,8 @@ The grid is the most tiles that any groups of these totals can have, so the host
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor
 from gemskit import _layout, backends, language
 from gemskit._bind import fill, slots
 from gemskit._driver import tf32
-from gemskit._dtypes import FLOAT8, TRITON, compute_type
+from gemskit._dtypes import FLOAT8, HALVES, TRITON, compute_type
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit.blas._factors import plus_product, promoted
+from gemskit.blas._rule import best_of_groups
+from gemskit.blas._space import Space
 
 #: Filled in per operator.
 EPILOGUE: Any = None
@@ -171,12 +174,15 @@ def _plain(acc, values, s0, s1, s2, s3):
 
 
 class After:
-    """The kernels of an epilogue ``fn(acc, values, s0, s1, s2, s3)``."""
+    """The kernels of an epilogue ``fn(acc, values, s0, s1, s2, s3)``; ``hopper`` gives those for Hopper's tensor cores."""
 
-    def __init__(self, name: str, fn: Any, annotations: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, name: str, fn: Any, annotations: Mapping[str, str] | None = None, hopper: Callable[[], Any] | None = None
+    ) -> None:
         stored = fill(_stored, f"{name}_stored", EPILOGUE=fn)
         self.rows = fill(_rows, f"{name}_rows", annotations, STORED=stored)
         self.steps = fill(_steps, f"{name}_steps", annotations, STORED=stored)
+        self.hopper = hopper
 
 
 PLAIN = After("grouped", _plain)
@@ -189,6 +195,9 @@ def rows(
 ) -> None:  # fmt: skip
     """``out[i] = a[i] @ b[g]``, ``g`` the group of row ``i``; times ``scale_a[i]`` and ``scale_b[g]``."""
     (T, K), (groups, _, N) = a.shape, b.shape
+    run = _on_hopper(out, a, b, after, extras)
+    if run is not None:
+        return run(out, a, b, None, extras, scalars, offs)
     sides, meta = _tile(_layout.cdiv(T, max(groups, 1)), N, K, a.dtype, fast)
     most = T // sides["BM"] + min(groups + 1, T)
     grid = most * _layout.cdiv(N, sides["BN"])
@@ -201,6 +210,30 @@ def rows(
             after.rows, (grid,), (out, a, b, offs, scale_a, scale_b, extras, groups, T, N, K, *strides),
             {**sides, **meta, "GROUPS": count, "WIDE": _wide(out, a, b, *extras)},
         )  # fmt: skip
+
+
+#: Rows of a group from which on Hopper's kernel is the faster one: below, the plain one has smaller tiles.
+LEAST = 64
+
+
+def _on_hopper(
+    out: Tensor, a: Tensor, b: Tensor, after: After, extras: tuple[Tensor, ...]
+) -> Callable[..., None] | None:
+    """The launch of the kernel for Hopper's tensor cores; None where it is not worth it or has none."""
+    (T, K), (groups, _, N) = a.shape, b.shape
+    config = backends.arch().config("gemm")
+    if after.hopper is None or not config["wgmma"] or a.dtype not in HALVES or not (groups and N and K):
+        return None
+    if T < LEAST * groups or (a.data_ptr() | b.data_ptr()) % 16:
+        return None
+    # A batch of products that have the first factor and the result in common.
+    shared = [t.expand(groups, *t.shape) for t in (out, a, *(t.expand(out.shape) for t in extras))]
+    space = Space.of(shared[0], shared[1], b, shared[2:])
+    space = dataclasses.replace(space, wide=_wide(out, a, b, *extras))
+    small = any(t.dtype.itemsize > 2 and along == 3 for t, along in zip(extras, space.along))
+    choice = best_of_groups(T, N, K, groups, config["processors"], small, 3 in space.along)
+    found: Callable[..., None] | None = after.hopper().plan(space, a.dtype, choice, groups=groups)
+    return found
 
 
 def steps(

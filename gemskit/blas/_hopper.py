@@ -84,10 +84,35 @@ def _where(tile, tiles_m, tiles_n, GROUP: gl.constexpr, ONE: gl.constexpr):
 
 
 @gluon.jit
+def _group_of(tile, group, before, first, end, offs, groups, M, tiles_n, BM: gl.constexpr):
+    """The group of rows that has a tile, from that of an earlier one on, whose rows begin at ``first`` and stop at ``end``.
+
+    ``before`` tiles are of other groups. Rows behind the last group are one more, whose product has no steps.
+    """
+    while (group < groups) & (tile >= before + gl.cdiv(end - first, BM) * tiles_n):
+        before += gl.cdiv(end - first, BM) * tiles_n
+        group += 1
+        first = end
+        end = gl.load(offs + group, mask=group < groups, other=M).to(gl.int32)
+        end = gl.minimum(gl.maximum(end, first), M)
+    return group, before, first, end
+
+
+@gluon.jit
+def _in_group(tile, before, first, end, tiles_n, BM: gl.constexpr, GROUP: gl.constexpr):
+    """The first row of a tile of this group, and its column. A tile behind the last one of all begins where rows end."""
+    tiles_m = gl.maximum(gl.cdiv(end - first, BM), 1)
+    # Columns of at least GROUP: of nine tiles one in a second column would read all of the second factor for itself.
+    height = gl.cdiv(tiles_m, gl.maximum(tiles_m // GROUP, 1))
+    m, n = language.swizzle(gl.minimum(tile - before, tiles_m * tiles_n - 1), tiles_m, tiles_n, height)
+    return gl.where(tile - before < tiles_m * tiles_n, first + m * BM, end), n
+
+
+@gluon.jit
 def _load(
     a, b, up, a_tiles, b_tiles, ready, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps, units, whole,
-    split, part_steps, A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-    STAGES: gl.constexpr, WORKERS: gl.constexpr, GROUP: gl.constexpr, ONE: gl.constexpr,
+    split, part_steps, offs, groups, M, A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    BK: gl.constexpr, STAGES: gl.constexpr, WORKERS: gl.constexpr, GROUP: gl.constexpr, ONE: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads: waits until a stage is empty, fills it with a tile of ``a`` for each worker and one of ``b``.
 
@@ -102,21 +127,32 @@ def _load(
     fence_async_shared()
     mbarrier.arrive(ready.index(0), count=1)
     i = 0
+    group, before, top, end = -1, 0, 0, 0
     for turn in range(_turns(units, ONE)):
         tile, first, last, _ = _work(turn, whole, split, part_steps, steps, ONE)
-        batch, m, n = _where(tile, tiles_m, tiles_n, GROUP, ONE)
+        if offs is not None:
+            group, before, top, end = _group_of(tile, group, before, top, end, offs, groups, M, tiles_n, BM)
+            row, n = _in_group(tile, before, top, end, tiles_n, BM, GROUP)
+            batch, last = group, steps * (group < groups)
+            working = gl.minimum(gl.cdiv(end - row, ROWS), WORKERS)
+        else:
+            batch, m, n = _where(tile, tiles_m, tiles_n, GROUP, ONE)
+            row = m * BM
+            working: gl.constexpr = WORKERS
         a_row, b_row = offset(batch, batch_sizes, a_batch), offset(batch, batch_sizes, b_batch)
         for k in range(first, last):
             stage = i % STAGES
             filled = full.index(stage)
             mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
-            mbarrier.expect(filled, (BM + BN) * BK * BYTES)
+            # How much is expected has to be a constant.
+            for n_working in gl.static_range(1 if offs is not None else WORKERS, WORKERS + 1):
+                mbarrier.expect(filled, (n_working * ROWS + BN) * BK * BYTES, pred=working == n_working)
             for worker in gl.static_range(WORKERS):
                 if A_ROWS:
-                    at = [a_row + m * BM + worker * ROWS, k * BK]
+                    at = [a_row + row + worker * ROWS, k * BK]
                 else:
-                    at = [a_row + k * BK, m * BM + worker * ROWS]
-                block_to_shared(a, at, filled, a_tiles.index(WORKERS * stage + worker))
+                    at = [a_row + k * BK, row + worker * ROWS]
+                block_to_shared(a, at, filled, a_tiles.index(WORKERS * stage + worker), pred=worker < working)
             if up is not None:
                 at = [b_row + n * (BN // 2), k * BK]
                 block_to_shared(b, at, filled, b_tiles.index(2 * stage))
@@ -133,8 +169,8 @@ def _load(
 @gluon.jit
 def _multiply(
     worker: gl.constexpr, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
-    out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split, part_steps,
-    A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split, part_steps, offs,
+    groups, A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     WORKERS: gl.constexpr, GROUP: gl.constexpr, ONE: gl.constexpr, WIDE: gl.constexpr, ALONG: gl.constexpr,
     ALIGN: gl.constexpr, TURNED: gl.constexpr, GATED: gl.constexpr, PROMOTED: gl.constexpr,
 ):  # fmt: skip
@@ -152,80 +188,103 @@ def _multiply(
     lines: gl.constexpr = lines_of(ROWS, COLS, ALIGN == 8, TURNED) if MOVED else final
     mbarrier.wait(ready.index(0), 0)
     i = 0
+    group, before, top, end = -1, 0, 0, 0
     for turn in range(_turns(units, ONE)):
         tile, start, last, part = _work(turn, whole, split, part_steps, steps, ONE)
-        acc = gl.zeros([ROWS, BN], gl.float32, layout)
-        for k in range(start, last):
-            stage = i % STAGES
-            mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-            x, y = a_tiles.index(WORKERS * stage + worker), b_tiles.index(stage)
-            if not A_ROWS:
-                x = x.permute((1, 0))
-            if not B_ROWS:
-                y = y.permute((1, 0))
-            if PROMOTED:
-                step = warpgroup_mma(x, y, gl.zeros([ROWS, BN], gl.float32, layout), use_acc=False, is_async=True)
-                # Tensor cores are the other half's while this one waits and adds.
-                step = warpgroup_mma_wait(0, deps=(step,))
-                mbarrier.arrive(empty.index(stage), count=1)
-                acc += step
-            else:
-                acc = warpgroup_mma(x, y, acc, is_async=True)
-                # The product of the step before is done: its stage may be filled again.
-                acc = warpgroup_mma_wait(1, deps=(acc,))
-                mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=k > start)
-            i += 1
-        if not PROMOTED:
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
-        if parts is not None:
-            if part >= 0:
-                row = worker * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-                col = gl.arange(0, BN, gl.SliceLayout(0, layout))
-                at = (part * split + tile - whole).to(gl.int64) * (BM * BN) + row[:, None] * BN + col[None, :]
-                gl.store(parts + at, acc)
-        if part < 0:
-            batch, m, n = _where(tile, tiles_m, tiles_n, GROUP, ONE)
-            if WIDE:
-                batch, m, n = batch.to(gl.int64), m.to(gl.int64), n.to(gl.int64)  # type: ignore[attr-defined]
-            first, other = acc, None
-            if GATED:
-                # The two halves of the columns lie in different registers of the same threads.
-                gate, up = acc.reshape([ROWS, 2, COLS]).permute(0, 2, 1).split()
-                first, other = gl.convert_layout(gate, final), gl.convert_layout(up, final)
-            value = FINISH(
-                first,
-                other,
-                m * BM + worker * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, final)),
-                n * COLS + gl.arange(0, COLS, gl.SliceLayout(0, final)),
-                batch,
-                extras,
-                batch_sizes,
-                extra_batch,
-                extra_m,
-                extra_n,
-                s0,
-                s1,
-                s2,
-                s3,
-                M,
-                N,
-                ALONG,
-            ).to(out.dtype.element_ty)
-            if MOVED:
-                value = gl.convert_layout(value, lines)
-            r = m * BM + worker * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, lines))
-            c = n * COLS + gl.arange(0, COLS, gl.SliceLayout(0, lines))
-            _store(value, r, c, batch, out, batch_sizes, out_batch, out_m, out_n, M, N, ALIGN, TURNED)
+        if offs is not None:
+            group, before, top, end = _group_of(tile, group, before, top, end, offs, groups, M, tiles_n, BM)
+            row, n = _in_group(tile, before, top, end, tiles_n, BM, GROUP)
+            last = steps * (group < groups)
+            live = row + worker * ROWS < end
+            if not live:
+                # The group ends within the rows of others: tensor cores are theirs alone, and steps half as long.
+                for _ in range(start, last):
+                    mbarrier.wait(full.index(i % STAGES), (i // STAGES) & 1)
+                    mbarrier.arrive(empty.index(i % STAGES), count=1)
+                    i += 1
+        else:
+            live: gl.constexpr = True
+        if live:
+            acc = gl.zeros([ROWS, BN], gl.float32, layout)
+            for k in range(start, last):
+                stage = i % STAGES
+                mbarrier.wait(full.index(stage), (i // STAGES) & 1)
+                x, y = a_tiles.index(WORKERS * stage + worker), b_tiles.index(stage)
+                if not A_ROWS:
+                    x = x.permute((1, 0))
+                if not B_ROWS:
+                    y = y.permute((1, 0))
+                if PROMOTED:
+                    step = warpgroup_mma(x, y, gl.zeros([ROWS, BN], gl.float32, layout), use_acc=False, is_async=True)
+                    # Tensor cores are the other half's while this one waits and adds.
+                    step = warpgroup_mma_wait(0, deps=(step,))
+                    mbarrier.arrive(empty.index(stage), count=1)
+                    acc += step
+                else:
+                    acc = warpgroup_mma(x, y, acc, is_async=True)
+                    # The product of the step before is done: its stage may be filled again.
+                    acc = warpgroup_mma_wait(1, deps=(acc,))
+                    mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=k > start)
+                i += 1
+            if not PROMOTED:
+                acc = warpgroup_mma_wait(0, deps=(acc,))
+                mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=last > start)
+            if parts is not None:
+                if part >= 0:
+                    own = worker * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+                    col = gl.arange(0, BN, gl.SliceLayout(0, layout))
+                    at = (part * split + tile - whole).to(gl.int64) * (BM * BN) + own[:, None] * BN + col[None, :]
+                    gl.store(parts + at, acc)
+            if part < 0:
+                if offs is not None:
+                    batch, m = group, row
+                else:
+                    batch, m, n = _where(tile, tiles_m, tiles_n, GROUP, ONE)
+                    m, end = m * BM, M
+                if WIDE:
+                    batch, m, n = batch.to(gl.int64), m.to(gl.int64), n.to(gl.int64)  # type: ignore[attr-defined]
+                m, n = m + worker * ROWS, n * COLS
+                first, other = acc, None
+                if GATED:
+                    # The two halves of the columns lie in different registers of the same threads.
+                    gate, up = acc.reshape([ROWS, 2, COLS]).permute(0, 2, 1).split()
+                    first, other = gl.convert_layout(gate, final), gl.convert_layout(up, final)
+                value = FINISH(
+                    first,
+                    other,
+                    m + gl.arange(0, ROWS, gl.SliceLayout(1, final)),
+                    n + gl.arange(0, COLS, gl.SliceLayout(0, final)),
+                    batch,
+                    extras,
+                    batch_sizes,
+                    extra_batch,
+                    extra_m,
+                    extra_n,
+                    s0,
+                    s1,
+                    s2,
+                    s3,
+                    end,
+                    N,
+                    ALONG,
+                ).to(out.dtype.element_ty)
+                if MOVED:
+                    value = gl.convert_layout(value, lines)
+                r = m + gl.arange(0, ROWS, gl.SliceLayout(1, lines))
+                c = n + gl.arange(0, COLS, gl.SliceLayout(0, lines))
+                _store(value, r, c, batch, out, batch_sizes, out_batch, out_m, out_n, end, N, ALIGN, TURNED)
 
 
 @gluon.constexpr_function
 def lines_of(rows, cols, aligned=True, turned=False):
     """The accumulator in lines of memory of 64 bytes, of 32 where its columns are the lines; moves within warps only.
 
-    8 neighbours a thread, or 32 a warp where lines begin anywhere, so that a store takes 2 bytes.
+    8 neighbours a thread, or 32 (16) a warp where lines begin anywhere, so that a store takes 2 bytes.
     """
-    if turned:
+    if turned and not aligned:
+        own = [[0, c] for c in (2, 4, 8, 16, 32, 64, 128) if c < cols]
+        lanes = [[1, 0], [2, 0], [4, 0], [8, 0], [0, 1]]
+    elif turned:
         own = [[1, 0], [2, 0], [4, 0], *([0, c] for c in (16, 32, 64, 128) if c < cols)]
         lanes = [[8, 0], [0, 1], [0, 2], [0, 4], [0, 8]]
     else:
@@ -295,7 +354,7 @@ def barriers(number: gl.constexpr, arrivals: gl.constexpr):
 @gluon.jit
 def product(
     out, a, b, up, parts, extras, batch_sizes, out_batch, a_batch, b_batch, extra_batch, out_m, out_n, extra_m, extra_n,
-    s0, s1, s2, s3, M, N, K, whole, split, pieces, part_steps,
+    s0, s1, s2, s3, M, N, K, whole, split, pieces, part_steps, offs, groups,
     A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     STAGES: gl.constexpr, WORKERS: gl.constexpr, GROUP: gl.constexpr, ONE: gl.constexpr, WIDE: gl.constexpr,
     ALONG: gl.constexpr, ALIGN: gl.constexpr, TURNED: gl.constexpr, PROMOTED: gl.constexpr, num_warps: gl.constexpr,
@@ -303,6 +362,7 @@ def product(
     """``a`` is [M, K] (A_ROWS) or [K, M], ``b`` [K, N] (B_ROWS) or [N, K], batches one below the other; float8 along K.
 
     Of a gated product ``b`` and ``up`` are [N, K], and a tile has BN / 2 columns. ONE: every program has one tile, of one batch.
+    With ``offs``, where they end, the batches of ``b`` are for groups of rows; ``whole`` is the most tiles that these can have.
     """
     GATED: gl.constexpr = up is not None
     a_tiles = gl.allocate_shared_memory(a.dtype, [WORKERS * STAGES] + a.block_type.shape, a.layout)
@@ -325,40 +385,43 @@ def product(
         gl.warp_specialize([
             (MULTIPLY, (first, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
                         out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
-                        part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN, TURNED, GATED,
-                        PROMOTED)),
+                        part_steps, offs, groups, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN,
+                        TURNED, GATED, PROMOTED)),
             (_load, (a, b, up, a_tiles, b_loads, ready, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps,
-                     units, whole, split, part_steps, A_ROWS, B_ROWS, BM, BN, BK, STAGES, WORKERS, GROUP, ONE)),
+                     units, whole, split, part_steps, offs, groups, M, A_ROWS, B_ROWS, BM, BN, BK, STAGES, WORKERS, GROUP,
+                     ONE)),
         ], [1], [32])  # fmt: skip
     elif WORKERS == 2:
         gl.warp_specialize([
             (MULTIPLY, (first, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
                         out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
-                        part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN, TURNED, GATED,
-                        PROMOTED)),
+                        part_steps, offs, groups, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN,
+                        TURNED, GATED, PROMOTED)),
             (MULTIPLY, (second, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
                         out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
-                        part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN, TURNED, GATED,
-                        PROMOTED)),
+                        part_steps, offs, groups, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN,
+                        TURNED, GATED, PROMOTED)),
             (_load, (a, b, up, a_tiles, b_loads, ready, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps,
-                     units, whole, split, part_steps, A_ROWS, B_ROWS, BM, BN, BK, STAGES, WORKERS, GROUP, ONE)),
+                     units, whole, split, part_steps, offs, groups, M, A_ROWS, B_ROWS, BM, BN, BK, STAGES, WORKERS, GROUP,
+                     ONE)),
         ], [4, 1], [232, 32])  # fmt: skip
     else:
         gl.warp_specialize([
             (MULTIPLY, (second, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
                         out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
-                        part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN, TURNED, GATED,
-                        PROMOTED)),
+                        part_steps, offs, groups, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN,
+                        TURNED, GATED, PROMOTED)),
             (MULTIPLY, (first, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
                         out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
-                        part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN, TURNED, GATED,
-                        PROMOTED)),
+                        part_steps, offs, groups, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN,
+                        TURNED, GATED, PROMOTED)),
             (MULTIPLY, (third, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
                         out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
-                        part_steps, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN, TURNED, GATED,
-                        PROMOTED)),
+                        part_steps, offs, groups, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN,
+                        TURNED, GATED, PROMOTED)),
             (_load, (a, b, up, a_tiles, b_loads, ready, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps,
-                     units, whole, split, part_steps, A_ROWS, B_ROWS, BM, BN, BK, STAGES, WORKERS, GROUP, ONE)),
+                     units, whole, split, part_steps, offs, groups, M, A_ROWS, B_ROWS, BM, BN, BK, STAGES, WORKERS, GROUP,
+                     ONE)),
         ], [4, 4, 1], [152, 152, 32])  # fmt: skip
 
 
@@ -439,11 +502,13 @@ class Kernels:
         self.join = fill(join, f"{name}_join", annotations, FINISH=finish)
 
     def plan(
-        self, space: Space, dtype: torch.dtype, choice: Choice, gated: bool = False, promoted: bool = False
-    ) -> Callable[..., None] | None:
+        self, space: Space, dtype: torch.dtype, choice: Choice, gated: bool = False, promoted: bool = False,
+        groups: int = 0,
+    ) -> Callable[..., None] | None:  # fmt: skip
         """The launches for ``choice``; None where a factor cannot be loaded by blocks.
 
-        Where ``promoted``, sums of float32 take what tensor cores found in each step.
+        Where ``promoted``, sums of float32 take what tensor cores found in each step. Batches may be those of ``groups`` of
+        rows, that have all rows in common and a second factor each.
         """
         if choice.transposed:
             space = space.transposed()
@@ -460,13 +525,14 @@ class Kernels:
         shape = (choice.BM, choice.BN)
         turned = space.rows[0] == 1 != space.cols[0]
         line, end, step = (space.cols[0], space.M, 1) if turned else (space.rows[0], space.N, space.cols[0])
-        align = math.gcd(8, line, end, *out_batch) if step == 1 else 1
+        # Groups of rows begin anywhere.
+        align = math.gcd(8, line, end, *out_batch) if step == 1 and not (groups and turned) else 1
         tile = dict(
             BM=choice.BM, BN=choice.BN, GROUP=choice.GROUP, WIDE=space.wide, ALONG=space.along, ALIGN=align, TURNED=turned
         )  # fmt: skip
         cols = choice.BN // (1 + gated)
         split, pieces = choice.split, choice.pieces
-        one = choice.whole <= choice.processors and not (split or space.wide) and space.batches == 1
+        one = choice.whole <= choice.processors and not (split or groups or space.wide) and space.batches == 1
         meta = dict(
             tile, A_ROWS=bool(a.k_last), B_ROWS=not b.k_last, BK=choice.BK, STAGES=choice.STAGES,
             WORKERS=choice.workers, ONE=one,
@@ -477,7 +543,7 @@ class Kernels:
 
         def run(
             out: Tensor, first: Tensor, second: Tensor, up: Tensor | None, extras: tuple[Tensor, ...],
-            scalars: tuple[Any, ...],
+            scalars: tuple[Any, ...], offs: Tensor | None = None,
         ) -> None:  # fmt: skip
             if choice.transposed:
                 first, second = second, first
@@ -487,7 +553,7 @@ class Kernels:
                 (out, a.descriptor(first, choice.BM // choice.workers, choice.BK), b.descriptor(second, cols, choice.BK),
                  None if up is None else b.descriptor(up, cols, choice.BK), parts, extras,
                  space.sizes, out_batch, a.batch, b.batch, tuple(extra_batch), *where, *scalars, space.M, space.N, space.K,
-                 choice.whole, split, pieces, choice.part_steps),
+                 choice.whole, split, pieces, choice.part_steps, offs, groups),
                 meta,
             )  # fmt: skip
             if parts is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ LAUNCH, JOIN, BANDWIDTH = 5.0, 5.0, 3.5e6
 #: How much of the shorter of both, multiplying and moving, the longer one does not hide.
 #: Fitted to all choices of 77 products of 64 to 16384 rows: those that follow take 1.008 times as long as the best.
 EXPOSED = 0.1
+#: The fewest tiles of a group's rows that programs take before the next columns, where it has as many; up to 15 stay one column.
+PANEL = 8
 #: How much longer a step of as many bytes of float8 takes: it has twice the products. H200, four sizes: within 4 % of the times.
 FLOAT8_STEP = 1.1
 
@@ -98,6 +100,15 @@ def choices(
                 yield Choice(
                     BM, BN, depth, stages, group, processors, tiles - last, last, pieces, part, transposed, time
                 )
+
+
+def best_of_groups(
+    rows: int, N: int, K: int, groups: int, processors: int, small: bool = False, matrix: bool = False
+) -> Choice:
+    """For ``rows`` in ``groups`` that end anywhere: as if all had as many, with the most tiles that they can have."""
+    found = choices(cdiv(rows, groups), N, K, groups, processors, False, small, matrix=matrix)
+    choice = min((c for c in found if not (c.split or c.transposed)), key=lambda c: c.time)
+    return replace(choice, GROUP=PANEL, whole=(rows // choice.BM + min(groups + 1, rows)) * cdiv(N, choice.BN))
 
 
 def _together(moving: float, multiplying: float) -> float:

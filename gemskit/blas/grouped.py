@@ -80,7 +80,8 @@ class _Groups(Product):
         bound = self._bind(named, operands, compute_type(a.dtype))
         after = self._after.get(bound)
         if after is None:
-            after = self._after[bound] = _grouped.After(self.name, bound.epilogue, bound.annotations)
+            kernels = _grouped.After(self.name, bound.epilogue, bound.annotations, lambda: bound.wgmma)
+            after = self._after[bound] = kernels
         scalars = slots([named[n] for n in bound.runtime])
         _run(out, a, b, offs, None, None, after, tuple([named[n] for n in operands]), scalars)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -18,14 +19,18 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def small() -> Iterator[None]:
+KINDS = ("along", "along_states", "across", "across_states")
+
+
+def row(**numbers: int) -> backends.Arch:
+    launch = {f"reduction_{k}": {**SMALL, **numbers} for k in KINDS}
+    return dataclasses.replace(backends.find_arch("sm_90"), name=f"small {numbers}", launch=launch)
+
+
+@pytest.fixture(autouse=True, params=[0, 1 << 30], ids=["as they come", "ahead"])
+def small(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(0)
-    kinds = ("along", "along_states", "across", "across_states")
-    row = dataclasses.replace(
-        backends.find_arch("sm_90"), name="small", launch={f"reduction_{k}": SMALL for k in kinds}
-    )
-    with interpret(), backends.use_arch(row):
+    with interpret(), backends.use_arch(row(flight=request.param, ahead=1)):
         yield
 
 
@@ -86,3 +91,57 @@ def test_few_rows_are_split_and_many_are_not() -> None:
     reduce.sum(torch.randn(4, 512), 1)
     after = _launch.launches()
     assert (after - before) == {"sum_part": 1, "sum_join": 1, "sum": 1}
+
+
+def fold_of(name: str, x: Tensor, dim: int | None, **numbers: int) -> list[tuple[int, int, bool]]:
+    """Tiles ahead, pieces of each block of rows and whether they take turns, of each launch."""
+    found: list[tuple[int, int, bool]] = []
+
+    def receive(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
+        rows = args[-4]
+        found.append((meta["AHEAD"], grid[0] // -(-rows // meta["BM"]), meta["TURNS"]))
+
+    with backends.use_arch(row(**numbers)), _launch.capturing(receive):
+        getattr(reduce, name)(x, dim)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "cols", "dim", "ahead"),
+    [
+        ("sum", (512, 8), 0, 8),  # two blocks of 4 columns, tiles of 8 rows
+        ("sum", (520, 8), 0, 0),
+        ("sum", (521, 8), 0, 8),  # masked in any case
+        ("sum", (64, 8), 0, 4),
+        ("sum", (16, 8), 0, 0),
+        ("var", (512, 8), 0, 8),
+        ("argmax", (512, 8), 0, 0),
+        ("logsumexp", (512, 8), 0, 0),
+        ("any", (512, 16), 0, 0),
+        ("var", (8, 512), 1, 8),
+    ],
+)
+def test_which_folds_ask_ahead(name: str, cols: tuple[int, int], dim: int, ahead: int) -> None:
+    x = torch.zeros(cols, dtype=torch.bool if name == "any" else torch.float32)
+    ((n, pieces, turns),) = fold_of(name, x, dim, flight=1 << 20, ahead=1)
+    assert (n, pieces, turns) == (ahead, 1, False)
+    assert fold_of(name, x, dim)[0][0] == 0
+
+
+def test_how_much_is_asked_ahead() -> None:
+    x = torch.zeros(512, 8)
+    assert [fold_of("sum", x, 0, flight=f, ahead=1)[0][0] for f in (2048, 2047, 1024, 1023)] == [8, 4, 4, 0]
+    assert [fold_of("sum", x, 0, flight=2048, ahead=n)[0][0] for n in (1024, 1025)] == [8, 0]
+    # Where columns are halved for the sake of programs nothing is asked ahead.
+    assert fold_of("sum", torch.zeros(512, 4), 0, flight=1 << 20, ahead=1)[0] == (0, 1, False)
+
+
+@pytest.mark.parametrize("n", [512, 528, 515, 302])
+def test_pieces_take_turns(n: int) -> None:
+    x, numbers = torch.randint(-9, 10, (n, 3)).float(), dict(flight=1 << 20, ahead=1, fill=4)
+    (first, last) = fold_of("sum", x, 0, **numbers)
+    assert first[0] in (4, 8) and first[1] > 1 and first[2] and not last[2]
+    assert not fold_of("var", x, 0, **numbers)[0][2]
+    with backends.use_arch(row(**numbers)):
+        assert torch.equal(reduce.sum(x, 0), x.sum(0)) and torch.equal(reduce.amax(x, 0), x.amax(0))
+        torch.testing.assert_close(reduce.var(x, 0), x.var(0))

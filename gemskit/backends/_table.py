@@ -31,6 +31,7 @@ DEFAULT: Launch = {
     "pointwise": {"block": 1024, "side": 32, "warps": 4},
     # Bytes of a tile for each warp, and of a thread where a row is one tile. H200, 128 MiB of bf16: one state along rows 36 us
     # with 32 bytes a thread (38 with 64), several 37 to 40 with 64; columns with as many warps as 4,096 programs of one have.
+    # flight: bytes that all programs together ask for ahead (0: none), where each asks for so many as "ahead" says.
     "reduction_along": {
         "one_tile": 16384,
         "short_tile": 8192,
@@ -38,6 +39,8 @@ DEFAULT: Launch = {
         "most": 16,
         "tile": 512,
         "warps": 16,
+        "flight": 0,
+        "ahead": 8192,
         "unroll": 4,
         "fill": 1024,
         "split_into": 8192,
@@ -49,6 +52,8 @@ DEFAULT: Launch = {
         "most": 16,
         "tile": 512,
         "warps": 4,
+        "flight": 0,
+        "ahead": 16384,
         "unroll": 4,
         "fill": 1024,
         "split_into": 4096,
@@ -59,6 +64,8 @@ DEFAULT: Launch = {
         "few": 4096,
         "warps": 4,
         "most": 16,
+        "flight": 0,
+        "ahead": 8192,
         "unroll": 8,
         "narrow": 256,
         "fill": 128,
@@ -70,6 +77,8 @@ DEFAULT: Launch = {
         "few": 4096,
         "warps": 4,
         "most": 16,
+        "flight": 0,
+        "ahead": 65536,
         "unroll": 8,
         "narrow": 128,
         "fill": 128,

@@ -28,6 +28,11 @@ HOPPER = {
     "histogram": {"shared": 660},
     "launch": {"follows": 1},
     "radix": {"blocks": 1, "rows": 1024},
+    # 64 KiB for each of 128 multiprocessors: var of 8192² over columns 48.1 -> 44.4 us; of rows of 65,536, whatever their number,
+    # 43.3 -> 42.2 (docs/decisions/005-the-memory-roof.md).
+    "reduction_across": {"flight": 8 << 20},
+    "reduction_across_states": {"flight": 8 << 20},
+    "reduction_along_states": {"flight": 1 << 30},
     "rowwise": {"sums_stages": 3, "sums_hold": 229376, "long_stages": 3, "ring": 3},
 }
 AMPERE = {"attention": {"m": 128, "n": 64, "warps": 8, "wide": 8, "stages": 2}}

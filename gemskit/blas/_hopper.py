@@ -330,16 +330,16 @@ def _store(
 if hasattr(gl.shared_memory_descriptor, "reinterpret"):
 
     @gluon.jit
-    def _as_one(tiles, shape: gl.constexpr):
+    def as_one(tiles, shape: gl.constexpr, layout: gl.constexpr):
         """The same memory in another shape."""
-        return tiles.reinterpret(tiles.dtype, shape, tiles.layout)
+        return tiles.reinterpret(tiles.dtype, shape, layout)
 
 else:  # Its name until Triton 3.8.
 
     @gluon.jit
-    def _as_one(tiles, shape: gl.constexpr):
+    def as_one(tiles, shape: gl.constexpr, layout: gl.constexpr):
         """The same memory in another shape."""
-        return tiles._reinterpret(tiles.dtype, shape, tiles.layout)
+        return tiles._reinterpret(tiles.dtype, shape, layout)
 
 
 @gluon.jit
@@ -370,7 +370,7 @@ def product(
     b_loads = gl.allocate_shared_memory(b.dtype, [LOADS] + b.block_type.shape, b.layout)
     b_tiles = b_loads
     if GATED:
-        b_tiles = _as_one(b_loads, [STAGES, BN, BK])
+        b_tiles = as_one(b_loads, [STAGES, BN, BK], b_loads.layout)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ready = barriers(1, 1)

@@ -7,7 +7,7 @@ tile of rows after the other. Packed sequences are one batch, of which a list sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -316,22 +316,16 @@ def _descriptor(t: Tensor, rows: int, width: int) -> Descriptor | None:
     return Descriptor(t, tuple(t.shape), tuple(strides), block, layout)
 
 
-def served(p: Any, *others: Tensor, packed: bool = False) -> tuple[int, int] | None:
+#: What describes the sequences of a problem where it is not None, and what modifies its scores.
+_EXTRAS = ("bounds_q", "bounds_k", "used", "table", "mask", "slopes", "sinks")
+
+
+def served(p: Any, *others: Tensor, takes: Collection[str] = ()) -> tuple[int, int] | None:
     """The widths of blocks of keys and values; None where the problem, with ``others`` to read and write, is none for Hopper.
 
-    Packed sequences are one only where the caller serves those, too.
+    Of what only some calls have, the caller ``takes`` these.
     """
-    alone = not packed or p.bounds_q is None or p.bounds_k is None
-    extras = (
-        *((p.bounds_q, p.bounds_k, p.used) if alone else ()),
-        p.mask,
-        p.slopes,
-        p.sinks,
-        p.table,
-        p.mods.score,
-        p.mods.visible,
-        *p.descale,
-    )
+    extras = (*(getattr(p, n) for n in _EXTRAS if n not in takes), p.mods.score, p.mods.visible, *p.descale)
     halves = {p.query.dtype, p.key.dtype, p.value.dtype} in ({torch.bfloat16}, {torch.float16})
     short, rest, dropout, _ = p.numbers
     plain = any(e is not None for e in extras) or p.split[0] or p.cap or dropout or p.empty
@@ -344,7 +338,8 @@ def served(p: Any, *others: Tensor, packed: bool = False) -> tuple[int, int] | N
 
 def run(p: Any, out: Tensor, lse: Tensor, config: Mapping[str, int]) -> bool:
     """Launch for the problem ``p``; False, with nothing launched, where it is none for this kernel."""
-    widths = served(p, out, packed=True)
+    packed = p.bounds_q is not None and p.bounds_k is not None
+    widths = served(p, out, takes=("bounds_q", "bounds_k", "used") if packed else ())
     if widths is None:
         return False
     e, ev = widths

@@ -262,6 +262,11 @@ def run(p: Problem, out: Tensor, lse: Tensor, config: Mapping[str, int], *, part
 
         if _attention_hopper.run(p, out, lse, config):
             return
+    if config.get("wgmma") and p.length == 1:
+        from gemskit.nn import _attention_hopper_few
+
+        if _attention_hopper_few.run(p, out, lse, config, parts):
+            return
     block = p.blocks(config, "forward")
     rows, pack = p.length, False
     if p.length <= FEW or parts > 1 or p.width > 256:
@@ -278,11 +283,8 @@ def run(p: Problem, out: Tensor, lse: Tensor, config: Mapping[str, int], *, part
             parts = parts_of(rows, p.size, planes, block, config, long) if p.mods.visible is None else 1
             if parts == 1 and long:
                 block |= {"N": long, "num_stages": block["num_stages"] - (not alone)}
-    to, to_lse = out, lse
     split = parts > 1
-    if split:
-        to = torch.empty((parts, *out.shape), dtype=p.type, device=out.device)
-        to_lse = torch.empty((parts, *lse.shape), dtype=p.type, device=out.device)
+    to, to_lse, out_at, lse_at = parted(p, out, lse, parts)
     listed, counts, listed_at = lists(p, block["M"], block["N"])
     page, n = 0 if p.table is None else p.key.shape[2], block["N"]
     # A block of keys that lies in one page or fills a few is looked up before it is needed.
@@ -296,9 +298,7 @@ def run(p: Problem, out: Tensor, lse: Tensor, config: Mapping[str, int], *, part
             p.query, p.key, p.value, p.mask, to, to_lse, p.seed,
             p.bounds_q, p.bounds_k, p.used, p.table, p.sinks, p.slopes, *p.descale, listed, counts, p.mods.aux,
             p.at(p.query), (*keys_at, p.split[1]), values_at, p.mask_at,
-            (*p.at(out), 0) if not split else (*p.at(to[0]), to.stride(0)),
-            (*p.at(lse), 0) if not split else (*p.at(to_lse[0]), to_lse.stride(0)),
-            p.strides(p.table, 2), p.slopes_at, sum((p.strides(t, 2) for t in p.descale), ()), listed_at, p.steps,
+            out_at, lse_at, p.strides(p.table, 2), p.slopes_at, sum((p.strides(t, 2) for t in p.descale), ()), listed_at, p.steps,
             p.heads, p.group, p.length, p.size, parts if split else None, *p.sides, p.draws,
             *p.numbers, p.cap_or_none,
         ),
@@ -309,6 +309,14 @@ def run(p: Problem, out: Tensor, lse: Tensor, config: Mapping[str, int], *, part
     )  # fmt: skip
     if split:
         merge(to, to_lse, out, lse)
+
+
+def parted(p: Problem, out: Tensor, lse: Tensor, parts: int) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[int, ...]]:
+    """Where programs that have one of so many parts of the keys write to, and the strides, that from part to part last."""
+    if parts <= 1:
+        return out, lse, (*p.at(out), 0), (*p.at(lse), 0)
+    to, to_lse = (torch.empty((parts, *t.shape), dtype=p.type, device=t.device) for t in (out, lse))
+    return to, to_lse, (*p.at(to[0]), to.stride(0)), (*p.at(to_lse[0]), to_lse.stride(0))
 
 
 def merge(parts: Tensor, parts_lse: Tensor, out: Tensor, lse: Tensor) -> None:

@@ -34,7 +34,6 @@ REASONS: tuple[tuple[str, str, str], ...] = (
         "*",
         "sums of float32: tensor cores keep 14 bits, which every 128 terms are added to them, as torch does",
     ),
-    ("gated_linear", "16x*", "two weights share what one program has in flight"),
     ("sort", "*", "four or eight passes that count, then move; torch's counts and moves in one"),
     ("topk", "1024 *", "the k-th key is found bit by bit; torch's by digits"),
     ("unique", "*", "it sorts"),

@@ -17,7 +17,7 @@ from gemskit._driver import kernel_name
 from gemskit._interpret import interpret
 from gemskit._op import REGISTRY
 from gemskit._tensor_map import Box, Descriptor, loadable
-from gemskit.blas import _rule
+from gemskit.blas import _few, _rule
 from gemskit.blas._space import Space
 from gemskit.errors import NoKernel
 
@@ -271,6 +271,35 @@ def test_sums_of_float32_take_tiles_that_leave_registers_for_them() -> None:
     assert small and all(c.BM * c.BN // c.workers <= 128 * 64 for c in small)
     # Nor are there any for a matrix of halves beside three groups.
     assert all(c.workers < 3 for c in _rule.choices(512, 6144, 4096, 1, 132, matrix=True))
+
+
+@pytest.mark.parametrize("k", [40, 128, 300])
+@pytest.mark.parametrize("m", [2, 16, 17])
+def test_gated_rows_load_weights_a_step_ahead(m: int, k: int) -> None:
+    """Into registers, so not behind the end of K, which the interpreter would see; other targets use shared memory."""
+    x, weight = torch.randn(m, k).to(BF16), torch.randn(2 * 8200, k).to(BF16)
+    gate, up = (x.double() @ weight.double().t()).chunk(2, 1)
+    for row, ahead in (HOPPER, True), (backends.find_arch("sm_80"), False):
+        REGISTRY["gated_linear"]._plans.clear()
+        found: list[dict[str, Any]] = []
+        with _launch.capturing(lambda *launch, found=found: found.append(launch[3])), backends.use_arch(row):
+            gemskit.gated_linear(x[:16], weight)
+        assert [meta["AHEAD"] for meta in found] == [ahead]
+        with interpret(), backends.use_arch(row):
+            result = gemskit.gated_linear(x, weight)
+        torch.testing.assert_close(result.double(), torch.nn.functional.silu(gate) * up, rtol=2e-2, atol=2e-1)
+    REGISTRY["gated_linear"]._plans.clear()
+
+
+def test_one_row_takes_tiles_that_need_no_mask() -> None:
+    assert _few.line(4096, 2) == (4, 4096, 8)
+    assert _few.line(8192, 2) == (4, 4096, 8)
+    assert _few.line(14336, 2) == (4, 2048, 4)
+    assert _few.line(5120, 2) == (2, 1024, 2)
+    # 13 steps with a mask for 25 without.
+    assert _few.line(25600, 2) == (2, 2048, 4)
+    assert _few.line(4096, 4) == (2, 2048, 4)
+    assert _few.line(40, 2) == (64, 64, 4)
 
 
 def test_few_rows_of_float8_are_multiplied_as_halves(hopper: Fake) -> None:

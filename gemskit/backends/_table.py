@@ -123,8 +123,8 @@ DEFAULT: Launch = {
         "float8": 0,
     },
     # rows: as many of halves take a kernel of their own. float8 1: conversions to float16 are instructions, so that few rows of
-    # float8 are best multiplied as halves.
-    "gemm_few": {"rows": 16, "m": 64, "n": 64, "k": 64, "warps": 4, "stages": 2, "float8": 0},
+    # float8 are best multiplied as halves. ahead: gated products of as many load weights a step ahead into registers.
+    "gemm_few": {"rows": 16, "m": 64, "n": 64, "k": 64, "warps": 4, "stages": 2, "float8": 0, "ahead": 0},
     "attention": {
         "m": 64,
         "n": 64,

@@ -1,6 +1,6 @@
 """Products of at most 32 rows: the second factor is read once, by many small programs, and nothing else counts.
 
-H200, bf16, ratio to cuBLAS for weights of 4096x4096, 28672x4096, 4096x14336, 5120x25600: one row 1.25, 1.12, 1.20, 1.10;
+H200, bf16, ratio to cuBLAS for weights of 4096x4096, 28672x4096, 4096x14336, 5120x25600: one row 1.24, 1.09, 1.18, 1.17;
 16 rows 1.10, 1.04, 1.03, 1.03; 32 rows of 4096x4096, 1024x4096, 28672x4096, 4096x14336 1.03, 0.93, 1.04, 1.02, where tiles for
 Hopper reach 0.91, 0.83, 0.98, 0.94. Float8 is converted in registers; its tiles took 48 us for 16x14336x4096, halves 41.
 """
@@ -26,11 +26,21 @@ EPILOGUE: Any = None
 
 
 @jit
+def _weights(b, up, at, k, left, MASKED: tl.constexpr, EVEN_K: tl.constexpr):
+    """A tile of the weights and one of ``up``, which is read once. What begins beyond K has no use, so nothing fills it."""
+    live = k[None, :] < left if MASKED else None
+    rest: tl.constexpr = None if EVEN_K else 0.0
+    y = tl.load(b + at, live, rest, eviction_policy="evict_first")
+    z = y if up is None else tl.load(up + at, live, rest, eviction_policy="evict_first")
+    return y, z
+
+
+@jit
 def few_rows(
     out, a, b, up, extras, sizes, out_batch, a_batch, b_batch, extra_batch,
     out_m, out_n, a_m, a_k, b_k, b_n, extra_m, extra_n, s0, s1, s2, s3, M, N, K,
     ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
-    WIDE: tl.constexpr, ALONG: tl.constexpr,
+    AHEAD: tl.constexpr, WIDE: tl.constexpr, ALONG: tl.constexpr,
 ):  # fmt: skip
     """BN columns of ``out``: columns are the rows of the tiles here, so that a tile reads along K."""
     i = tl.program_id(0)
@@ -49,29 +59,32 @@ def few_rows(
     a += offset(batch, sizes, a_batch)
     # Columns beyond the end wrap around, so that only K needs a mask.
     b_at = (n if EVEN_N else n % N) * b_n + k[None, :] * b_k
-    acc = tl.zeros((BN, BK if BM == 1 else BM), ACC)
+    # Of one row a thread adds up what it loads at once: a sum for each element would take half of its registers.
+    LOADED: tl.constexpr = 128 // b.dtype.element_ty.primitive_bitwidth
+    SUMS: tl.constexpr = BK // LOADED if BM == 1 else BM
+    acc = tl.zeros((BN, SUMS), ACC)
     if up is not None:
         up += offset(batch, sizes, b_batch)
-        other = tl.zeros((BN, BK if BM == 1 else BM), ACC)
+        other = tl.zeros((BN, SUMS), ACC)
+    # Registers hold the weights of the next step, where two matrices leave no room for enough stages in shared memory.
+    if AHEAD:
+        y, z = _weights(b, up, b_at, k, K, not EVEN_K, EVEN_K)
     for start in range(0, K, BK):
-        if EVEN_K:
-            y = tl.load(b + b_at, eviction_policy="evict_first")
-        else:
-            y = tl.load(b + b_at, k[None, :] < K - start, other=0.0, eviction_policy="evict_first")
+        if not AHEAD:
+            y, z = _weights(b, up, b_at, k, K - start, not EVEN_K, EVEN_K)
+        b += BK * b_k
         if up is not None:
-            if EVEN_K:
-                z = tl.load(up + b_at, eviction_policy="evict_first")
-            else:
-                z = tl.load(up + b_at, k[None, :] < K - start, other=0.0, eviction_policy="evict_first")
             up += BK * b_k
+        if AHEAD:
+            next_y, next_z = _weights(b, up, b_at, k, K - start - BK, True, EVEN_K)
         if BM == 1:
             if EVEN_K:
                 x = tl.load(a + k[None, :] * a_k)
             else:
                 x = tl.load(a + k[None, :] * a_k, k[None, :] < K - start, other=0.0)
-            acc += y.to(ACC) * x.to(ACC)
+            acc += tl.sum(tl.reshape(y.to(ACC) * x.to(ACC), (BN, SUMS, LOADED)), 2)
             if up is not None:
-                other += z.to(ACC) * x.to(ACC)
+                other += tl.sum(tl.reshape(z.to(ACC) * x.to(ACC), (BN, SUMS, LOADED)), 2)
         else:
             at = a + (m % M) * a_m + k[:, None] * a_k
             if EVEN_K:
@@ -84,7 +97,8 @@ def few_rows(
             if up is not None:
                 other = tl.dot(z.to(KIND), x.to(KIND), other, out_dtype=ACC)
         a += BK * a_k
-        b += BK * b_k
+        if AHEAD:
+            y, z = next_y, next_z
     if BM == 1:
         acc = tl.sum(acc, 1, keep_dims=True)
         if up is not None:
@@ -111,18 +125,20 @@ def tile(M: int, N: int) -> tuple[int, int, int, int]:
     return 64, 128, 4, 4
 
 
-def line(K: int, itemsize: int) -> tuple[int, int]:
-    """Columns and K of a tile of one row.
+def line(K: int, itemsize: int) -> tuple[int, int, int]:
+    """Columns and K of a tile of one row, and warps.
 
-    Bytes in flight, not instructions, are what is short, and what a program does before its loads: 16 KiB a program of halves
-    (H200, 28672x4096: 68 us, 8 KiB 70), but not with masks, whose registers leave room for three programs where there are four
-    (5120x25600: 84 us for 74).
+    Bytes in flight are what is short: at 64 registers eight programs of 16 KiB (H200, halves, 28672x4096: 65.3 us; of 8 KiB
+    66.7), and lines of 4096 at once (63.5; 5120x8192 27.8, by 2048 29.1). Masks need registers: 8 KiB with them. Two warps where
+    there is least to do before the end: 10240x5120 33.1 us, four 33.7, with masks 34.
     """
+    if K in (4096, 8192) and itemsize == 2:
+        return 4, 4096, 8
     bk = min(2048, max(32, _layout.next_power_of_2(K)))
     if K % 1024 == 0 and _layout.cdiv(K, bk) * bk > 1.1 * K:
-        bk = 1024  # 10240x5120: 32 us, with masks 34
+        return 2, 1024, 2
     whole = bk == 2048 and K % bk == 0 and itemsize == 2
-    return (4 if whole else max(1, 4096 // bk)), bk
+    return (4 if whole else max(1, 4096 // bk)), bk, 4
 
 
 def plan(
@@ -141,19 +157,23 @@ def plan(
     if M > most or (space.b_k != 1 and K > 1) or not K:
         return None
     if M == 1:
-        bm, (bn, bk), warps, stages = 1, line(K, dtype.itemsize), 4, 1
+        bm, (bn, bk, warps), stages = 1, line(K, dtype.itemsize), 1
     else:
         # 16 is the smallest side of a product on tensor cores.
         bm, (bn, bk, warps, stages) = max(16, _layout.next_power_of_2(M)), tile(M, N)
         # As many bytes of float8.
         bk = min(bk * 2 // dtype.itemsize, max(16, _layout.next_power_of_2(K)))
-    if gated:
+    # 64 columns a program: up to 8192 there would be fewer programs than processors.
+    ahead = gated and dtype.itemsize == 2 and 1 < M <= config["ahead"] and N > 8192
+    if ahead:
+        warps, stages = 8, 1
+    elif gated:
         # As many bytes in flight, of two matrices.
         bn, bk = (bn // 2, bk) if bn > 16 or (bm == 1 and bn > 1) else (bn, max(16, bk // 2))
     grid = (_layout.cdiv(N, bn) * space.batches,)
     meta = dict(
-        ACC=TRITON[acc], BM=bm, BN=bn, BK=bk, EVEN_K=K % bk == 0, EVEN_N=N % bn == 0, WIDE=space.wide, ALONG=space.along,
-        num_warps=warps, num_stages=stages,
+        ACC=TRITON[acc], BM=bm, BN=bn, BK=bk, EVEN_K=K % bk == 0, EVEN_N=N % bn == 0, AHEAD=ahead, WIDE=space.wide,
+        ALONG=space.along, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     out_batch, a_batch, b_batch, *extra_batch = space.batch
     inner = (space.rows[0], space.cols[0], space.rows[1], space.a_k, space.b_k, space.cols[1])

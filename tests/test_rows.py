@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gemskit import _launch, _layout
+from gemskit import _launch, _layout, backends, language
 from gemskit._interpret import interpret
+from gemskit._jit import jit
 from gemskit.errors import ArgumentError, DtypeError, NoKernel, ShapeError
+from gemskit.nn._rows import Rows, Statistic
 from gemskit.nn.loss import cross_entropy
 from gemskit.nn.norm import fused_add_rms_norm, fused_add_rms_norm_, layer_norm, rms_norm, skip_layer_norm
 from gemskit.nn.softmax import log_softmax, softmax
@@ -53,6 +55,79 @@ def test_special_rows(n: int) -> None:
         ),
     ):
         torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [9, 1000, 4096, 70001])
+def test_layer_norm_of_rows_far_from_zero(n: int, dtype: torch.dtype) -> None:
+    x = torch.randn(8, n)
+    x[1] += 100  # the squares around 0 hold nothing of the deviations
+    x[2] += 1.5
+    x[3, 0] = 3000
+    x[4] = 0.1
+    x[5] = 1e20 + 1e17 * x[5]  # their squares are infinite
+    x[6, -1] = INF
+    x[7, 0] = NAN
+    x = x.to(dtype)
+    w, b = torch.randn(n).to(dtype), torch.randn(n).to(dtype)
+    want = F.layer_norm(x.double(), (n,), w.double(), b.double())
+    theirs = F.layer_norm(x, (n,), w, b)
+    var, mean = torch.var_mean(x[:5].double(), 1, correction=0)
+    # torch's own error, and units of the mean and of the largest element.
+    units = 2.0**-22 * (want[:5].abs().amax(1) + mean.abs() / (var + 1e-5).sqrt() * w.double().abs().max())
+    bound = 1.5 * (theirs[:5].double() - want[:5]).abs().amax(1) + units
+    # Rows are held in registers on the one, read again on the other.
+    for arch in ("sm_90", "gfx942"):
+        with backends.use_arch(backends.find_arch(arch)):
+            for got in (layer_norm(x, (n,), w, b), skip_layer_norm(x, torch.zeros_like(x), (n,), w, b)):
+                assert got[6:].isnan().all() and not got[:6].isnan().any()
+                mine = (got[:5].double() - want[:5]).abs().amax(1)
+                assert (mine <= bound).all(), (mine, bound)
+
+
+@jit
+def _element(x):
+    return x
+
+
+@jit
+def _seven(total):
+    return (total * 0 + 7,), total > 0
+
+
+@jit
+def _folded_or_guessed(x, again):
+    return x * 0 + again
+
+
+@pytest.mark.parametrize("n", [5000, 140000])
+def test_a_guess_stands_where_it_is_sure(n: int) -> None:
+    add = language.add
+    kernel = Rows(
+        "guessing",
+        _folded_or_guessed,
+        [Statistic(("total",), _element, add, (0,)), Statistic(("again",), _element, add, (0,), guess=_seven)],
+    )
+    x = torch.ones(3, n)
+    x[1] = -1
+    x[2] = NAN
+    out = torch.empty_like(x)
+    with backends.use_arch(backends.find_arch("sm_90")):
+        kernel({"x": x}, (out,), x.shape, (1,), torch.float32)
+    assert (out[0] == 7).all() and (out[1] == -n).all() and out[2].isnan().all()
+
+
+def test_short_rows_with_a_guess_take_a_warp_each() -> None:
+    x = torch.randn(6, 1024).bfloat16()
+    seen: list[tuple[int, int, int]] = []
+    with (
+        backends.use_arch(backends.find_arch("sm_90")),
+        _launch.capturing(lambda _k, grid, _a, meta: seen.append((*grid, meta["num_warps"], meta["HELD"]))),
+    ):
+        layer_norm(x, (1024,))
+        layer_norm(x[:4].reshape(1, 4096).repeat(2, 1), (4096,))
+        rms_norm(x, (1024,))
+    assert seen == [(6, 1, 4), (2, 4, 4), (3, 4, 1)]
 
 
 def test_a_row_longer_than_any_tile() -> None:

@@ -47,18 +47,18 @@ class Rowwise(Op[P, R]):
 
     def statistic(
         self, *names: str, combine: Any, identity: float | str | Sequence[float | str] = 0,
-        only: Literal["", "tile", "loop"] = "", step: Any = None,
+        only: Literal["", "tile", "loop"] = "", step: Any = None, guess: Any = None,
     ) -> Callable[[Any], Any]:  # fmt: skip
         """Attach what is folded over each row: a jit function of operands, earlier statistics, ``col``, ``cols``, scalars.
 
         It returns one value per name. Statistics are taken in the order of attachment, before the formula. ``only`` restricts
-        it to rows that fit one tile, or to longer ones, ``step`` is :attr:`Statistic.step`.
+        it to rows that fit one tile, or to longer ones; ``step`` and ``guess`` are those of :class:`Statistic`.
         """
         one = isinstance(identity, (int, float, str))
         identities: tuple[Any, ...] = (identity,) * len(names) if one else tuple(identity)  # type: ignore[arg-type]
 
         def attach(fn: Any) -> Any:
-            self._statistics.append(Statistic(names, fn, combine, identities, only, step))
+            self._statistics.append(Statistic(names, fn, combine, identities, only, step, guess))
             return fn
 
         return attach

@@ -34,6 +34,8 @@ STEP: Any = None
 COMBINE: Any = None
 FORMULA: Any = None
 JOIN: Any = None
+FOLD: Any = None
+GUESS: Any = None
 FINISH: Any = None
 
 
@@ -194,6 +196,43 @@ def _joined(
 
 
 @jit
+def _folded(
+    kept, none, ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, whole, K: tl.constexpr,
+    COMPUTE: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr, ELEMENTS: tl.constexpr,
+    OBSERVED: tl.constexpr, IDENTITY: tl.constexpr, LOOP: tl.constexpr, HELD: tl.constexpr, UNROLL: tl.constexpr,
+    EVEN: tl.constexpr, EVICT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The values of statistic ``K``; tiles up to column ``whole`` need no masks."""
+    state = _start(IDENTITY, K, COMPUTE, BM, BN)
+    if LOOP:
+        for start in range(HELD * BN, whole, UNROLL * BN):
+            tiles = _tiles(
+                none, ins, row, start + col, rows, cols, row_sizes, col_sizes, in_row, in_col, ELEMENTS, ALONG, True, EVICT,
+                UNROLL, BN,
+            )  # fmt: skip
+            state = JOIN(
+                state, tiles, ins, stats, s0, s1, s2, s3, row, start + col, rows, cols, row_sizes, col_sizes, in_row,
+                in_col, K, COMPUTE, ROUND, KEEP, ALONG, OBSERVED, IDENTITY, True, False, BM, BN,
+            )  # fmt: skip
+        if not EVEN:
+            for start in range(whole, cols, BN):
+                tiles = _tiles(
+                    none, ins, row, start + col, rows, cols, row_sizes, col_sizes, in_row, in_col, ELEMENTS, ALONG,
+                    False, EVICT, 1, BN,
+                )  # fmt: skip
+                state = JOIN(
+                    state, tiles, ins, stats, s0, s1, s2, s3, row, start + col, rows, cols, row_sizes, col_sizes, in_row,
+                    in_col, K, COMPUTE, ROUND, KEEP, ALONG, OBSERVED, IDENTITY, False, False, BM, BN,
+                )  # fmt: skip
+    if HELD > 0:
+        state = JOIN(
+            state, kept, ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, K,
+            COMPUTE, ROUND, KEEP, ALONG, OBSERVED, IDENTITY, EVEN, HELD == 1 and not LOOP, BM, BN,
+        )  # fmt: skip
+    return COMBINE(K, state)
+
+
+@jit
 def _finish(
     outs, tiles, ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, out_row, out_col, in_row, in_col,
     COMPUTE: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr, ALONG: tl.constexpr, OUT_ALONG: tl.constexpr,
@@ -223,7 +262,7 @@ def _rows(
     PICK: tl.constexpr, ELEMENTS: tl.constexpr, OBSERVED: tl.constexpr, NAMED: tl.constexpr, IDENTITY: tl.constexpr,
     LOOP: tl.constexpr, HELD: tl.constexpr, UNROLL: tl.constexpr, ONCE: tl.constexpr, SPLIT: tl.constexpr,
     EVEN: tl.constexpr, ROWS_EVEN: tl.constexpr, GATHER_OF: tl.constexpr, GATHER_AT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
+    GUESSES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     # HELD tiles from the first on stay in registers; with LOOP there are others, read once per statistic and once more.
     i = tl.program_id(0)
@@ -243,7 +282,6 @@ def _rows(
         "evict_first" if LOOP else "", HELD, BN,
     )  # fmt: skip
     EVICT: tl.constexpr = "evict_first" if ONCE else "evict_last"
-    # Tiles up to here need no masks.
     whole = cols
     if not EVEN:
         whole = HELD * BN
@@ -252,33 +290,19 @@ def _rows(
     kept = held
     stats = ()
     for K in tl.static_range(len(IDENTITY)):
-        state = _start(IDENTITY, K, COMPUTE, BM, BN)
-        if LOOP:
-            for start in range(HELD * BN, whole, UNROLL * BN):
-                tiles = _tiles(
-                    none, ins, row, start + col, rows, cols, row_sizes, col_sizes, in_row, in_col, ELEMENTS, ALONG, True, EVICT,
-                    UNROLL, BN,
+        if GUESSES[K]:
+            found, sure = GUESS(K, stats, s0, s1, s2, s3, col, cols)
+            if tl.min(tl.min(sure.to(tl.int32), 1), 0) == 0:
+                found = FOLD(
+                    kept, none, ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, whole, K,
+                    COMPUTE, ROUND, KEEP, ALONG, ELEMENTS, OBSERVED, IDENTITY, LOOP, HELD, UNROLL, EVEN, EVICT, BM, BN,
                 )  # fmt: skip
-                state = JOIN(
-                    state, tiles, ins, stats, s0, s1, s2, s3, row, start + col, rows, cols, row_sizes, col_sizes, in_row,
-                    in_col, K, COMPUTE, ROUND, KEEP, ALONG, OBSERVED, IDENTITY, True, False, BM, BN,
-                )  # fmt: skip
-            if not EVEN:
-                for start in range(whole, cols, BN):
-                    tiles = _tiles(
-                        none, ins, row, start + col, rows, cols, row_sizes, col_sizes, in_row, in_col, ELEMENTS, ALONG,
-                        False, EVICT, 1, BN,
-                    )  # fmt: skip
-                    state = JOIN(
-                        state, tiles, ins, stats, s0, s1, s2, s3, row, start + col, rows, cols, row_sizes, col_sizes, in_row,
-                        in_col, K, COMPUTE, ROUND, KEEP, ALONG, OBSERVED, IDENTITY, False, False, BM, BN,
-                    )  # fmt: skip
-        if HELD > 0:
-            state = JOIN(
-                state, kept, ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, K,
-                COMPUTE, ROUND, KEEP, ALONG, OBSERVED, IDENTITY, EVEN, HELD == 1 and not LOOP, BM, BN,
+        else:
+            found = FOLD(
+                kept, none, ins, stats, s0, s1, s2, s3, row, col, rows, cols, row_sizes, col_sizes, in_row, in_col, whole, K,
+                COMPUTE, ROUND, KEEP, ALONG, ELEMENTS, OBSERVED, IDENTITY, LOOP, HELD, UNROLL, EVEN, EVICT, BM, BN,
             )  # fmt: skip
-        stats = stats + COMBINE(K, state)
+        stats = stats + found
         if HELD > 1:
             kept = _again(held, stats[len(stats) - 1], ALONG)
     for g in tl.static_range(len(GATHER_AT)):
@@ -334,6 +358,9 @@ class Statistic:
     #: For longer rows, where it is cheaper than ``combine`` for each element: the states of lanes, and a tuple of the states of
     #: their next elements (as many tuples as tiles are read at once); returns the states of lanes.
     step: Any = None
+    #: A jit function of earlier statistics and scalars that spares the fold: the values of a row, and whether they are exact
+    #: enough; a program folds where one of its rows says no.
+    guess: Any = None
 
 
 class Rows(Planned):
@@ -357,7 +384,8 @@ class Rows(Planned):
         self.gathers = dict(gathers or {})
         self.keep = frozenset(keep)
         self.statistics = {loop: tuple(s for s in statistics if s.only in ("", loop)) for loop in ("tile", "loop")}
-        self.names = tuple(dict.fromkeys(p for f in (*(s.observe for s in statistics), formula) for p in parameters(f)))
+        asked = (*(s.observe for s in statistics), *(s.guess for s in statistics if s.guess), formula)
+        self.names = tuple(dict.fromkeys(p for f in asked for p in parameters(f)))
         self.names = tuple(dict.fromkeys((*self.names, *itertools.chain(*self.gathers.values()))))
         self._bound: dict[Any, Any] = {}
         self._known: dict[Any, tuple[Any, tuple[str, ...]]] = {}
@@ -391,6 +419,7 @@ class Rows(Planned):
             ROWS_EVEN=space.rows % tiles.bm == 0,
             GATHER_OF=tuple(space.operands.index(of) for of, at in gathers),
             GATHER_AT=tuple(space.operands.index(at) for of, at in gathers),
+            GUESSES=tuple(int(s.guess is not None) for s in self.statistics[path]),
             BM=tiles.bm,
             BN=tiles.bn,
             num_warps=tiles.warps,
@@ -427,12 +456,15 @@ class Rows(Planned):
             if not across:
                 bm = max(1, min(config["short"] // bn, _layout.next_power_of_2(max(rows, 1))))
             return Tiles(bm, bn, warps(bm * bn), 1, False, 1, True)
-        if not across and config["hold"] and compute.itemsize <= 4 and bn > config["short"]:
+        guessed = any(s.guess is not None for s in self.statistics["tile"])
+        if not across and config["hold"] and compute.itemsize <= 4 and bn > config["short"] // (4 if guessed else 1):
             # Registers keep what is read as it is stored, 128 bytes in each thread. Two programs have to find room beside one
             # another, or loads wait for what is computed: H200, 2048x32768 bf16 0.098 ms with one, 4096x16384 0.071 with three.
             size, wide = space.itemsize, max(1, space.along.count(3))
             bytes_, limit = cols * size, min(config["hold"] * wide, config["hold_most"])
-            count = min(config["warps"], _layout.next_power_of_2(_layout.cdiv(bytes_, 4096)))
+            # Half of that beside a guess in up to 4 warps: layer_norm of 32768x1024 bf16 38.4 us in one warp a row, 39.6 in two.
+            share = 2048 if guessed and bytes_ <= 8192 else 4096
+            count = min(config["warps"], _layout.next_power_of_2(_layout.cdiv(bytes_, share)))
             if once and len(self.statistics["loop"]) == 1:
                 # One pass, nothing is read again: cross_entropy of 8192x128256 0.499 ms in 8 warps, 0.556 in 16, 0.765 in 32.
                 count = min(count, config["fold_warps"])
@@ -445,6 +477,8 @@ class Rows(Planned):
                 # What is not held is read again from the cache: of 132 rows, that is all it has room for.
                 steps = any(s.step is not None for s in self.statistics["loop"])
                 held = config["hold_most"] // (2 if steps else 1) // (256 * count * size)
+                # A guess needs registers: layer_norm of 256x131072 bf16 46.5 us with six tiles held, 51.2 with eight.
+                held = held * 3 // 4 if guessed else held
                 return Tiles(1, 256 * count, count, held, True, config["unroll"] if steps else 2, False)
         bm = min(max(config["across"], config["short"] // bn), _layout.next_power_of_2(rows)) if across else 1
         if bm * bn <= one_tile:
@@ -507,7 +541,7 @@ class Rows(Planned):
         key = (driver, tuple(operands), tuple(expressions.items()), tuple(types.items()), compute, path)
         if key not in self._bound:
             pool = f"v, stats, {', '.join(SCALARS)}, col, cols"
-            observe, step, combine = [], [], []
+            observe, step, combine, guess = [], [], [], []
             functions: dict[str, Any] = {}
             for k, s in enumerate(statistics):
                 n = len(s.names)
@@ -526,17 +560,26 @@ class Rows(Planned):
                 else:
                     functions[f"S{k}"] = s.step
                     step.append(one.format(f"S{k}({', '.join(f'a[{j}]' for j in range(n))}, b)"))
+                if s.guess is None:
+                    guess.append("stats")
+                else:
+                    functions[f"G{k}"] = s.guess
+                    guess.append(f"G{k}({', '.join(expressions[p] for p in parameters(s.guess))})")
                 combine.append(one.format(f"tl.reduce({lanes}, 1, F{k}, keep_dims=True)"))
             wrap = "({},)" if self.results == 1 else "{}"
             looked = _choice(f"{self.name}_observe", pool, observe, functions)
             stepped = _choice("step", "a, b", step, functions)
             formula = adapter(f"{self.name}_formula", pool, self.formula, expressions, wrap)
+            combined = _choice("combine", "a", combine, functions)
+            joined = fill(_joined, f"{self.name}_joined", OBSERVE=looked, STEP=stepped)
             names: dict[str, Any] = dict(
                 OBSERVE=looked,
                 STEP=stepped,
-                COMBINE=_choice("combine", "a", combine, functions),
+                COMBINE=combined,
                 FORMULA=formula,
-                JOIN=fill(_joined, f"{self.name}_joined", OBSERVE=looked, STEP=stepped),
+                JOIN=joined,
+                FOLD=fill(_folded, f"{self.name}_folded", JOIN=joined, COMBINE=combined),
+                GUESS=_choice("guess", pool.removeprefix("v, "), guess, functions),
                 FINISH=fill(_finish, f"{self.name}_finish", FORMULA=formula),
             )
             self._bound[key] = fill(driver, self.name, types, **names, **self._more(pool, expressions, names))

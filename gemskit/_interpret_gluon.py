@@ -329,8 +329,10 @@ def _wait_group(num_outstanding: Any = 0) -> None:
 
 def _asm(asm: Any, constraints: Any, args: Sequence[Any], dtype: Any, is_pure: Any, pack: Any) -> Any:
     code, kinds = (v.value if isinstance(v, tl.constexpr) else v for v in (asm, constraints))
-    arrays = [np.ascontiguousarray(a.handle.data) for a in args]
-    return tensor_of(_interpret_ptx.elementwise(code, kinds, arrays, _number(pack)), dtype)
+    programs = len(BUILDER.number)
+    arrays = [np.broadcast_to(a.handle.data, (programs, *a.handle.data.shape[1:])) for a in args]
+    found, BUILDER.shared = _interpret_ptx.elementwise(code, kinds, arrays, _number(pack), BUILDER.shared)
+    return tensor_of(found.view(np_dtype(dtype)), dtype)
 
 
 def _same(value: Any, *_: Any, **__: Any) -> Any:

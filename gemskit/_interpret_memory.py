@@ -160,6 +160,7 @@ class Memory:
         self.pid, self.number = pid, number
         self.grid_idx = tuple(int(i) for i in pid[:, 0])
         self.log, self.reads, self.ordered = [], [], False
+        self.shared: Array = np.empty((len(number), 0), np.uint8)
         self.synchronised[number] = False
 
     def program(self, number: int) -> tuple[int, ...]:

@@ -16,12 +16,13 @@ from .errors import InterpreterError
 Array = Any
 _LINE = re.compile(r"(?:@(!?)(\w+)\s+)?([\w.]+)\s*(.*)")
 _WRAPPED = np.uint64(0xFFFFFFFF)
+_COMPARED = {"eq": np.equal, "ne": np.not_equal, "gt": np.greater, "lt": np.less, "le": np.less_equal}
 
 
 class Block:
     """One execution: ``inputs`` are the operands, (programs, threads) each; 32 threads from a multiple of 32 on are a warp."""
 
-    def __init__(self, code: str, outputs: int, inputs: list[Array], shape: tuple[int, int]) -> None:
+    def __init__(self, code: str, outputs: int, inputs: list[Array], memory: Array, shape: tuple[int, int]) -> None:
         self.shape = shape
         self.values: dict[str, Array] = {f"${outputs + k}": v.astype(np.uint64) for k, v in enumerate(inputs)}
         thread = np.broadcast_to(np.arange(shape[1], dtype=np.uint64), shape)
@@ -32,7 +33,7 @@ class Block:
             "%lanemask_lt": (one << lane) - one,
             "%lanemask_gt": _WRAPPED ^ ((one << (lane + one)) - one),
         }
-        self.memory: Array = np.full((shape[0], 0), 0xFF, np.uint8)
+        self.memory = memory
         #: By the label that they went to: threads that do nothing before it.
         self.gone: dict[str, Array] = {}
         for line in code.strip().strip("{}").split(";"):
@@ -94,6 +95,8 @@ class Block:
 
     def _result(self, op: str, kinds: list[str], v: list[Array]) -> Any:
         wrap = _WRAPPED
+        if kinds and kinds[-1] in ("s32", "s64"):
+            v = [a.astype(f"u{int(kinds[-1][1:]) // 8}").view(f"i{int(kinds[-1][1:]) // 8}") for a in v]
         if op == "mov":
             return v[0]
         if op in ("add", "sub"):
@@ -105,7 +108,15 @@ class Block:
         if op in ("shl", "shr"):
             return (v[0] << v[1] if op == "shl" else v[0] >> v[1]) & wrap
         if op == "setp":
-            return {"eq": np.equal, "ne": np.not_equal, "gt": np.greater}[kinds[0]](v[0], v[1])
+            return _COMPARED[kinds[0]](v[0], v[1])
+        if op == "selp":
+            return np.where(v[2].astype(bool), v[0], v[1])
+        if op == "mad":
+            return (v[0] * v[1] + v[2]) & wrap
+        if op == "brev":
+            return sum(((v[0] >> np.uint64(j)) & np.uint64(1)) << np.uint64(31 - j) for j in range(32))
+        if op == "clz":
+            return np.uint64(32) - np.frexp(v[0].astype(np.float64))[1].astype(np.uint64)
         if op == "popc":
             return np.array([bin(int(n)).count("1") for n in v[0].ravel()], np.uint64).reshape(self.shape)
         warps = v[0].reshape(self.shape[0], -1, 32)
@@ -152,8 +163,10 @@ class Block:
             self.memory[program[:, None], at[:, None] + np.arange(size)] = data.reshape(len(at), size)
 
 
-def elementwise(code: str, constraints: str, args: list[Array], per: int) -> Array:
-    """A block with one result on arrays of which each thread has ``per`` elements.
+def elementwise(
+    code: str, constraints: str, args: list[Array], per: int, memory: Array | None = None
+) -> tuple[Array, Array]:
+    """A block with one result on arrays of which each thread has ``per`` elements; and shared memory, after what is there.
 
     (programs, warps * per, 32): one below the other; or (programs, turns, threads, width): of each turn ``width``.
     """
@@ -171,11 +184,18 @@ def elementwise(code: str, constraints: str, args: list[Array], per: int) -> Arr
     back = tuple(int(axis) for axis in np.argsort(axes))
 
     def of_threads(v: Array) -> list[Array]:
-        bits = v.view(f"u{v.itemsize}").reshape(split).transpose(axes).reshape(shape[0], per, shape[1])
+        bits = (
+            np.ascontiguousarray(v)
+            .view(f"u{v.itemsize}")
+            .reshape(split)
+            .transpose(axes)
+            .reshape(shape[0], per, shape[1])
+        )
         return [bits[:, k] for k in range(per)]
 
     assert constraints.count("=") == per
-    block = Block(code, per, [v for a in args for v in of_threads(a)], shape)
+    memory = np.empty((shape[0], 0), np.uint8) if memory is None else memory
+    block = Block(code, per, [v for a in args for v in of_threads(a)], memory, shape)
     found = np.stack([block.values[f"${k}"] for k in range(per)], axis=1).reshape(moved).transpose(back)
-    dtype = args[0].dtype
-    return np.ascontiguousarray(found).astype(f"u{dtype.itemsize}").view(dtype).reshape(given)
+    size = 8 if "=l" in constraints else 4
+    return np.ascontiguousarray(found).astype(f"u{size}").view(f"i{size}").reshape(given), block.memory

@@ -575,7 +575,7 @@ def test_gradients_of_norms_in_gluon_compile(rows: int, columns: int) -> None:
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_sorts_by_blocks_compile(dtype: torch.dtype) -> None:
-    """Radix sorts that move by blocks in shared memory, rows that are one, winners of topk; histograms that count there."""
+    """Radix sorts that move by blocks in shared memory, rows that are one, winners of topk; histograms and searches there."""
     row, launches = next(row for row in ROWS if row.name == "sm_90"), Launches()
     numbers = {**row.config("radix"), "blocks": 1, "rows": 1024}
     row = dataclasses.replace(row, launch={**row.launch, "radix": numbers})
@@ -586,10 +586,14 @@ def test_sorts_by_blocks_compile(dtype: torch.dtype) -> None:
         gemskit.sort(make(8192, 4096))
         gemskit.topk(make(64, 128256), 1024)
         gemskit.histc(make(1 << 20), 2000)
+        for values in (make(1 << 20), Unfilled(torch.int64)(1 << 20)):
+            gemskit.searchsorted(values[: 1 << 17], values)
+            gemskit.searchsorted(values[:1000], values, right=True)
+        gemskit.isin(make(1 << 22), make(64))
     _forget_plans()
     found = [launch for launch in launches.values() if "_block_" in launch.name or "_shared" in launch.name]
     assert {launch.name.rpartition(".")[2] for launch in found} == {
-        "radix_block_count", "radix_block_move", "sort_block_rows", "topk_block_join", "histogram_shared",
+        "radix_block_count", "radix_block_move", "sort_block_rows", "topk_block_join", "histogram_shared", "search_shared",
     }  # fmt: skip
     problems = [f"{launch}: {problem}" for launch in found for problem in launch.problems(row)]
     assert not problems, "\n".join(problems)

@@ -11,6 +11,7 @@ import torch
 import gemskit
 from gemskit import backends
 from gemskit._interpret import interpret
+from gemskit._launch import record
 from gemskit.errors import ArgumentError, DtypeError, NoKernel, ShapeError
 from gemskit.reduce import _radix, _sort, selection
 
@@ -51,6 +52,52 @@ def test_nan_is_found_at_the_end() -> None:
     for right in (False, True):
         assert torch.equal(gemskit.searchsorted(rows, x, right=right), torch.searchsorted(rows, x, right=right))
     assert not gemskit.isin(x, torch.full((100,), nan)).any()
+    assert gemskit.isin(x, torch.cat([rows, torch.full((100,), nan)])).tolist() == [False, True, True, False]
+
+
+@pytest.fixture(params=[(4, 32, 512), (8, 64, 2048)])
+def pivots(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A device on which three programs search from pivots in shared memory, several tiles each."""
+    row = backends.find_arch("sm_90")
+    per, threads, size = request.param
+    numbers = {"programs": 3, "fewest": 1, "per": per, "threads": threads, "bytes": size}
+    numbers = {**row.config("search"), **numbers}
+    with backends.use_arch(dataclasses.replace(row, launch={**row.launch, "search": numbers})):
+        yield
+
+
+@pytest.mark.parametrize("n", [1, 31, 64, 100, 128, 129, 1024, 5000])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int16, torch.uint8], ids=str
+)
+def test_searches_from_pivots_in_shared_memory(dtype: torch.dtype, n: int, pivots: None) -> None:
+    """Rows shorter and longer than the pivots; the largest values, which those have that are behind a row; NaNs, which torch
+    sees or does not, by where it halves."""
+    seq, x = torch.randn(n) * 40, torch.randn(30, 31) * 50
+    if dtype.is_floating_point:
+        x[0, :6] = torch.tensor([nan, inf, -inf, 0.0, -0.0, nan])
+        seq, x = seq.to(dtype), x.to(dtype)
+    else:
+        info = torch.iinfo(dtype)
+        seq, x = (v.clamp(max(info.min, -100), min(info.max, 100)).to(dtype) for v in (seq, x))
+        x[0, 0], x[0, 1], seq[: n % 2] = info.min, info.max, info.max
+    x[1, :20] = seq[: x[1, :20].numel()].repeat(20)[:20]
+    compared = min(64, 192 // max(dtype.itemsize, 4 if dtype.is_floating_point else 1))
+    for nans in (0, 1, n // 3, n) if dtype.is_floating_point else (0,):
+        row = seq.clone()
+        row[:nans] = nan if nans else 0
+        row = row.sort().values
+        for right, values in ((False, x), (True, x.t())):
+            with record() as calls:
+                got = gemskit.searchsorted(row, values, right=right, out_int32=right)
+            assert [call.kernel for call in calls] == ["search_shared"]
+            assert torch.equal(got, torch.searchsorted(row, values.contiguous(), right=right, out_int32=right))
+            found = (values[..., None] == row).any(-1)
+            with record() as calls:
+                got = gemskit.isin(values, row[torch.randperm(n)], invert=right)
+            assert (calls[-1].kernel == "search_shared") == (n > compared) and torch.equal(got, found ^ right)
+    wide = torch.arange(-5, 5)
+    assert torch.equal(gemskit.bucketize(wide, row[::2]), torch.bucketize(wide, row[::2].contiguous()))
 
 
 def test_histc_of_ranges() -> None:

@@ -151,7 +151,7 @@ def test_a_block_in_the_order_of_digits(digits: int, bits: int) -> None:
     digit = generator.integers(256 - digits, 256, shape).astype("i4")
     kind = "l" if bits == 64 else "r"
     constraints = ",".join([f"={kind}"] * per + [kind] * per + ["r"] * per)
-    found = _interpret_ptx.elementwise(_block_order.code(bits, per), constraints, [word, digit], per)
+    found, _ = _interpret_ptx.elementwise(_block_order.code(bits, per), constraints, [word, digit], per)
     order = np.argsort(digit.reshape(2, -1), axis=1, kind="stable")
     assert (found.reshape(2, -1) == np.take_along_axis(word.reshape(2, -1), order, 1)).all()
 
@@ -166,7 +166,7 @@ def test_a_block_that_counts(width: int, kinds: int, bins: int) -> None:
     bin = np.maximum(bins - generator.integers(1, kinds + 1, (2, per // width, threads, width)), 0).astype("i4")
     bin[1, :, 40 * (kinds > 1) :] = bins
     constraints = ",".join(["=r"] * per + ["r"] * per)
-    found = _interpret_ptx.elementwise(_block_count.code(per, bins, scan), constraints, [bin], per)
+    found, _ = _interpret_ptx.elementwise(_block_count.code(per, bins, scan), constraints, [bin], per)
     found = found.transpose(0, 1, 3, 2).reshape(2, -1)
     for program in range(2):
         expected = np.bincount(bin[program].ravel(), minlength=bins)[:bins]

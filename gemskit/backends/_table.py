@@ -147,6 +147,9 @@ DEFAULT: Launch = {
     "radix": {"blocks": 0, "rows": 0, "registers": 80},
     # shared: where not 0, so many programs count up to 2048 bins in shared memory, in PTX (reduce/_block_count.py).
     "histogram": {"tile": 4096, "warps": 4, "pieces": 1024, "shared": 0},
+    # programs: where not 0, so many programs search for "fewest" values or more in one row from pivots of it in "bytes" of shared
+    # memory, in PTX (reduce/_search_shared.py), each of their "threads" for "per" values at once.
+    "search": {"programs": 0, "fewest": 1 << 20, "per": 4, "threads": 1024, "bytes": 32768},
 }
 
 

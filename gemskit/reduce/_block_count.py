@@ -89,16 +89,15 @@ def _operands(per):  # type: ignore[no-untyped-def]
 
 
 @gluon.constexpr_function
-def vectors(per, width):  # type: ignore[no-untyped-def]
-    """The layout of a program's elements, (per // width, THREADS, width): ``width`` elements of a thread side by side."""
-    return gl.BlockedLayout([per // width, 1, width], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
+def vectors(per, width, warps=WARPS):  # type: ignore[no-untyped-def]
+    """The layout of a program's elements, (per // width, threads, width): ``width`` elements of a thread side by side."""
+    return gl.BlockedLayout([per // width, 1, width], [1, 32, 1], [1, warps, 1], [2, 1, 0])
 
 
 @gluon.jit
-def places(PER: gl.constexpr, V: gl.constexpr):
+def places(PER: gl.constexpr, V: gl.constexpr, T: gl.constexpr = THREADS):
     """Of each element: which it is in memory, the bin of a count in its place, and which of its thread's bins that is."""
-    layout: gl.constexpr = vectors(PER, V)
-    T: gl.constexpr = 32 * layout.warps_per_cta[1]
+    layout: gl.constexpr = vectors(PER, V, T // 32)
     turn = gl.arange(0, PER // V, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     thread = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
     v = gl.arange(0, V, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]

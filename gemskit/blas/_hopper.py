@@ -370,7 +370,9 @@ def product(
     b_loads = gl.allocate_shared_memory(b.dtype, [LOADS] + b.block_type.shape, b.layout)
     b_tiles = b_loads
     if GATED:
-        b_tiles = as_one(b_loads, [STAGES, BN, BK], b_loads.layout)
+        # A constant of its own: until Triton 3.7 an attribute is none where it is given to a function.
+        tiled: gl.constexpr = b_loads.layout
+        b_tiles = as_one(b_loads, [STAGES, BN, BK], tiled)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ready = barriers(1, 1)

@@ -130,6 +130,18 @@ def test_short_rows_with_a_guess_take_a_warp_each() -> None:
     assert seen == [(6, 1, 4), (2, 4, 4), (3, 4, 1)]
 
 
+@pytest.mark.parametrize(("dtype", "held"), [(torch.bfloat16, 6), (torch.float32, 2)])
+def test_long_rows_with_a_guess_hold_an_even_number_of_tiles(dtype: torch.dtype, held: int) -> None:
+    # Two tiles are read at once: beside an odd number the rest of a row of 2^17 would have masks.
+    seen: list[tuple[int, int]] = []
+    with (
+        backends.use_arch(backends.find_arch("sm_90")),
+        _launch.capturing(lambda _k, _g, _a, meta: seen.append((meta["HELD"], meta["EVEN"]))),
+    ):
+        layer_norm(torch.ones(2, 131072, dtype=dtype), (131072,))
+    assert seen == [(held, 1)]
+
+
 def test_a_row_longer_than_any_tile() -> None:
     x = torch.randn(1, 1048577)
     x[0, -1] = 20.0

@@ -477,8 +477,8 @@ class Rows(Planned):
                 # What is not held is read again from the cache: of 132 rows, that is all it has room for.
                 steps = any(s.step is not None for s in self.statistics["loop"])
                 held = config["hold_most"] // (2 if steps else 1) // (256 * count * size)
-                # A guess needs registers: layer_norm of 256x131072 bf16 46.5 us with six tiles held, 51.2 with eight.
-                held = held * 3 // 4 if guessed else held
+                # A guess needs registers: layer_norm of 256x131072 bf16 46.5 us with six tiles held, 51.2 with eight; odd: masks.
+                held = held * 3 // 8 * 2 if guessed else held
                 return Tiles(1, 256 * count, count, held, True, config["unroll"] if steps else 2, False)
         bm = min(max(config["across"], config["short"] // bn), _layout.next_power_of_2(rows)) if across else 1
         if bm * bn <= one_tile:

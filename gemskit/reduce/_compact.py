@@ -159,8 +159,13 @@ def total(counts: Tensor, n: int) -> int:
     if not n or _launch._capture is not None:
         return n
     _refuse_capture(counts.device)
-    # A tensor of the host adds up in 3 us, a list of 1024 numbers takes ten times that to be made.
-    return int(counts.cpu().sum())
+    # A tensor of the host adds up in 3 us, a list of 1024 numbers takes ten times that to be made. Pinned memory, as the wait
+    # for a copy to other memory takes 75 us longer where the device was busy for 0.2 ms (H200).
+    pinned = counts.device.type != "cpu"
+    found = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=pinned).copy_(counts, non_blocking=True)
+    if pinned:
+        torch.accelerator.current_stream(counts.device).synchronize()
+    return int(found.sum())
 
 
 @jit

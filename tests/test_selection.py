@@ -82,7 +82,7 @@ def test_searches_from_pivots_in_shared_memory(dtype: torch.dtype, n: int, pivot
         seq, x = (v.clamp(max(info.min, -100), min(info.max, 100)).to(dtype) for v in (seq, x))
         x[0, 0], x[0, 1], seq[: n % 2] = info.min, info.max, info.max
     x[1, :20] = seq[: x[1, :20].numel()].repeat(20)[:20]
-    compared = min(64, 192 // max(dtype.itemsize, 4 if dtype.is_floating_point else 1))
+    compared = min(64, 112 // max(dtype.itemsize, 4 if dtype.is_floating_point else 1))
     for nans in (0, 1, n // 3, n) if dtype.is_floating_point else (0,):
         row = seq.clone()
         row[:nans] = nan if nans else 0

@@ -22,8 +22,6 @@ from gemskit import backends
 
 #: Bytes that are read: ten times an H200's L2, in 0.12 ms.
 FILL = 1 << 29
-#: Milliseconds of calls that are not timed, and of those that are, with the filling of the cache in both.
-WARM, TIMED = 30.0, 100.0
 
 
 @functools.cache
@@ -31,8 +29,11 @@ def _filler() -> Tensor:
     return torch.ones(FILL // 4, dtype=torch.int32, device=backends.device)
 
 
-def milliseconds(fn: Callable[[], Any], written: int) -> float:
-    """The median time of ``fn``, which writes so many bytes."""
+def milliseconds(fn: Callable[[], Any], written: int, warm: float = 30.0, timed: float = 100.0) -> float:
+    """The median time of ``fn``, which writes so many bytes.
+
+    Calls are made for ``warm`` milliseconds, and timed for ``timed``, with the filling of the cache in both.
+    """
     device = torch.get_device_module(backends.device)
     filler = _filler()
     left = filler[: min(FILL, written) // 4]
@@ -62,5 +63,5 @@ def milliseconds(fn: Callable[[], Any], written: int) -> float:
     each = begin.elapsed_time(end) / 5
     # A host that needs more than half of the time to launch a call gets more: the device is not to wait for it.
     fills = max(1, math.ceil(2 * host / 5 / each))
-    run(max(1, int(WARM / each)), fills)
-    return statistics.median(run(max(1, int(TIMED / each)), fills)[0])
+    run(max(1, int(warm / each)), fills)
+    return statistics.median(run(max(1, int(timed / each)), fills)[0])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gemskit import _driver, backends
+from gemskit._bench_clock import milliseconds
 from gemskit._op import REGISTRY
 from gemskit._replay import Replay, trace
 from gemskit._report import replace
@@ -42,14 +43,6 @@ def shape(text: str) -> tuple[int, int, int, int]:
     return (1, *sizes) if len(sizes) == 3 else sizes  # type: ignore[return-value]
 
 
-def milliseconds(fn: Callable[[], Any]) -> float:
-    """The median with a cold L2 cache."""
-    from triton.testing import do_bench
-
-    found: Any = do_bench(fn, warmup=5, rep=20, return_mode="median")
-    return float(found)
-
-
 def _close(got: Tensor, want: Tensor) -> bool:
     """Within the rounding of the result, and of sums in float32."""
     error = (got.double() - want).abs().max().item()
@@ -58,7 +51,7 @@ def _close(got: Tensor, want: Tensor) -> bool:
 
 def time_shape(
     sizes: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device,
-    timer: Callable[[Callable[[], Any]], float] = milliseconds,
+    timer: Callable[..., float] = milliseconds,
 ) -> Timed:  # fmt: skip
     """Every choice that launches, with its time in ms: the rule's first. One whose result is wrong raises."""
     config = backends.arch(device if device.type != "cpu" else None).config("gemm")
@@ -78,7 +71,8 @@ def time_shape(
             if not _close(run(), want):
                 raise ArithmeticError(f"tune: {choice} gives a wrong product")
             runs.append((choice, run))
-    times = [[timer(run) for _, run in runs] for _ in range(ROUNDS)]
+    written = batches * M * N * dtype.itemsize
+    times = [[timer(run, written, warm=6.0, timed=25.0) for _, run in runs] for _ in range(ROUNDS)]
     return [(choice, statistics.median(t)) for (choice, _), t in zip(runs, zip(*times))]
 
 

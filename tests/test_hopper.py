@@ -556,7 +556,9 @@ def test_tuned_products_are_obeyed(
     """What is kept is faster than the rule's choice by the timer, and taken from then on, for these sizes alone."""
     monkeypatch.setenv("GEMSKIT_CACHE_DIR", str(tmp_path))
     times = iter(range(100, 0, -1))
-    timed = _tune.time_shape((1, 200, 264, 512), torch.bfloat16, torch.device("cpu"), lambda run: float(next(times)))
+    timed = _tune.time_shape(
+        (1, 200, 264, 512), torch.bfloat16, torch.device("cpu"), lambda run, *_, **__: float(next(times))
+    )
     assert timed[0][0] == _rule.best(200, 264, 512, 1, PROCESSORS) and len(timed) > 10
     better = _tune.improvements(timed)
     assert better is not None and better == timed[-1][0] != timed[0][0]

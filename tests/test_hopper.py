@@ -18,7 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 import gemskit
-from gemskit import _tune, backends, epilogues
+from gemskit import _interpret_gluon, _tune, backends, epilogues
 from gemskit._driver import kernel_name
 from gemskit._interpret import interpret, run
 from gemskit._op import REGISTRY
@@ -109,6 +109,33 @@ def test_every_choice_computes_the_product(
     a, b = halves(300, 1000), halves(1000, 520)
     close(gemskit.mm(a, b), a.double() @ b.double())
     assert hopper == [choice]
+
+
+@pytest.mark.parametrize("at", range(len(list(_rule.choices(300, 520, 200, 1, PROCESSORS)))))
+def test_blocks_end_inside(at: int, hopper: list[_rule.Choice], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows beyond the end take longer to load than others; what two tiles then have in common is written by one of them."""
+    choice = list(_rule.choices(300, 520, 200, 1, PROCESSORS))[at]
+    monkeypatch.setattr(_drive, "choose", fixed(choice))
+    inside, number = [], _interpret_gluon._number
+
+    class Noted(_interpret_gluon.Matrix):
+        def __init__(self, descriptor: Any, layout: Any) -> None:
+            super().__init__(descriptor, layout)
+            self.load = self.noted
+            self.descriptor = descriptor
+
+        def noted(self, coord: Any) -> Any:
+            inside.append(number(coord[0]) + self.block_type.shape[0] <= number(self.descriptor.shape[0]))
+            return self.descriptor.load(coord)
+
+    monkeypatch.setattr(_interpret_gluon, "Matrix", Noted)
+    a, b = halves(300, 200), halves(520, 200).t()
+    c = halves(300, 520) if at % 3 else halves(520, 300).t()
+    want = c.double() + a.double() @ b.double()
+    gemskit.addmm(c, a, b, out=c)
+    close(c, want)
+    assert hopper == [choice]
+    assert inside and all(inside)
 
 
 @pytest.mark.parametrize("first", ["rows", "columns"])

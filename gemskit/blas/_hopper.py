@@ -83,6 +83,16 @@ def _where(tile, tiles_m, tiles_n, GROUP: gl.constexpr, ONE: gl.constexpr):
     return batch, m, n
 
 
+@jit
+def _inside(tile, size, SIDE: tl.constexpr, ALIGN: tl.constexpr):
+    """Where a tile of SIDE rows or columns begins: the last one of ``size`` ends inside, and begins in the one before.
+
+    The copy engine takes longer to write zeros for rows beyond the end than to load rows. The beginning is a multiple of
+    ALIGN where ``size`` and SIDE are; the compiler does not see that by itself.
+    """
+    return tl.minimum(tile * SIDE, tl.maximum(size - SIDE, 0)) // ALIGN * ALIGN
+
+
 @gluon.jit
 def _group_of(tile, group, before, first, end, offs, groups, M, tiles_n, BM: gl.constexpr):
     """The group of rows that has a tile, from that of an earlier one on, whose rows begin at ``first`` and stop at ``end``.
@@ -111,7 +121,7 @@ def _in_group(tile, before, first, end, tiles_n, BM: gl.constexpr, GROUP: gl.con
 @gluon.jit
 def _load(
     a, b, up, a_tiles, b_tiles, ready, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps, units, whole,
-    split, part_steps, offs, groups, M, A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    split, part_steps, offs, groups, M, N, A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
     BK: gl.constexpr, STAGES: gl.constexpr, WORKERS: gl.constexpr, GROUP: gl.constexpr, ONE: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads: waits until a stage is empty, fills it with a tile of ``a`` for each worker and one of ``b``.
@@ -137,8 +147,9 @@ def _load(
             working = gl.minimum(gl.cdiv(end - row, ROWS), WORKERS)
         else:
             batch, m, n = _where(tile, tiles_m, tiles_n, GROUP, ONE)
-            row = m * BM
+            row = _inside(m, M, BM, 1)
             working: gl.constexpr = WORKERS
+        col = _inside(n, N, BN if up is None else BN // 2, 1)
         a_row, b_row = offset(batch, batch_sizes, a_batch), offset(batch, batch_sizes, b_batch)
         for k in range(first, last):
             stage = i % STAGES
@@ -154,14 +165,14 @@ def _load(
                     at = [a_row + k * BK, row + worker * ROWS]
                 block_to_shared(a, at, filled, a_tiles.index(WORKERS * stage + worker), pred=worker < working)
             if up is not None:
-                at = [b_row + n * (BN // 2), k * BK]
+                at = [b_row + col, k * BK]
                 block_to_shared(b, at, filled, b_tiles.index(2 * stage))
                 block_to_shared(up, at, filled, b_tiles.index(2 * stage + 1))
             else:
                 if B_ROWS:
-                    at = [b_row + k * BK, n * BN]
+                    at = [b_row + k * BK, col]
                 else:
-                    at = [b_row + n * BN, k * BK]
+                    at = [b_row + col, k * BK]
                 block_to_shared(b, at, filled, b_tiles.index(stage))
             i += 1
 
@@ -237,13 +248,14 @@ def _multiply(
                     gl.store(parts + at, acc)
             if part < 0:
                 if offs is not None:
-                    batch, m = group, row
+                    batch, own_m, m = group, row, row
                 else:
                     batch, m, n = _where(tile, tiles_m, tiles_n, GROUP, ONE)
-                    m, end = m * BM, M
+                    own_m, m, end = m * BM, _inside(m, M, BM, ALIGN if TURNED else 1), M
+                own_n, n = n * COLS, _inside(n, N, COLS, 1 if TURNED else ALIGN)
                 if WIDE:
                     batch, m, n = batch.to(gl.int64), m.to(gl.int64), n.to(gl.int64)  # type: ignore[attr-defined]
-                m, n = m + worker * ROWS, n * COLS
+                m += worker * ROWS
                 first, other = acc, None
                 if GATED:
                     # The two halves of the columns lie in different registers of the same threads.
@@ -272,7 +284,9 @@ def _multiply(
                     value = gl.convert_layout(value, lines)
                 r = m + gl.arange(0, ROWS, gl.SliceLayout(1, lines))
                 c = n + gl.arange(0, COLS, gl.SliceLayout(0, lines))
-                _store(value, r, c, batch, out, batch_sizes, out_batch, out_m, out_n, end, N, ALIGN, TURNED)
+                _store(
+                    value, r, c, own_m, own_n, batch, out, batch_sizes, out_batch, out_m, out_n, end, N, ALIGN, TURNED
+                )
 
 
 @gluon.constexpr_function
@@ -312,9 +326,10 @@ def _finish(
 
 @jit
 def _store(
-    value, m, n, batch, out, batch_sizes, out_batch, out_m, out_n, M, N, ALIGN: tl.constexpr, TURNED: tl.constexpr
-):
-    """Store what of a tile is inside. Lines (columns if TURNED) begin and end at multiples of ALIGN elements.
+    value, m, n, own_m, own_n, batch, out, batch_sizes, out_batch, out_m, out_n, M, N, ALIGN: tl.constexpr,
+    TURNED: tl.constexpr,
+):  # fmt: skip
+    """Store what of a tile is inside, and no other tile's. Lines (columns if TURNED) begin and end at multiples of ALIGN.
 
     Of a number the compiler knows only whether it is a multiple of 16: lines of 4104 would be stored one by one.
     """
@@ -324,7 +339,7 @@ def _store(
     else:
         out_m, N = out_m // ALIGN * ALIGN, N // ALIGN * ALIGN
     at = offset(batch, batch_sizes, out_batch) // ALIGN * ALIGN + m * out_m + n * out_n
-    tl.store(out + at, value, (m < M) & (n < N))
+    tl.store(out + at, value, (m >= own_m) & (m < M) & (n >= own_n) & (n < N))
 
 
 if hasattr(gl.shared_memory_descriptor, "reinterpret"):
@@ -390,7 +405,7 @@ def product(
                         part_steps, offs, groups, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN,
                         TURNED, GATED, PROMOTED)),
             (_load, (a, b, up, a_tiles, b_loads, ready, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps,
-                     units, whole, split, part_steps, offs, groups, M, A_ROWS, B_ROWS, BM, BN, BK, STAGES, WORKERS, GROUP,
+                     units, whole, split, part_steps, offs, groups, M, N, A_ROWS, B_ROWS, BM, BN, BK, STAGES, WORKERS, GROUP,
                      ONE)),
         ], [1], [32])  # fmt: skip
     elif WORKERS == 2:
@@ -404,7 +419,7 @@ def product(
                         part_steps, offs, groups, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN,
                         TURNED, GATED, PROMOTED)),
             (_load, (a, b, up, a_tiles, b_loads, ready, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps,
-                     units, whole, split, part_steps, offs, groups, M, A_ROWS, B_ROWS, BM, BN, BK, STAGES, WORKERS, GROUP,
+                     units, whole, split, part_steps, offs, groups, M, N, A_ROWS, B_ROWS, BM, BN, BK, STAGES, WORKERS, GROUP,
                      ONE)),
         ], [4, 1], [232, 32])  # fmt: skip
     else:
@@ -422,7 +437,7 @@ def product(
                         part_steps, offs, groups, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN,
                         TURNED, GATED, PROMOTED)),
             (_load, (a, b, up, a_tiles, b_loads, ready, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps,
-                     units, whole, split, part_steps, offs, groups, M, A_ROWS, B_ROWS, BM, BN, BK, STAGES, WORKERS, GROUP,
+                     units, whole, split, part_steps, offs, groups, M, N, A_ROWS, B_ROWS, BM, BN, BK, STAGES, WORKERS, GROUP,
                      ONE)),
         ], [4, 4, 1], [152, 152, 32])  # fmt: skip
 
@@ -455,11 +470,13 @@ def join(
     m, n = language.swizzle((whole + tile) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP)
     if WIDE:
         batch, m, n = batch.to(tl.int64), m.to(tl.int64), n.to(tl.int64)
-    m, n = m * BM + row, n * COLS + col
+    own_m, own_n = m * BM, n * COLS
+    m, n = _inside(m, M, BM, ALIGN if TURNED else 1) + row, _inside(n, N, COLS, 1 if TURNED else ALIGN) + col
     value = FINISH(
         acc, other, m, n, batch, extras, batch_sizes, extra_batch, extra_m, extra_n, s0, s1, s2, s3, M, N, ALONG
     )
-    _store(value.to(out.dtype.element_ty), m, n, batch, out, batch_sizes, out_batch, out_m, out_n, M, N, ALIGN, TURNED)
+    value = value.to(out.dtype.element_ty)
+    _store(value, m, n, own_m, own_n, batch, out, batch_sizes, out_batch, out_m, out_n, M, N, ALIGN, TURNED)
 
 
 # ---- the host's part -----------------------------------------------------------------------------------------------

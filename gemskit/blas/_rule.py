@@ -14,8 +14,8 @@ from gemskit._native import cache_dir
 
 #: Tiles (M, N), stages of K = 64 that fit into 227 KiB, and the time of one step of K in us when all programs work (H200).
 TILES = (
-    (128, 256, 4, 0.735), (256, 128, 4, 0.767), (128, 128, 6, 0.38), (128, 64, 8, 0.248), (128, 32, 10, 0.231),
-    (128, 16, 11, 0.207), (192, 128, 5, 0.57), (64, 128, 9, 0.24), (64, 64, 12, 0.18), (64, 32, 16, 0.14),
+    (128, 256, 4, 0.707), (256, 128, 4, 0.784), (128, 128, 6, 0.377), (128, 64, 8, 0.295), (128, 32, 10, 0.255),
+    (128, 16, 11, 0.221), (192, 128, 5, 0.552), (64, 128, 9, 0.225), (64, 64, 12, 0.174), (64, 32, 16, 0.173),
 )  # fmt: skip
 #: Groups of four warps that multiply by the rows of a tile, where they are not two; each has 64 rows or more.
 WORKERS = {64: 1, 192: 3}
@@ -24,11 +24,11 @@ LARGE = 128 * 128
 STEP = 64
 #: Tiles of 64 rows up to so many columns take two steps of K at once (H200, 512³ 8.0 us for 8.7, 64x4096x4096 18.8 for 19.3).
 NARROW = 64
-#: us: of a launch, of the second one that adds up parts; bytes a us that memory gives.
-LAUNCH, JOIN, BANDWIDTH = 5.0, 5.0, 3.5e6
+#: us: of a launch, of the second one that adds up parts; bytes a us that memory gives, and that parts have, there and back.
+LAUNCH, JOIN, BANDWIDTH, PARTS = 5.0, 3.4, 4.2e6, 2.2e6
 #: How much of the shorter of both, multiplying and moving, the longer one does not hide.
-#: Fitted to all choices of 77 products of 64 to 16384 rows: those that follow take 1.008 times as long as the best.
-EXPOSED = 0.1
+#: Fitted to all choices of 134 products of 48 to 4096 rows: those that follow take 1.007 times as long as the best.
+EXPOSED = 0.47
 #: The fewest tiles of a group's rows that programs take before the next columns, where it has as many; up to 15 stay one column.
 PANEL = 8
 #: How much longer a step of as many bytes of float8 takes: it has twice the products. H200, four sizes: within 4 % of the times.
@@ -95,7 +95,7 @@ def choices(
             if pieces > 1:
                 part = cdiv(steps, pieces)
                 pieces = cdiv(steps, part)
-                parts = 2 * 4 * last * pieces * BM * BN / BANDWIDTH
+                parts = 2 * 4 * last * pieces * BM * BN / PARTS
                 time = LAUNCH + JOIN + _together(moved, (rounds * steps + part) * step) + parts
                 yield Choice(
                     BM, BN, depth, stages, group, processors, tiles - last, last, pieces, part, transposed, time

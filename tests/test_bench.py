@@ -417,7 +417,8 @@ def test_summary() -> None:
     assert "1 rows FAILED or are WRONG: sum x" in _bench_report.summary([*rows[:2], rows[2] | {"ok": False}])
 
 
-def test_page() -> None:
+def test_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_bench_reasons, "REASONS", (("floor_divide", "*", "exact division"),))
     rows = [row_of("add", "pointwise", 1.0), row_of("floor_divide", "pointwise", 0.9), row_of("sum", "reduce", 0.5)]
     page = _bench_report.page(
         facts() | dict(rows=rows, planned=5, devices=4, roofs=[(4e12, 8e14), (4.2e12, 8e14)]), "r"

@@ -63,7 +63,13 @@ def main(argv: list[str]) -> int:
     else:
         print(f"gemskit: unknown command {command!r}\n\n{COMMANDS}", file=sys.stderr)
         return 2
-    return run(rest)
+    from gemskit.errors import DeviceError, MissingExtra
+
+    try:
+        return run(rest)
+    except (DeviceError, MissingExtra) as error:
+        print(f"gemskit: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -1,13 +1,30 @@
-"""Folds that ask for tiles ahead, compiled for sm_90: which do, and that the tiles stay in registers. No GPU is needed."""
+"""Folds that ask for tiles ahead or take 32 warps, compiled for sm_90: which do, and without a spill. No GPU is needed."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from test_compile_targets import ROWS, Launches, _cross_compiling  # noqa: F401
+from test_compile_targets import ROWS, Launch, Launches, _cross_compiling  # noqa: F401
 
 from gemskit import _launch, backends
 from gemskit._op import REGISTRY
+
+SM_90 = next(row for row in ROWS if row.name == "sm_90")
+
+
+def first_of(name: str, shape: tuple[int, ...], dim: int, *args: str | float) -> Launch:
+    launches = Launches()
+    with _launch.capturing(launches), backends.use_arch(SM_90):
+        # A plan of its own: others hold numbers of the row they were made for.
+        REGISTRY[name]._plans.clear()
+        REGISTRY[name](torch.empty(shape, dtype=torch.bfloat16), *args, dim=dim)
+    REGISTRY[name]._plans.clear()
+    return next(iter(launches.values()))
+
+
+def test_powers_ask_for_four_tiles_ahead() -> None:
+    assert first_of("_vector_norm", (1024, 65536), 0, "p", 2.5).meta["AHEAD"] == 4
+    assert first_of("_vector_norm", (1024, 65536), 0, "2", 2.0).meta["AHEAD"] == 8
 
 
 @pytest.mark.parametrize(
@@ -15,6 +32,7 @@ from gemskit._op import REGISTRY
     [
         ("sum", (8192, 8192), 0, 8),
         ("sum", (65536, 1024), 0, 4),
+        ("sum", (1024, 65536), 0, 8),
         ("_var", (8192, 8192), 0, 8),
         ("_var", (1024, 65536), 1, 8),
         ("_var", (65536, 1024), 0, 0),
@@ -23,12 +41,25 @@ from gemskit._op import REGISTRY
     ],
 )
 def test_tiles_asked_for_ahead_stay_in_registers(name: str, shape: tuple[int, ...], dim: int, ahead: int) -> None:
-    row, launches = next(row for row in ROWS if row.name == "sm_90"), Launches()
-    with _launch.capturing(launches), backends.use_arch(row):
-        # A plan of its own: others hold numbers of the row they were made for.
-        REGISTRY[name]._plans.clear()
-        REGISTRY[name](torch.empty(shape, dtype=torch.bfloat16), dim=dim)
-    REGISTRY[name]._plans.clear()
-    first = next(iter(launches.values()))
+    first = first_of(name, shape, dim)
     assert first.meta["AHEAD"] == ahead
-    assert not ahead or not list(first.problems(row))
+    assert not ahead or not list(first.problems(SM_90))
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "warps"),
+    [
+        ("sum", (), 32),
+        ("amax", (), 32),
+        ("_vector_norm", ("2", 2.0), 32),
+        ("_vector_norm", ("p", 2.5), 16),
+        ("any", (), 16),
+        ("_var", (), 4),
+        ("argmax", (), 4),
+    ],
+)
+def test_one_long_row_stays_in_registers(name: str, args: tuple[str | float, ...], warps: int) -> None:
+    first = first_of(name, (1 << 26,), 0, *args)
+    assert first.meta["num_warps"] == warps
+    assert warps < 32 or not list(first.problems(SM_90))
+    assert first_of(name, (1 << 25,), 0, *args).meta["num_warps"] == min(warps, 16)

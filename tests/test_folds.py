@@ -15,7 +15,7 @@ from gemskit._interpret import interpret
 
 SMALL = {
     "one_tile": 64, "short_tile": 64, "thread": 32, "most": 2, "tile": 64, "warps": 1, "unroll": 2, "rows": 16,
-    "narrow": 2, "fill": 2, "split_into": 4,
+    "narrow": 2, "fill": 2, "split_into": 4, "long": 0,
 }  # fmt: skip
 
 
@@ -93,17 +93,21 @@ def test_few_rows_are_split_and_many_are_not() -> None:
     assert (after - before) == {"sum_part": 1, "sum_join": 1, "sum": 1}
 
 
-def fold_of(name: str, x: Tensor, dim: int | None, **numbers: int) -> list[tuple[int, int, bool]]:
-    """Tiles ahead, pieces of each block of rows and whether they take turns, of each launch."""
-    found: list[tuple[int, int, bool]] = []
+def launches(name: str, x: Tensor, dim: int | None, **numbers: int) -> list[tuple[int, dict[str, Any]]]:
+    """Pieces of each block of rows and the constants, of each launch."""
+    found: list[tuple[int, dict[str, Any]]] = []
 
     def receive(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
-        rows = args[-4]
-        found.append((meta["AHEAD"], grid[0] // -(-rows // meta["BM"]), meta["TURNS"]))
+        found.append((grid[0] // -(-args[-4] // meta["BM"]), meta))
 
     with backends.use_arch(row(**numbers)), _launch.capturing(receive):
         getattr(reduce, name)(x, dim)
     return found
+
+
+def fold_of(name: str, x: Tensor, dim: int | None, **numbers: int) -> list[tuple[int, int, bool]]:
+    """Tiles ahead, pieces of each block of rows and whether they take turns, of each launch."""
+    return [(meta["AHEAD"], pieces, meta["TURNS"]) for pieces, meta in launches(name, x, dim, **numbers)]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +116,7 @@ def fold_of(name: str, x: Tensor, dim: int | None, **numbers: int) -> list[tuple
         ("sum", (512, 8), 0, 8),  # two blocks of 4 columns, tiles of 8 rows
         ("sum", (520, 8), 0, 0),
         ("sum", (521, 8), 0, 8),  # masked in any case
-        ("sum", (64, 8), 0, 4),
+        ("sum", (64, 8), 0, 8),  # of half the warps
         ("sum", (16, 8), 0, 0),
         ("var", (512, 8), 0, 8),
         ("argmax", (512, 8), 0, 0),
@@ -130,7 +134,10 @@ def test_which_folds_ask_ahead(name: str, cols: tuple[int, int], dim: int, ahead
 
 def test_how_much_is_asked_ahead() -> None:
     x = torch.zeros(512, 8)
-    assert [fold_of("sum", x, 0, flight=f, ahead=1)[0][0] for f in (2048, 2047, 1024, 1023)] == [8, 4, 4, 0]
+    # Four tiles of two warps are eight of one.
+    found = [launches("sum", x, 0, flight=f, ahead=1)[0][1] for f in (2048, 2047, 1024, 1023)]
+    assert [(m["AHEAD"], m["BN"], m["num_warps"]) for m in found] == [(8, 8, 2), (8, 4, 1), (8, 4, 1), (0, 8, 2)]
+    assert fold_of("sum", x, 0, flight=1023, ahead=1, most=1)[0][0] == 4
     assert [fold_of("sum", x, 0, flight=2048, ahead=n)[0][0] for n in (1024, 1025)] == [8, 0]
     # Where columns are halved for the sake of programs nothing is asked ahead.
     assert fold_of("sum", torch.zeros(512, 4), 0, flight=1 << 20, ahead=1)[0] == (0, 1, False)
@@ -145,3 +152,25 @@ def test_pieces_take_turns(n: int) -> None:
     with backends.use_arch(row(**numbers)):
         assert torch.equal(reduce.sum(x, 0), x.sum(0)) and torch.equal(reduce.amax(x, 0), x.amax(0))
         torch.testing.assert_close(reduce.var(x, 0), x.var(0))
+
+
+@pytest.mark.parametrize("name", ["sum", "amax", "any"])
+def test_a_long_row_has_fewer_pieces_of_wider_tiles(name: str) -> None:
+    def pieces(n: int, rows: int = 1) -> tuple[int, int, int]:
+        x = torch.zeros(rows, n, dtype=torch.bool if name == "any" else torch.float32)
+        count, meta = launches(name, x, 1, split_into=16, long=4096, fill=8)[0]
+        return count, meta["BN"], meta["num_warps"]
+
+    size = 1 if name == "any" else 4
+    tile = 64 // size
+    wide = (16, tile, 1) if name == "any" else (4, 2 * tile, 2)
+    assert pieces(4096 // size) == wide
+    assert pieces(4096 // size - 1)[1:] == (tile, 1)
+    assert pieces(4096 // size, 2)[1:] == (tile, 1)
+
+
+def test_a_long_row_is_exact() -> None:
+    for n in (1024, 1031, 2048):
+        x = torch.randint(-9, 10, (n,)).float()
+        with backends.use_arch(row(split_into=16, long=4096, fill=8)):
+            assert torch.equal(reduce.sum(x), x.sum()) and torch.equal(reduce.amax(x), x.amax())

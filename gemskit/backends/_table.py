@@ -32,6 +32,7 @@ DEFAULT: Launch = {
     # Bytes of a tile for each warp, and of a thread where a row is one tile. H200, 128 MiB of bf16: one state along rows 36 us
     # with 32 bytes a thread (38 with 64), several 37 to 40 with 64; columns with as many warps as 4,096 programs of one have.
     # flight: bytes that all programs together ask for ahead (0: none), where each asks for so many as "ahead" says.
+    # long: bytes from which one row of one state has a quarter of the pieces, in twice the warps (0: none has).
     "reduction_along": {
         "one_tile": 16384,
         "short_tile": 8192,
@@ -44,6 +45,7 @@ DEFAULT: Launch = {
         "unroll": 4,
         "fill": 1024,
         "split_into": 8192,
+        "long": 0,
     },
     "reduction_along_states": {
         "one_tile": 16384,
@@ -57,6 +59,7 @@ DEFAULT: Launch = {
         "unroll": 4,
         "fill": 1024,
         "split_into": 4096,
+        "long": 0,
     },
     "reduction_across": {
         "tile": 512,

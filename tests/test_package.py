@@ -107,6 +107,16 @@ def test_unknown_command() -> None:
     assert result.returncode == 2 and "frob" in result.stderr
 
 
+def test_command_without_an_accelerator() -> None:
+    """One line, not a traceback."""
+    result = subprocess.run(
+        [sys.executable, "-m", "gemskit", "tune", "64x64x64"], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "GEMSKIT_VENDOR": "reference"},
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == ["gemskit: tune: there is no accelerator here"]
+
+
 def test_packages_are_complete() -> None:
     """Every folder with modules is listed: setuptools leaves out what is not."""
     text = (ROOT / "pyproject.toml").read_text()

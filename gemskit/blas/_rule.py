@@ -14,8 +14,8 @@ from gemskit._native import cache_dir
 
 #: Tiles (M, N), stages of K = 64 that fit into 227 KiB, and the time of one step of K in us when all programs work (H200).
 TILES = (
-    (128, 256, 4, 0.707), (256, 128, 4, 0.784), (128, 128, 6, 0.377), (128, 64, 8, 0.295), (128, 32, 10, 0.255),
-    (128, 16, 11, 0.221), (192, 128, 5, 0.552), (64, 128, 9, 0.225), (64, 64, 12, 0.174), (64, 32, 16, 0.173),
+    (128, 256, 4, 0.707), (256, 128, 4, 0.785), (128, 128, 6, 0.376), (128, 64, 8, 0.298), (128, 32, 10, 0.263),
+    (128, 16, 11, 0.236), (192, 128, 5, 0.552), (64, 128, 9, 0.225), (64, 64, 12, 0.173), (64, 32, 16, 0.147),
 )  # fmt: skip
 #: Groups of four warps that multiply by the rows of a tile, where they are not two; each has 64 rows or more.
 WORKERS = {64: 1, 192: 3}
@@ -25,10 +25,12 @@ STEP = 64
 #: Tiles of 64 rows up to so many columns take two steps of K at once (H200, 512³ 8.0 us for 8.7, 64x4096x4096 18.8 for 19.3).
 NARROW = 64
 #: us: of a launch, of the second one that adds up parts; bytes a us that memory gives, and that parts have, there and back.
-LAUNCH, JOIN, BANDWIDTH, PARTS = 5.0, 3.4, 4.2e6, 2.2e6
+LAUNCH, JOIN, BANDWIDTH, PARTS = 5.0, 3.6, 4.2e6, 2.2e6
 #: How much of the shorter of both, multiplying and moving, the longer one does not hide.
-#: Fitted to all choices of 134 products of 48 to 4096 rows: those that follow take 1.007 times as long as the best.
-EXPOSED = 0.47
+#: Fitted to all choices of 146 products of 4 to 4096 rows: those that follow take 1.007 times as long as the best.
+EXPOSED = 0.44
+#: us of a step for each row or column of a tile that the factors do not have: the copy engine writes zeros more slowly than it loads.
+EMPTY = 0.003
 #: The fewest tiles of a group's rows that programs take before the next columns, where it has as many; up to 15 stay one column.
 PANEL = 8
 #: How much longer a step of as many bytes of float8 takes: it has twice the products. H200, four sizes: within 4 % of the times.
@@ -84,6 +86,7 @@ def choices(
             # Factors of float8 are half as long, and two steps of halves are one of theirs.
             deep = float8 or 1 + (workers == 1 and BN <= NARROW and not gated)
             depth = STEP * deep * (1 + (float8 > 0))
+            step += EMPTY * (max(0, BM - m) + max(0, BN - n))
             stages, step, steps = stages // deep, step * deep * (FLOAT8_STEP if float8 else 1), max(1, cdiv(K, depth))
             tiles = cdiv(m, BM) * cdiv(n, BN) * batches
             rounds, last = divmod(tiles, processors)

@@ -96,6 +96,11 @@ def tf32() -> bool:
 _precision: Any = torch._C._get_fp32_precision_getter
 
 
+def dot_precision(dtype: torch.dtype) -> str:
+    """The ``input_precision`` of ``tl.dot`` for factors of ``dtype``: ``"tf32"`` where CUDA's float32 may be rounded to it."""
+    return "tf32" if dtype == torch.float32 and backends.arch().target[0] == "cuda" and tf32() else "ieee"
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any], device: torch.device
 ) -> None:

@@ -344,8 +344,7 @@ class _Language:
         yield tl.tensor, "T", property(engine.transposed)
         yield tl.dtype, "to_ir", _unchanged
         yield JITFunction, "__call__", self._device_call(JITFunction.__call__)
-        if hasattr(tl, "condition"):
-            yield tl.condition, "__bool__", lambda c: bool(c.condition)
+        yield tl.condition, "__bool__", lambda c: bool(c.condition)
         for owner, name, value in importlib.import_module("._interpret_gluon", __package__).patches(self.running):
             self.replaced[id(getattr(owner, name))] = value
             yield owner, name, value

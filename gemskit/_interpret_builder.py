@@ -310,7 +310,6 @@ _UFUNC = {
         "_sum_combine": np.add, "_prod_combine": np.multiply, "_elementwise_max": np.fmax,
         "_elementwise_min": np.fmin, "_xor_combine": np.bitwise_xor,
     }.items()
-    if hasattr(tl.standard, name)
 }  # fmt: skip
 
 

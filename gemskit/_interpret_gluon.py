@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.runtime.jit import JITFunction
 
-from . import _block_add, _interpret_ptx
+from . import _gluon, _interpret_ptx
 from ._interpret_builder import BUILDER, decide, integer, np_dtype, quiet
 from ._interpret_builder import _tensor as tensor_of
 from .errors import InterpreterError
@@ -390,8 +390,7 @@ def patches(running: set[int]) -> Iterator[tuple[Any, str, Any]]:
             yield async_copy, name, _copy_ahead
     yield async_copy, "commit_group", _commit_group
     yield async_copy, "wait_group", _wait_group
-    if _block_add.add_block is not None:
-        yield _block_add, "add_block", _add
+    yield _gluon, "add_block", _add
     yield hopper.tma, "store_wait", _add_wait
     yield hopper, "fence_async_shared", _nothing
     yield hopper, "warpgroup_mma", _product

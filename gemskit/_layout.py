@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -61,8 +62,8 @@ def collapse(sizes: Sequence[int], strides: Sequence[Strides]) -> tuple[Strides,
 
 
 def order(sizes: Sequence[int], strides: Sequence[Strides]) -> list[int]:
-    """Dimensions from slowest to fastest by the strides of the first operand, then the others."""
-    return sorted(range(len(sizes)), key=lambda d: tuple(-s[d] for s in strides[:1]) + (d,))
+    """Dimensions from slowest to fastest by the strides of the first operand."""
+    return sorted(range(len(sizes)), key=lambda d: [-s[d] for s in strides[:1]])
 
 
 def reaches(sizes: Sequence[int], strides: Sequence[int]) -> int:
@@ -74,18 +75,18 @@ def reaches(sizes: Sequence[int], strides: Sequence[int]) -> int:
     return total
 
 
-def is_wide(sizes: Sequence[int], strides: Sequence[Strides], slack: int = 1 << 16) -> bool:
-    """Whether an element count or offset leaves int32; ``slack`` covers what masked lanes compute beyond the end."""
-    most = 2**31 - slack
-    total = 1
-    for n in sizes:
-        total *= n
-    if total >= most:
-        return True
-    for s in strides:
-        if reaches(sizes, s) >= most:
-            return True
-    return False
+#: What a count or an offset in int32 stays below: masked lanes go on for a tile beyond the end.
+NARROW = 2**31 - (1 << 16)
+
+
+def is_wide(sizes: Sequence[int], strides: Sequence[Strides]) -> bool:
+    """Whether an element count or offset leaves int32."""
+    return math.prod(sizes) >= NARROW or any(reaches(sizes, s) >= NARROW for s in strides)
+
+
+def any_wide(*tensors: Tensor) -> bool:
+    """:func:`is_wide` of any of these."""
+    return any(is_wide(t.shape, [t.stride()]) for t in tensors)
 
 
 @jit

@@ -484,7 +484,7 @@ class Table:
 
     def _key(self, values: Sequence[Any]) -> Any:
         grad, native = torch.is_grad_enabled(), self._native is not None
-        key: list[Any] = [_driver._precision("cuda", "matmul") == "tf32", _deterministic()]
+        key: list[Any] = [_driver.tf32(), _deterministic()]
         try:
             for v, link in zip(values, self.linked):
                 kind = type(v)

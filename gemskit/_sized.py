@@ -36,7 +36,7 @@ class Sized(Op[P, R]):
 
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         if is_compiling():
-            return _eagerly(self, args, kwargs)  # type: ignore[no-any-return]
+            return eagerly(self, args, kwargs)  # type: ignore[no-any-return]
         return self._calls.call(*args, **kwargs)  # type: ignore[no-any-return]
 
     def forward(
@@ -80,7 +80,7 @@ class Sized(Op[P, R]):
         raise ArgumentError(f"{self.name}: the size of its result depends on the data, so it overwrites nothing")
 
 
-def _run(op: Sized[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run(op: Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return op._calls.call(*args, **kwargs)
 
 
@@ -89,12 +89,13 @@ def _uncompiled() -> Callable[..., Any]:
     return torch.compiler.disable(_run)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _eagerly(op: Sized[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def eagerly(op: Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call ``op`` where ``torch.compile`` breaks its graph."""
     return _uncompiled()(op, args, kwargs)
 
 
 # What torch.compiler.disable marks a function with. Using that here would import all of torch.compile, two seconds.
-_eagerly._torchdynamo_disable = True  # type: ignore[attr-defined]
+eagerly._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def sized(

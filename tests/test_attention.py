@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from gemskit._interpret import interpret
+from gemskit.backends._table import DEFAULT
 from gemskit.nn import _attention_dense as attention
 
-CONFIG = {"m": 32, "n": 32, "warps": 4, "stages": 1}
+CONFIG = {**DEFAULT["attention"], "m": 32, "n": 32, "stages": 1}
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -117,7 +118,7 @@ def test_long() -> None:
         random(1, 1, 400, 16, seed=1),
         random(1, 1, 400, 16, seed=2),
         causal=True,
-        config={"m": 128, "n": 64, "warps": 4, "stages": 1},
+        config={**CONFIG, "m": 128, "n": 64},
     )
 
 
@@ -193,7 +194,7 @@ def test_dropout_is_one_mask() -> None:
         p=0.3,
         seed=seed,
         keep=keep,
-        config={"m": 16, "n": 64, "warps": 4, "stages": 1},
+        config={**CONFIG, "m": 16, "n": 64},
     )
 
 

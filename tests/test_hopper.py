@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,12 +17,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 import gemskit
-from gemskit import _interpret_gluon, _tune, backends, epilogues
+from gemskit import _interpret_gluon, backends, epilogues
 from gemskit._driver import kernel_name
 from gemskit._interpret import interpret, run
 from gemskit._op import REGISTRY
 from gemskit.blas import _drive, _hopper, _rule
-from gemskit.errors import ArgumentError
 from gemskit.nn import (
     _attention_hopper,
     _attention_hopper_grads,
@@ -572,41 +570,3 @@ def test_what_has_no_blocks_takes_the_plain_kernel(attending: list[Any]) -> None
         want = torch.nn.functional.scaled_dot_product_attention(*(t.double() for t in given), **how)
         close(got, want, 2**-7)
     assert not attending
-
-
-# -- tuning -------------------------------------------------------------------------------------------------------------
-
-
-def test_tuned_products_are_obeyed(
-    hopper: list[_rule.Choice], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """What is kept is faster than the rule's choice by the timer, and taken from then on, for these sizes alone."""
-    monkeypatch.setenv("GEMSKIT_CACHE_DIR", str(tmp_path))
-    times = iter(range(100, 0, -1))
-    timed = _tune.time_shape(
-        (1, 200, 264, 512), torch.bfloat16, torch.device("cpu"), lambda run, *_, **__: float(next(times))
-    )
-    assert timed[0][0] == _rule.best(200, 264, 512, 1, PROCESSORS) and len(timed) > 10
-    better = _tune.improvements(timed)
-    assert better is not None and better == timed[-1][0] != timed[0][0]
-    assert not _tune.improvements([(choice, 1.0) for choice, _ in timed])
-    _tune.keep(_rule.user_table(), "sm_90", {_rule.name_of(1, 200, 264, 512): list(_rule.pick_of(better))})
-    _rule.choose.cache_clear()
-    try:
-        hopper.clear()
-        for rows in (200, 201):
-            a, w = halves(rows, 512), halves(264, 512)
-            close(gemskit.linear(a, w), a.double() @ w.double().t())
-        assert hopper == [better, _rule.best(201, 264, 512, 1, PROCESSORS)]
-        assert _rule.choose(200, 264, 512, 1, PROCESSORS, arch="sm_100") == timed[0][0]
-        assert any(line.endswith("kept") for line in _tune._lines((1, 200, 264, 512), timed, better))
-    finally:
-        _rule.tuned.cache_clear()
-        _rule.choose.cache_clear()
-
-
-@pytest.mark.parametrize("text", ["4096x4096", "axbxc", "1x2x3x4x5", "0x8x8"])
-def test_shapes_to_tune(text: str) -> None:
-    assert _tune.shape("8x16x32") == (1, 8, 16, 32) and _tune.shape("4x8x16x32") == (4, 8, 16, 32)
-    with pytest.raises(ArgumentError, match=f"'{text}' is no shape"):
-        _tune.shape(text)

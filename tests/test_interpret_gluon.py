@@ -15,10 +15,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from gemskit._block_add import add_block
+from gemskit._gluon import add_block, block_to_shared
 from gemskit._interpret import run
 from gemskit._tensor_map import Descriptor
-from gemskit.blas._hopper import block_to_shared
 from gemskit.errors import InterpreterError
 
 

@@ -334,8 +334,6 @@ def test_settings_are_part_of_the_call(fake: Fake) -> None:
 
 def test_settings_of_backends_are_read_without_error(fake: Fake) -> None:
     """torch refuses to name one precision where it was set by backend."""
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        pytest.skip("torch has no such setting")
     x = ones(16, 16)
     before = torch.backends.cuda.matmul.fp32_precision
     try:

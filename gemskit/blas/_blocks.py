@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemskit import _layout, backends, language
-from gemskit._driver import tf32
+from gemskit._driver import dot_precision
 from gemskit._dtypes import TRITON
 from gemskit._jit import jit
 from gemskit._launch import launch
@@ -84,12 +84,11 @@ def blocks(
         if step < least:
             raise NoKernel(f"{name}: no kernel for blocks of {block[2]} along K; served are multiples of {least}")
     units = ACCUMULATORS[a.dtype]
-    rounds = a.dtype == torch.float32 and backends.arch().target[0] == "cuda" and tf32()
     grid = _layout.cdiv(M, bm) * _layout.cdiv(N, bn)
     meta = dict(
         UNITS=TRITON[units], TOTAL=TRITON[units if units.is_floating_point else torch.float32],
-        PRECISION="tf32" if rounds else "ieee", ONE=one, BM=bm, BN=bn, BK=max(least, step),
-        SWIZZLE=config["group"], WIDE=any(_layout.is_wide(t.shape, [t.stride()]) for t in (out, a, b)),
+        PRECISION=dot_precision(a.dtype), ONE=one, BM=bm, BN=bn, BK=max(least, step),
+        SWIZZLE=config["group"], WIDE=_layout.any_wide(out, a, b),
         PROMOTED=promoted(a.dtype, bm, fast),
         num_warps=8 if max(bm * bn, bn * max(least, step)) > 64 * 64 else 4, num_stages=config["stages"],
     )  # fmt: skip

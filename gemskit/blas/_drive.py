@@ -17,7 +17,7 @@ from torch import Tensor
 from gemskit import _layout, backends, language
 from gemskit._bind import SCALARS, adapter, arguments, fill, given, parameters, scalar_types, slots
 from gemskit._checks import describe
-from gemskit._driver import tf32
+from gemskit._driver import dot_precision
 from gemskit._dtypes import FLOAT8, HALVES, TRITON
 from gemskit._jit import jit
 from gemskit._launch import launch
@@ -123,7 +123,7 @@ class Bound:
 
     @functools.cached_property
     def wgmma(self) -> Any:
-        # Gluon is there from Triton 3.5 on, and takes 0.1 s to import.
+        # Gluon takes 0.1 s to import.
         from gemskit.blas._hopper import Kernels
 
         return Kernels(f"{self.name}_wgmma", self.epilogue, self.annotations)
@@ -220,16 +220,13 @@ class Product:
         grid = (_layout.cdiv(M, meta["BM"]) * _layout.cdiv(N, meta["BN"]) * space.batches,)
         meta |= dict(ACC=TRITON[acc], EVEN_K=K % meta["BK"] == 0, WIDE=space.wide, ALONG=space.along)
         meta["PROMOTED"] = promoted(a.dtype, meta["BM"], fast_sums)
-        out_batch, a_batch, b_batch, *extra_batch = space.batch
-        inner = (space.rows[0], space.cols[0], space.rows[1], space.a_k, space.b_k, space.cols[1])
-        strided = (space.sizes, out_batch, a_batch, b_batch, tuple(extra_batch), *inner, space.rows[2:], space.cols[2:])
-        fast = a.dtype == torch.float32 and row.target[0] == "cuda"
+        strided = space.strided
 
         def run(
             out: Tensor, a: Tensor, b: Tensor, up: Tensor | None, extras: tuple[Tensor, ...], scalars: tuple[Any, ...]
         ) -> None:
-            precision = "tf32" if fast and tf32() else "ieee"
-            launch(kernel, grid, (out, a, b, up, extras, *strided, *scalars, M, N, K), dict(meta, PRECISION=precision))
+            how = dict(meta, PRECISION=dot_precision(a.dtype))
+            launch(kernel, grid, (out, a, b, up, extras, *strided, *scalars, M, N, K), how)
 
         return run
 
@@ -262,7 +259,13 @@ def empty_strided(t: Tensor, strides: tuple[int, int], device: torch.device | st
 
 
 def tiles(
-    config: Mapping[str, int], few: Mapping[str, int], M: int, N: int, K: int, dtype: torch.dtype, batches: int = 1
+    config: Mapping[str, int],
+    few: Mapping[str, int] | None,
+    M: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    batches: int = 1,
 ) -> dict[str, Any]:
     """The tile of a product: the table's for halves, 64 x 64 x 32 for float32 and 32 x 32 x 16 for float64.
 
@@ -271,8 +274,9 @@ def tiles(
     No side is longer than the matrix needs, so few rows read the other factor once and compute little in vain. Products with
     too few tiles for the machine take the smaller, deeper ones of ``few`` (128x4096x14336, H200, bf16: 0.053 ms for 0.117).
     """
-    if dtype.itemsize == 2 and _layout.cdiv(M, config["m"]) * _layout.cdiv(N, config["n"]) * batches < config["fill"]:
-        config = {**config, **few}
+    if few and dtype.itemsize == 2:
+        if _layout.cdiv(M, config["m"]) * _layout.cdiv(N, config["n"]) * batches < config["fill"]:
+            config = {**config, **few}
     sides = {torch.float32: (64, 64, 32), torch.float64: (32, 32, 16)}.get(
         dtype, (config["m"], config["n"], config["k"])
     )

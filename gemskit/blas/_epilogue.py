@@ -22,6 +22,7 @@ from gemskit._dtypes import FLOAT8, compute_type
 from gemskit._interpret import interpret
 from gemskit._jit import jit
 from gemskit._op import Op, P, R
+from gemskit._sized import eagerly
 from gemskit.errors import ArgumentError, DeclarationError, DtypeError, GradientError, ShapeError
 from gemskit.pointwise._drive import Elementwise, Pointwise
 
@@ -184,7 +185,7 @@ class Fused(Op[P, R]):
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         if is_compiling():
             if kwargs.get("epilogue") is not None:
-                return _eagerly(self, args, kwargs)  # type: ignore[no-any-return]
+                return eagerly(self, args, kwargs)  # type: ignore[no-any-return]
             return _compile.call(self, args, {n: v for n, v in kwargs.items() if n != "epilogue"})  # type: ignore[no-any-return]
         return self._calls.call(*args, **kwargs)  # type: ignore[no-any-return]
 
@@ -230,23 +231,6 @@ class Fused(Op[P, R]):
     def _fused(self, meaning: Callable[..., Any], extras: tuple[str, ...], steps: list[Step]) -> Op[..., Any]:
         """The operator of ``meaning``, whose first parameters are ``extras``."""
         raise NotImplementedError
-
-
-def _run(op: Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return op._calls.call(*args, **kwargs)
-
-
-@functools.cache
-def _uncompiled() -> Callable[..., Any]:
-    return torch.compiler.disable(_run)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _eagerly(op: Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return _uncompiled()(op, args, kwargs)
-
-
-# As in _sized.py: torch.compile breaks its graph here.
-_eagerly._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def formula(steps: list[Step], before: Any) -> Any:

@@ -175,9 +175,7 @@ def plan(
         ACC=TRITON[acc], BM=bm, BN=bn, BK=bk, EVEN_K=K % bk == 0, EVEN_N=N % bn == 0, AHEAD=ahead, WIDE=space.wide,
         ALONG=space.along, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    out_batch, a_batch, b_batch, *extra_batch = space.batch
-    inner = (space.rows[0], space.cols[0], space.rows[1], space.a_k, space.b_k, space.cols[1])
-    strided = (space.sizes, out_batch, a_batch, b_batch, tuple(extra_batch), *inner, space.rows[2:], space.cols[2:])
+    strided = space.strided
 
     def run(
         out: Tensor, a: Tensor, b: Tensor, up: Tensor | None, extras: tuple[Tensor, ...], scalars: tuple[Any, ...]

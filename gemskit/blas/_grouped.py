@@ -15,10 +15,11 @@ from torch import Tensor
 
 from gemskit import _layout, backends, language
 from gemskit._bind import fill, slots
-from gemskit._driver import tf32
-from gemskit._dtypes import FLOAT8, HALVES, TRITON, compute_type
+from gemskit._driver import dot_precision
+from gemskit._dtypes import HALVES, TRITON
 from gemskit._jit import jit
 from gemskit._launch import launch
+from gemskit.blas import _drive
 from gemskit.blas._factors import plus_product, promoted
 from gemskit.blas._rule import best_of_groups
 from gemskit.blas._space import Space
@@ -141,31 +142,14 @@ def _steps(
     )  # fmt: skip
 
 
-def _tile(
-    rows: int, columns: int, steps: int, dtype: torch.dtype, fast: bool
-) -> tuple[dict[str, int], dict[str, object]]:
-    """The sides of a tile for groups of ``rows``, and what else the kernels are compiled with."""
-    config = backends.arch().config("gemm")
-    sides = {4: (64, 64, 32), 8: (32, 32, 16)}.get(dtype.itemsize, (config["m"], config["n"], config["k"]))
-    # Matrix units take 32 bytes of K at a time.
-    least = (16, 16, max(16, 32 // dtype.itemsize))
-    if dtype.itemsize == 1 and rows >= 64:
-        # As many bytes of K, where operands do not go through registers.
-        sides = (*sides[:2], 2 * sides[2])
-    bm, bn, bk = (
-        min(side, max(low, _layout.next_power_of_2(n))) for side, low, n in zip(sides, least, (rows, columns, steps))
-    )
-    acc = torch.float32 if dtype in FLOAT8 else compute_type(dtype)
-    rounds = dtype == torch.float32 and backends.arch().target[0] == "cuda" and tf32()
-    warps = config["warps"] if bm * bn > 64 * 64 else 8 if dtype == torch.float32 and bm * bn > 32 * 64 else 4
-    return dict(BM=bm, BN=bn, BK=bk), dict(
-        ACC=TRITON[acc], PRECISION="tf32" if rounds else "ieee", PROMOTED=promoted(dtype, bm, fast), SWIZZLE=config["group"],
-        num_warps=warps, num_stages=config["stages"],
+def _meta(rows: int, columns: int, steps: int, dtype: torch.dtype, fast: bool) -> dict[str, Any]:
+    """What the kernels are compiled with for groups of ``rows``."""
+    meta = _drive.tiles(backends.arch().config("gemm"), None, rows, columns, steps, dtype)
+    # A group is one of rows or steps here.
+    return meta | dict(
+        SWIZZLE=meta.pop("GROUP"), ACC=TRITON[_drive.ACCUMULATORS[dtype]], PRECISION=dot_precision(dtype),
+        PROMOTED=promoted(dtype, meta["BM"], fast),
     )  # fmt: skip
-
-
-def _wide(*tensors: Tensor) -> bool:
-    return any(_layout.is_wide(t.shape, [t.stride()]) for t in tensors)
 
 
 @jit
@@ -198,9 +182,9 @@ def rows(
     run = _on_hopper(out, a, b, after, extras)
     if run is not None:
         return run(out, a, b, None, extras, scalars, offs)
-    sides, meta = _tile(_layout.cdiv(T, max(groups, 1)), N, K, a.dtype, fast)
-    most = T // sides["BM"] + min(groups + 1, T)
-    grid = most * _layout.cdiv(N, sides["BN"])
+    meta = _meta(_layout.cdiv(T, max(groups, 1)), N, K, a.dtype, fast)
+    most = T // meta["BM"] + min(groups + 1, T)
+    grid = most * _layout.cdiv(N, meta["BN"])
     scales = (scale_a.stride(0) if scale_a is not None else 0, *(scale_b.stride() if scale_b is not None else (0, 0)))
     along = tuple(zip(*(_layout.broadcast_strides(t, out.shape) for t in extras))) or ((), ())
     strides = (*out.stride(), *a.stride(), *b.stride(), *scales, *along, *scalars)
@@ -208,7 +192,7 @@ def rows(
     if grid:
         launch(
             after.rows, (grid,), (out, a, b, offs, scale_a, scale_b, extras, groups, T, N, K, *strides),
-            {**sides, **meta, "GROUPS": count, "WIDE": _wide(out, a, b, *extras)},
+            {**meta, "GROUPS": count, "WIDE": _layout.any_wide(out, a, b, *extras)},
         )  # fmt: skip
 
 
@@ -229,7 +213,7 @@ def _on_hopper(
     # A batch of products that have the first factor and the result in common.
     shared = [t.expand(groups, *t.shape) for t in (out, a, *(t.expand(out.shape) for t in extras))]
     space = Space.of(shared[0], shared[1], b, shared[2:])
-    space = dataclasses.replace(space, wide=_wide(out, a, b, *extras))
+    space = dataclasses.replace(space, wide=_layout.any_wide(out, a, b, *extras))
     small = any(t.dtype.itemsize > 2 and along == 3 for t, along in zip(extras, space.along))
     choice = best_of_groups(T, N, K, groups, config["processors"], small, 3 in space.along)
     found: Callable[..., None] | None = after.hopper().plan(space, a.dtype, choice, groups=groups)
@@ -246,13 +230,13 @@ def steps(
     T = a.shape[1]
     # Groups begin anywhere, so that loads go through registers: longer steps spill, as do 128 x 128 sums next to those of a step.
     most = 64 if promoted(a.dtype, M, fast) else M
-    sides, meta = _tile(min(M, most), N, min(_layout.cdiv(T, max(groups, 1)), 64), a.dtype, fast)
-    grid = groups * _layout.cdiv(M, sides["BM"]) * _layout.cdiv(N, sides["BN"])
+    meta = _meta(min(M, most), N, min(_layout.cdiv(T, max(groups, 1)), 64), a.dtype, fast)
+    grid = groups * _layout.cdiv(M, meta["BM"]) * _layout.cdiv(N, meta["BN"])
     scales = [s for t in (scale_a, scale_b) for s in (t.stride() if t is not None else (0, 0))]
     along = tuple(zip(*(_layout.broadcast_strides(t, out.shape) for t in extras))) or ((), (), ())
     strides = (*out.stride(), *a.stride(), *b.stride(), *scales, *along, *scalars)
     if grid:
         launch(
             after.steps, (grid,), (out, a, b, offs, scale_a, scale_b, extras, M, N, T, *strides),
-            {**sides, **meta, "WIDE": _wide(out, a, b, *extras)},
+            {**meta, "WIDE": _layout.any_wide(out, a, b, *extras)},
         )  # fmt: skip

@@ -19,7 +19,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -28,6 +27,7 @@ from gemskit import _layout, language
 from gemskit._bind import fill
 from gemskit._dtypes import FLOAT8, TRITON
 from gemskit._following import launch_next, previous
+from gemskit._gluon import as_one, barriers, block_to_shared
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
@@ -37,9 +37,6 @@ from gemskit.blas._space import Space, read
 
 #: Parts that are loaded together, and elements of a tile that a program adds up: 64x1024x4096 13.9 us, one by one 15.
 UNROLL, PART = tl.constexpr(4), 512
-
-#: Its name until Triton 3.6.
-block_to_shared = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 #: Filled in per operator.
 EPILOGUE: Any = None
@@ -342,37 +339,13 @@ def _store(
     tl.store(out + at, value, (m >= own_m) & (m < M) & (n >= own_n) & (n < N))
 
 
-if hasattr(gl.shared_memory_descriptor, "reinterpret"):
-
-    @gluon.jit
-    def as_one(tiles, shape: gl.constexpr, layout: gl.constexpr):
-        """The same memory in another shape."""
-        return tiles.reinterpret(tiles.dtype, shape, layout)
-
-else:  # Its name until Triton 3.8.
-
-    @gluon.jit
-    def as_one(tiles, shape: gl.constexpr, layout: gl.constexpr):
-        """The same memory in another shape."""
-        return tiles._reinterpret(tiles.dtype, shape, layout)
-
-
-@gluon.jit
-def barriers(number: gl.constexpr, arrivals: gl.constexpr):
-    """Barriers in shared memory, each complete after so many arrivals. A fence is to follow the last of them."""
-    made = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(number):
-        mbarrier.init(made.index(i), count=arrivals)
-    return made
-
-
 @gluon.jit
 def product(
     out, a, b, up, parts, extras, batch_sizes, out_batch, a_batch, b_batch, extra_batch, out_m, out_n, extra_m, extra_n,
     s0, s1, s2, s3, M, N, K, whole, split, pieces, part_steps, offs, groups,
     A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     STAGES: gl.constexpr, WORKERS: gl.constexpr, GROUP: gl.constexpr, ONE: gl.constexpr, WIDE: gl.constexpr,
-    ALONG: gl.constexpr, ALIGN: gl.constexpr, TURNED: gl.constexpr, PROMOTED: gl.constexpr, num_warps: gl.constexpr,
+    ALONG: gl.constexpr, ALIGN: gl.constexpr, TURNED: gl.constexpr, PROMOTED: gl.constexpr,
 ):  # fmt: skip
     """``a`` is [M, K] (A_ROWS) or [K, M], ``b`` [K, N] (B_ROWS) or [N, K], batches one below the other; float8 along K.
 
@@ -554,8 +527,7 @@ class Kernels:
         one = choice.whole <= choice.processors and not (split or groups or space.wide) and space.batches == 1
         meta = dict(
             tile, A_ROWS=bool(a.k_last), B_ROWS=not b.k_last, BK=choice.BK, STAGES=choice.STAGES,
-            WORKERS=choice.workers, ONE=one,
-            PROMOTED=promoted, num_warps=4,
+            WORKERS=choice.workers, ONE=one, PROMOTED=promoted, num_warps=4,
         )  # fmt: skip
         rows = max(1, min(64, PART // choice.BN))
         grid = (min(choice.processors, choice.whole + split * pieces),)

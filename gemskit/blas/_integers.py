@@ -74,11 +74,7 @@ class Integers:
         bm, bn = (min(SIDE, _layout.next_power_of_2(n)) for n in (space.M, space.N))
         grid = _layout.cdiv(space.M, bm) * _layout.cdiv(space.N, bn) * space.batches
         meta = dict(ACC=TRITON[acc], BM=bm, BN=bn, GROUP=8, WIDE=space.wide, num_warps=8 if acc == torch.int64 else 4)
-        (out_m, a_m, *extra_m), (out_n, b_n, *extra_n) = space.rows, space.cols
-        strided = (
-            space.sizes, *space.batch[:3], space.batch[3:], out_m, out_n, a_m, space.a_k, space.b_k, b_n,
-            tuple(extra_m), tuple(extra_n),
-        )  # fmt: skip
+        strided = space.strided
         sizes = space.M, space.N, space.K
 
         def run(out: Tensor, a: Tensor, b: Tensor, named: Named) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import triton.language as tl
 from torch import Tensor
@@ -65,6 +66,14 @@ class Space:
     def along(self) -> tuple[int, ...]:
         """Of each further operand, what it varies along: 1 columns, 2 rows, 3 both."""
         return tuple([2 * (r != 0) + (c != 0) for r, c in zip(self.rows[2:], self.cols[2:])])
+
+    @property
+    def strided(self) -> tuple[Any, ...]:
+        """Sizes of the batch and strides in the order of kernels' arguments: ``batch_sizes`` to ``extra_n``."""
+        out_batch, a_batch, b_batch, *extra_batch = self.batch
+        (out_m, a_m, *extra_m), (out_n, b_n, *extra_n) = self.rows, self.cols
+        batch = (self.sizes, out_batch, a_batch, b_batch, tuple(extra_batch))
+        return (*batch, out_m, out_n, a_m, self.a_k, self.b_k, b_n, tuple(extra_m), tuple(extra_n))
 
     def transposed(self) -> Space:
         """The same as ``out.mT = b.mT @ a.mT``."""

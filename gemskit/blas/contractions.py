@@ -211,7 +211,10 @@ def tensordot(a: Tensor, b: Tensor, dims: int | Sequence[Sequence[int]] = 2, out
 
 
 def inner(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """The sum of products over the last dimension of both; a number multiplies. Source: ``torch.inner``."""
+    """``sum(input[i, k] * other[j, k], k)`` of (.., K) and (.., K): the other dimensions of both. Source: ``torch.inner``.
+
+    A tensor without dimensions multiplies.
+    """
     if not input.ndim or not other.ndim:
         return mul(input, other, out=out)
     return tensordot(input, other, ([-1], [-1]), out)
@@ -231,7 +234,10 @@ def _flat(batch1: Tensor, batch2: Tensor) -> tuple[Tensor, Tensor]:
 def addbmm(
     input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: Number = 1, alpha: Number = 1, out: Tensor | None = None
 ) -> Tensor:
-    """``beta * input + alpha *`` the sum of the products of two batches of matrices. Source: ``torch.addbmm``."""
+    """``beta * input + alpha * sum(batch1[i] @ batch2[i])`` of (B, N, K) and (B, K, M): (N, M). Source: ``torch.addbmm``.
+
+    ``input`` broadcasts to the result. One product of length B * K, as :func:`addmm`, whose dtypes it takes.
+    """
     return addmm(input, *_flat(batch1, batch2), beta=beta, alpha=alpha, out=out)
 
 
@@ -271,5 +277,5 @@ def linalg_multi_dot(tensors: Sequence[Tensor], *, out: Tensor | None = None) ->
 
 
 def chain_matmul(*matrices: Tensor, out: Tensor | None = None) -> Tensor:
-    """:func:`linalg_multi_dot` of matrices, or the one. Source: ``torch.chain_matmul``."""
+    """:func:`linalg_multi_dot` of two matrices or more; of one, that one itself. Source: ``torch.chain_matmul``."""
     return linalg_multi_dot(matrices, out=out) if len(matrices) > 1 else matrices[0]

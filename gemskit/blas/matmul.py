@@ -175,7 +175,7 @@ def _matmul(meaning: Callable[..., Tensor]) -> _Matmul:
 
 @_matmul
 def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """The product over the last dimension of ``input`` and the last but one of ``other``, whose batches broadcast.
+    """``input @ other``, (.., M, K) by (.., K, N): (.., M, N), in their dtype. Batches broadcast.
 
     A vector is a row on the left, a column on the right, and its dimension is not in the result. Source: ``torch.matmul``.
     """

@@ -24,7 +24,7 @@ BLOCK = 128
 
 @gemm(aten="_int_mm", factors=("input", "mat2"))
 def int_mm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Product of two int8 matrices in int32, of any sizes. Source: ``torch._int_mm``."""
+    """``input @ mat2`` of int8 matrices (M, K) and (K, N), of any sizes: (M, N), int32. Source: ``torch._int_mm``."""
     if input.dtype != torch.int8 or mat2.dtype != torch.int8:
         raise TypeError(f"both factors must have the dtype int8, not {input.dtype} and {mat2.dtype}")
     return torch.mm(input.to(torch.int32), mat2.to(torch.int32))

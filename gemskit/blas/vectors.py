@@ -20,7 +20,7 @@ from gemskit.pointwise.arithmetic import mul
 
 @operator(aten="mv")
 def mv(input: Tensor, vec: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Product of the matrix ``input`` (M, K) and the vector ``vec`` (K,): (M,). Source: ``torch.mv``."""
+    """Product of the matrix ``input`` (M, K) and the vector ``vec`` (K,): (M,), both of one dtype. Source: ``torch.mv``."""
     return torch.mv(input, vec)
 
 
@@ -79,7 +79,7 @@ def _(
 
 @operator(aten="dot")
 def dot(input: Tensor, tensor: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """The sum of the products of two vectors of one length. Source: ``torch.dot``."""
+    """``sum(input * tensor)`` of two vectors (n,) of one dtype: (). Halves are summed in float32. Source: ``torch.dot``."""
     return torch.dot(input, tensor)
 
 
@@ -104,7 +104,10 @@ def vdot(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 @operator(aten="linalg_vecdot", floats=("x", "y"))
 def linalg_vecdot(x: Tensor, y: Tensor, *, dim: int = -1, out: Tensor | None = None) -> Tensor:
-    """The sum of ``x * y`` over ``dim``; the other dimensions broadcast. Source: ``torch.linalg.vecdot``."""
+    """``sum(x * y, dim)``, the two broadcast against each other. Halves are summed in float32.
+
+    Source: ``torch.linalg.vecdot``.
+    """
     return torch.linalg.vecdot(x, y, dim=dim)  # type: ignore[no-any-return]
 
 
@@ -122,7 +125,7 @@ def _(grad: Tensor, x: Tensor, y: Tensor, dim: int, needs: set[str], like: Like)
 
 
 def outer(input: Tensor, vec2: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """``input[i] * vec2[j]`` of two vectors. Source: ``torch.outer``."""
+    """``input[i] * vec2[j]`` of two vectors (n,) and (m,): (n, m), in the dtype of :func:`mul`. Source: ``torch.outer``."""
     if input.ndim != 1 or vec2.ndim != 1:
         raise ShapeError(f"outer: accepted are two vectors, given {list(input.shape)} and {list(vec2.shape)}")
     return mul(input[:, None], vec2, out=out)
@@ -188,7 +191,10 @@ def _interleaved(input: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
 @operator(aten="kron")
 def kron(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """The Kronecker product: each element of ``input`` times all of ``other``. Source: ``torch.kron``."""
+    """The Kronecker product: in the place of each element of ``input``, it times all of ``other``. Source: ``torch.kron``.
+
+    Sizes multiply; what has fewer dimensions gets some of size 1 in front. Dtypes are promoted.
+    """
     # torch 2.13 refuses matrices of some layouts.
     return torch.kron(input.contiguous(), other.contiguous())
 

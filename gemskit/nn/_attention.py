@@ -1,5 +1,3 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
-# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 """The attention forward: one pass over the keys, of dense, packed and paged sequences, whole or split over several programs.
 
 With ``s = scale * query @ key.T``, modified and masked, it writes ``softmax(s) @ value`` and ``lse = log(sum(exp(s)))`` of every

@@ -23,7 +23,7 @@ class Views:
 
     def __init__(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool,
-        scale: float | None, enable_gqa: bool, bottom_right: bool, seed: Tensor | None, precision: str,
+        scale: float | None, enable_gqa: bool, bottom_right: bool, seed: Tensor | None,
     ) -> None:  # fmt: skip
         heads_q, heads_k, heads_v = (t.shape[-3] if t.dim() > 2 else 1 for t in (query, key, value))
         self.owners = max(heads_k, heads_v)
@@ -44,7 +44,6 @@ class Views:
         self.problem = Problem(
             self.view(query, self.heads), self.view(key, self.owners), self.view(value, self.owners), self.batch,
             length, size, scale, mask, dropout_p, seed, right=0 if is_causal else None, bottom=is_causal and bottom_right,
-            precision=precision,
         )  # fmt: skip
 
     def view(self, t: Tensor, heads: int) -> Tensor:
@@ -71,7 +70,7 @@ class Views:
 def forward(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
     scale: float | None, enable_gqa: bool, bottom_right: bool = False, *, out: Tensor, lse: Tensor, seed: Tensor | None,
-    config: Mapping[str, int], precision: str = "ieee",
+    config: Mapping[str, int],
 ) -> None:  # fmt: skip
     """Write ``softmax(scale * query @ key.T + attn_mask) @ value`` and the logarithm of every row's sum.
 
@@ -82,7 +81,7 @@ def forward(
     Raises:
         NoKernel: a head size above 256, or key and value head numbers that one loop cannot serve.
     """
-    views = Views(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, bottom_right, seed, precision)
+    views = Views(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, bottom_right, seed)
     if views.problem.size == 0:
         lse.fill_(-math.inf)
         out.zero_()
@@ -98,13 +97,13 @@ def backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, out: Tensor, lse: Tensor,
     dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool, bottom_right: bool = False, *,
     grad_lse: Tensor | None = None, grad_query: Tensor | None, grad_key: Tensor | None, grad_value: Tensor | None,
-    grad_mask: Tensor | None = None, seed: Tensor | None, config: Mapping[str, int], precision: str = "ieee",
+    grad_mask: Tensor | None = None, seed: Tensor | None, config: Mapping[str, int],
 ) -> None:  # fmt: skip
     """Write the gradients that are not None, each with the shape of its input, from what `forward` wrote.
 
     ``grad_mask`` has the shape of an added ``attn_mask`` and sums over the axes that it broadcasts.
     """
-    views = Views(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, bottom_right, seed, precision)
+    views = Views(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, bottom_right, seed)
     p = views.problem
     if p.empty:
         for t in (grad_query, grad_key, grad_value, grad_mask):

@@ -1,5 +1,3 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
-# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 """The attention backward: one kernel for keys and values, one for queries, one for an added mask; no atomics.
 
 They recompute ``p = exp(s - lse)`` tile by tile and use, with ``delta = sum(out * grad)``, ``grad_value = p.T @ grad``,

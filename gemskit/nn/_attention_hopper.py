@@ -23,15 +23,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from gemskit import _layout
 from gemskit._dtypes import TRITON
+from gemskit._gluon import barriers, block_to_shared, group_barrier
 from gemskit._launch import launch
 from gemskit._tensor_map import Descriptor, loadable
-from gemskit.blas._hopper import barriers, block_to_shared, lines_of
+from gemskit.blas._hopper import lines_of
 from gemskit.nn._attention_packed import ENTRY, packed_tiles
 from gemskit.nn._attention_tiles import LN2, LOG2E, window
 from gemskit.nn._hopper_order import LISTED, number_of_tiles, order, sections, tile_of
-
-#: Triton 3.6 has the first name, later ones the second.
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 
 @gluon.jit
@@ -153,7 +151,7 @@ def _clear(values, count, BN: gl.constexpr, EV: gl.constexpr):
             line = start + gl.arange(0, PART, gl.SliceLayout(1, layout))
             part.store(gl.where((line < count)[:, None], part.load(layout), gl.zeros([PART, EV], values.dtype, layout)))
     fence_async_shared()
-    _barrier()
+    group_barrier()
 
 
 @gluon.jit
@@ -270,7 +268,6 @@ def attention_hopper(
     tiles, tiles_m, planes, section, heads, group, length, size, left, right, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, VALUE: gl.constexpr, STAGES: gl.constexpr,
     TILES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, TURNS: gl.constexpr, ORDER: gl.constexpr,
-    num_warps: gl.constexpr,
 ):  # fmt: skip
     """``query``, ``key`` and ``value`` load blocks of (1, 1, rows, columns); ``out_at`` and ``lse_at`` are strides.
 
@@ -366,6 +363,6 @@ def run(p: Any, out: Tensor, lse: Tensor, config: Mapping[str, int]) -> bool:
         attention_hopper, (programs,),
         (*described, out, lse, listed, p.at(out), p.at(lse), *numbers, *p.sides, factor),
         dict(BM=bm, BN=bn, E=e, EV=ev, VALUE=p.shape["VALUE"], STAGES=2, TILES=2 if small else 1,
-             SIDES=p.shape["SIDES"], BOTTOM=p.bottom, TURNS=max(e, ev) <= config.get("turns", 0), ORDER=how, num_warps=4),
+             SIDES=p.shape["SIDES"], BOTTOM=p.bottom, TURNS=max(e, ev) <= config["turns"], ORDER=how, num_warps=4),
     )  # fmt: skip
     return True

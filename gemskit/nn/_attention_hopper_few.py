@@ -21,10 +21,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from gemskit._gluon import as_one, barriers, block_to_shared, group_barrier
 from gemskit._launch import launch
-from gemskit.blas._hopper import as_one, barriers, block_to_shared
 from gemskit.nn import _attention_host as host
-from gemskit.nn._attention_hopper import _barrier, _clear, _descriptor, served
+from gemskit.nn._attention_hopper import _clear, _descriptor, served
 from gemskit.nn._attention_tiles import LN2, LOG2E
 
 #: Columns of a block in shared memory: what one line of the copy engine's widest swizzle holds.
@@ -140,7 +140,7 @@ def _multiply(
             live = (r < heads) & (column < HEAD)
             queries.index(j).store(gl.load(at + column.to(gl.int64) * q_at[3], mask=live, other=0.0))
         fence_async_shared()
-        _barrier()
+        group_barrier()
         total = gl.zeros([N, G], gl.float32, turned)
         peak = gl.full([G], -float("inf"), gl.float32, across)
         acc = ()
@@ -169,7 +169,7 @@ def _multiply(
             fence_async_shared()
             total = total * shrink + weights
             peak = top
-            _barrier()
+            group_barrier()
             mbarrier.wait(v_full.index(stage), phase)
             if left < N:  # what is behind the last value may be NaN, and 0 x NaN is
                 for j in gl.static_range(VP):
@@ -201,7 +201,7 @@ def attention_hopper_few(
     query, key, value, out, lse, bounds, used, table, q_at, out_at, lse_at, bounds_at, used_at, table_at,
     columns, owners, group, size, splits, units, factor,
     N: gl.constexpr, G: gl.constexpr, HEAD: gl.constexpr, VALUE: gl.constexpr, PAGE: gl.constexpr, PIECES: gl.constexpr,
-    STAGES: gl.constexpr, num_warps: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """``key`` and ``value`` load blocks of (1, 1, rows, 64), of pages or batches; ``*_at`` are strides as in `attention_forward`.
 

@@ -22,9 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from gemskit import _layout
+from gemskit._gluon import barriers, block_to_shared
 from gemskit._jit import jit
 from gemskit._launch import launch
-from gemskit.blas._hopper import barriers, block_to_shared, lines_of
+from gemskit.blas._hopper import lines_of
 from gemskit.nn._attention_hopper import _descriptor, _place, _seen, served
 from gemskit.nn._attention_tiles import LOG2E, tile, window
 from gemskit.nn._hopper_order import number_of_tiles, order, sections, tile_of
@@ -246,7 +247,6 @@ def attention_hopper_grad_key_value(
     tiles, tiles_n, planes, section, owners, group, shares, length, size, left, right, scale, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, HEAD: gl.constexpr, VALUE: gl.constexpr,
     STAGES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
-    num_warps: gl.constexpr,
 ):  # fmt: skip
     """A tile of BN keys and values a turn, summed over blocks of BM rows of all heads that share them."""
     KEYS: gl.constexpr = to_key is not None
@@ -375,7 +375,7 @@ def attention_hopper_grad_query(
     query, grad, key, value, numbers, to_query, query_at,
     tiles, tiles_m, planes, section, heads, group, length, size, left, right, scale, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, HEAD: gl.constexpr, STAGES: gl.constexpr,
-    SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr, num_warps: gl.constexpr,
+    SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
     """A tile of BM rows a turn, summed over blocks of BN keys."""
     queries = gl.allocate_shared_memory(query.dtype, [2] + query.block_type.shape, query.layout)
@@ -445,7 +445,7 @@ def run(
         if for_key is None and for_value is None:
             continue
         # Where values stay in shared memory too there is room for half as many rows.
-        block, stages = (32, 2) if for_value is None and not small else (64, 2)
+        block = 32 if for_value is None and not small else 64
         tiles = _layout.cdiv(p.size, side)
         shares = _shares(p.batch * p.owners * tiles, p.group, config["processors"])
         owners, group = p.owners * shares, p.group // shares
@@ -467,7 +467,7 @@ def run(
             kernel, (programs,),
             (*inputs, *sums, *map(_strides, sums),
              planes * tiles, tiles, planes, section, owners, group, shares, *sizes),
-            dict(meta, BM=block, BN=side, VALUE=width, STAGES=stages, ORDER=how, **extra),
+            dict(meta, BM=block, BN=side, VALUE=width, STAGES=2, ORDER=how, **extra),
         )  # fmt: skip
         for t, found in zip((for_key, for_value), sums):
             if t is not None and found is not None and found is not t:

@@ -23,9 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from gemskit._block_add import add_block
+from gemskit._gluon import add_block, barriers, block_to_shared
 from gemskit._tensor_map import Descriptor
-from gemskit.blas._hopper import barriers, block_to_shared
 from gemskit.nn._attention_hopper_grads import ROWS, _put, _seen_from, _tile_of_keys
 from gemskit.nn._attention_tiles import window
 from gemskit.nn._hopper_order import number_of_tiles
@@ -183,7 +182,6 @@ def attention_hopper_grads_together(
     tiles, tiles_n, planes, section, owners, group, shares, length, size, left, right, scale, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, HEAD: gl.constexpr, VALUE: gl.constexpr,
     STAGES: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr, AHEAD: gl.constexpr,
-    num_warps: gl.constexpr,
 ):  # fmt: skip
     """A tile of BN keys and values a turn, and blocks of BM rows of all heads that share them, whose gradients it adds to.
 
@@ -224,7 +222,7 @@ def attention_hopper_grads_together(
 def wanted(p: Any, width: int, config: Mapping[str, int], *gradients: Tensor | None) -> bool:
     """Whether one kernel is to be taken: for all gradients, where their last bits may differ from run to run."""
     repeatable = p.deterministic or torch.are_deterministic_algorithms_enabled()
-    served = width <= config.get("together", 0) and add_block is not None
+    served = width <= config["together"]
     return served and not repeatable and None not in gradients
 
 

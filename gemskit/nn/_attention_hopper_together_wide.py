@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from gemskit.blas._hopper import barriers, block_to_shared
+from gemskit._gluon import barriers, block_to_shared
 from gemskit.nn._attention_hopper_grads import _put, _seen_from, _tile_of_keys
 from gemskit.nn._attention_hopper_together import _add
 from gemskit.nn._attention_tiles import window
@@ -222,7 +222,6 @@ def attention_hopper_grads_together_wide(
     tiles, tiles_n, planes, section, owners, group, shares, length, size, left, right, scale, factor,
     BM: gl.constexpr, BN: gl.constexpr, E: gl.constexpr, EV: gl.constexpr, HEAD: gl.constexpr, VALUE: gl.constexpr,
     STAGES: gl.constexpr, HELD: gl.constexpr, SIDES: gl.constexpr, BOTTOM: gl.constexpr, ORDER: gl.constexpr,
-    num_warps: gl.constexpr,
 ):  # fmt: skip
     """A tile of BN keys and values a turn, and blocks of BM rows of all heads that share them, whose gradients it adds to.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gemskit import _layout
+from gemskit._driver import dot_precision
 from gemskit._following import launch_next
 from gemskit._launch import launch
 from gemskit.errors import NoKernel
@@ -55,7 +56,7 @@ def blocks(head_size: int, config: Mapping[str, int], *, itemsize: int = 2, kern
         }
     fewer = max(1, stages - 1)
     if wide > 128:
-        warps = config.get("wide", warps)
+        warps = config["wide"]
     if kernel == "query":
         rows = min(m, max(16, 16384 // wide))
         return {
@@ -115,7 +116,6 @@ class Problem:
     #: A key's columns lie in groups of so many, this stride apart (0: they do not).
     split: tuple[int, int] = (0, 0)
     mods: Mods = field(default_factory=Mods)
-    precision: str = "ieee"
     name: str = "scaled_dot_product_attention"
     #: Whether gradients are to be the same in every run, whatever torch's setting is.
     deterministic: bool = False
@@ -151,7 +151,7 @@ class Problem:
             "EV": wide_value,
             "SIDES": (self.right is not None) + 2 * (self.left is not None),
             "BOTTOM": self.bottom,
-            "PRECISION": self.precision if self.query.dtype == torch.float32 else "ieee",
+            "PRECISION": dot_precision(self.query.dtype),
         }
         self.kind = 0 if self.mask is None else 1 if self.mask.dtype == torch.bool else 2
         self.modified = {"SCORE": self.mods.score, "VISIBLE": self.mods.visible}
@@ -237,7 +237,7 @@ def parts_of(
     With blocks of ``whole`` keys one program a processor is enough. H200: 1024 keys in 16 parts 11.4 us, in 4 12.8; 32 x 8192 in
     one part, with such blocks, 136, in two 140.
     """
-    programs, processors = max(1, _layout.cdiv(rows, block["M"]) * planes), config.get("processors", 128)
+    programs, processors = max(1, _layout.cdiv(rows, block["M"]) * planes), config["processors"]
     if whole and 10 * programs >= 9 * processors:
         return 1
     tiles = _layout.cdiv(size, block["N"])
@@ -256,13 +256,13 @@ def run(p: Problem, out: Tensor, lse: Tensor, config: Mapping[str, int], *, part
     A few query rows (decoding) are too few programs: those of the heads that share a key head then stand in one tile, and
     keys are read in ``parts``, by default as many as make the device busy.
     """
-    if config.get("wgmma") and p.length > FEW and parts <= 1:
+    if config["wgmma"] and p.length > FEW and parts <= 1:
         # Gluon takes 0.1 s to import.
         from gemskit.nn import _attention_hopper
 
         if _attention_hopper.run(p, out, lse, config):
             return
-    if config.get("wgmma") and p.length == 1:
+    if config["wgmma"] and p.length == 1:
         from gemskit.nn import _attention_hopper_few
 
         if _attention_hopper_few.run(p, out, lse, config, parts):
@@ -275,9 +275,9 @@ def run(p: Problem, out: Tensor, lse: Tensor, config: Mapping[str, int], *, part
         block = few_rows(p.blocks(config, "few"), rows)
         if not parts:
             planes = p.batch * (p.owners if pack else p.heads)
-            alone = _layout.cdiv(rows, block["M"]) * planes <= config.get("processors", 128)
+            alone = _layout.cdiv(rows, block["M"]) * planes <= config["processors"]
             # Longer blocks, where nothing hides that a program waits but what it has asked for.
-            long = config.get("whole", 0) if p.width <= 128 and p.query.element_size() == 2 else 0
+            long = config["whole"] if p.width <= 128 and p.query.element_size() == 2 else 0
             if alone and p.table is not None and long and p.key.shape[2] % long:
                 long = 0  # 32 x 8192 keys in pages of 16: 184 us for 142
             parts = parts_of(rows, p.size, planes, block, config, long) if p.mods.visible is None else 1
@@ -357,7 +357,7 @@ def run_backward(
 
     ``to_mask`` is that of an added mask, with size 1 where it broadcasts.
     """
-    if config.get("wgmma") and to_mask is None:
+    if config["wgmma"] and to_mask is None:
         from gemskit.nn import _attention_hopper_grads
 
         if _attention_hopper_grads.run(p, grad, grad_lse, out, lse, config, to_query, to_key, to_value):

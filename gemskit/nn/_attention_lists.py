@@ -1,5 +1,3 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
-# pyright: basic, reportArgumentType=false, reportCallIssue=false
 """Which tiles a mask of the user's leaves anything in, so that attention reads only those."""
 
 from __future__ import annotations

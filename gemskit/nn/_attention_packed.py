@@ -1,5 +1,3 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
-# pyright: basic, reportArgumentType=false, reportCallIssue=false
 """The tiles of rows of packed sequences, those that see most keys first, for programs that take one after the other.
 
 Sequences differ in length, and how long they are is known on the device alone. The place of a tile in the list is the number of

@@ -1,5 +1,3 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped, assignment"
-# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 """What the attention kernels share: tiles of matrices, where sequences lie, scores with what modifies them, dropout.
 
 What a call lacks is None (a pointer, a number, a function of the user's) and leaves no code. Scores live in base 2 (``exp2``).

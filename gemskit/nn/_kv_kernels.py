@@ -1,5 +1,3 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
-# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 """Kernels of key-value caches: rows written at slots, and the weighted sum of two attention states."""
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from gemskit.language import div
 @jit
 def cache_rows(
     sources, caches, scales, slots, table, lengths,
-    source_at, cache_at, table_at, table_step, slot_step, tokens, heads, widths, page, limit, new, shift,
+    source_at, cache_at, table_at, table_step, slot_step, heads, widths, page, limit, new, shift,
     KIND: tl.constexpr, SPLIT: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """One program writes one token into each of the caches, at its slot; a slot below 0 or past the cache is skipped.

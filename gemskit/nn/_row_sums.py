@@ -21,7 +21,8 @@ from gemskit._launch import launch
 from gemskit._layout import offset
 from gemskit._op import Named
 from gemskit.nn._row_space import Space
-from gemskit.nn._rows import Rows, Statistic, _again, _converted, _masked, _nothing, _read, _start, _tiles
+from gemskit.nn._rows import Rows, Statistic
+from gemskit.nn._rows_kernel import again, converted, identities, masked, placeholders, read, read_tiles
 
 #: Filled in per operator.
 SUMS: Any = None
@@ -48,15 +49,15 @@ def _row_sums(
     stop = tl.minimum(first + part, rows)
     total = ()
     for _t in tl.static_range(COUNT):
-        total = total + (_start(ZEROS, 0, COMPUTE, BM, BN),)
-    none = _nothing(first + lane, ins)
-    vectors = _read(
+        total = total + (identities(ZEROS, 0, COMPUTE, BM, BN),)
+    none = placeholders(first + lane, ins)
+    vectors = read(
         none, ins, first + lane, col, rows, cols, row_sizes, col_sizes, in_row, in_col, VECTORS, ALONG, EVEN, ""
     )
     if STAGES > 0:
         # Copied to shared memory, so many blocks of rows ahead less one.
         for start in tl.range(first, stop, BM, num_stages=STAGES):
-            tiles = _tiles(
+            tiles = read_tiles(
                 vectors, ins, start + lane, col, rows, cols, row_sizes, col_sizes, in_row, in_col, OTHERS, ALONG, EVEN,
                 "evict_first", COUNT, BN,
             )  # fmt: skip
@@ -66,13 +67,13 @@ def _row_sums(
                 EVEN, COUNT, BM, BN,
             )  # fmt: skip
     else:
-        tiles = _tiles(
+        tiles = read_tiles(
             vectors, ins, first + lane, col, rows, cols, row_sizes, col_sizes, in_row, in_col, OTHERS, ALONG, EVEN,
             "evict_first", COUNT, BN,
         )  # fmt: skip
         for start in range(first, stop, BM):
             # The next rows are on their way while these are summed.
-            following = _tiles(
+            following = read_tiles(
                 vectors, ins, start + lane + BM, col, rows, cols, row_sizes, col_sizes, in_row, in_col, OTHERS, ALONG,
                 2 if EVEN else 0, "evict_first", COUNT, BN,
             )  # fmt: skip
@@ -98,7 +99,7 @@ def _block(
     """Finish a block of rows; the sums with what it adds."""
     stats = ()
     for K in tl.static_range(len(IDENTITY)):
-        state = _start(IDENTITY, K, COMPUTE, BM, BN)
+        state = identities(IDENTITY, K, COMPUTE, BM, BN)
         for t in tl.static_range(COUNT):
             c = col + t * BN
             raw = _beside(tiles[t], ins, stop > 0, c, cols, col_sizes, in_col, OBSERVED, EVEN, BN)
@@ -108,7 +109,7 @@ def _block(
             )  # fmt: skip
         stats = stats + COMBINE(K, state)
         if COUNT > 1:
-            tiles = _again(tiles, stats[K], ALONG)
+            tiles = again(tiles, stats[K], ALONG)
     grown = ()
     for t in tl.static_range(COUNT):
         c = col + t * BN
@@ -117,9 +118,9 @@ def _block(
             outs, (raw,), ins, stats, s0, s1, s2, s3, row, c, rows, cols, row_sizes, col_sizes, out_row, out_col, in_row,
             in_col, COMPUTE, ROUND, KEEP, ALONG, OUT_ALONG, PICK, NONE, EVEN, t == 0, BM, BN,
         )  # fmt: skip
-        v = _converted(raw, COMPUTE, ROUND, KEEP)
+        v = converted(raw, COMPUTE, ROUND, KEEP)
         terms = SUMS(v, s0, s1, s2, s3, c, cols)
-        terms = _masked(terms, (row < stop) & (c < cols), ZEROS, 0, COMPUTE, EVEN, BM, BN)
+        terms = masked(terms, (row < stop) & (c < cols), ZEROS, 0, COMPUTE, EVEN, BM, BN)
         grown = grown + (_added(total[t], terms),)
     return grown
 
@@ -167,15 +168,8 @@ def _join(outs, sums, count, cols, BM: tl.constexpr, BN: tl.constexpr, FOLLOWS: 
 class RowSums(Rows):
     """A formula of rows and sums over the rows, by name of the vectors that they are the gradients of."""
 
-    def __init__(
-        self,
-        name: str,
-        formula: Any,
-        statistics: Sequence[Statistic],
-        sums: Mapping[str, Any],
-        keep: Sequence[str] = (),
-    ) -> None:
-        super().__init__(name, formula, statistics, keep=keep)
+    def __init__(self, name: str, formula: Any, statistics: Sequence[Statistic], sums: Mapping[str, Any]) -> None:
+        super().__init__(name, formula, statistics)
         self.sums = dict(sums)
         self.names = tuple(dict.fromkeys((*self.names, *(p for f in self.sums.values() for p in parameters(f)))))
 

@@ -11,14 +11,11 @@ from typing import Any
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.ampere.async_copy import commit_group, wait_group
 
+from gemskit._gluon import elements_to_shared
 from gemskit._layout import offset
-from gemskit.nn._rows import _converted
-
-#: Its name until Triton 3.8.
-copy_ahead = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-commit_group, wait_group = async_copy.commit_group, async_copy.wait_group
+from gemskit.nn._rows_kernel import converted
 
 #: Filled in per operator.
 OBSERVE: Any = None
@@ -67,11 +64,11 @@ def _copy(
                     live = row < stop
                     if not EVEN:
                         live = live & (c < cols)
-                    copy_ahead(rings[k][t].index(slot), ins[k] + at, live, eviction_policy="evict_first")
+                    elements_to_shared(rings[k][t].index(slot), ins[k] + at, live, eviction_policy="evict_first")
                 elif EVEN:
-                    copy_ahead(rings[k][t].index(0), ins[k] + at)
+                    elements_to_shared(rings[k][t].index(0), ins[k] + at)
                 else:
-                    copy_ahead(rings[k][t].index(0), ins[k] + at, c < cols)
+                    elements_to_shared(rings[k][t].index(0), ins[k] + at, c < cols)
 
 
 @gluon.jit
@@ -167,7 +164,7 @@ def ring_sums(
             for t in gl.static_range(COUNT):
                 c = col + t * BN
                 raw = _tile(rings, values, slot, 0, t, ALONG, OBSERVED, layout)
-                v = _converted(raw, COMPUTE, ROUND, KEEP)
+                v = converted(raw, COMPUTE, ROUND, KEEP)
                 seen = _only(OBSERVE(K, v, stats, s0, s1, s2, s3, c, cols), c < cols, EVEN)
                 state = STEP(K, state, (seen,))
             stats = stats + COMBINE(K, state)
@@ -181,7 +178,7 @@ def ring_sums(
                 outs, (raw,), ins, stats, s0, s1, s2, s3, row, c, rows, cols, row_sizes, col_sizes, out_row, out_col, in_row,
                 in_col, COMPUTE, ROUND, KEEP, ALONG, OUT_ALONG, PICK, NONE, EVEN, t == 0, BM, BN,
             )  # fmt: skip
-            v = _converted(raw, COMPUTE, ROUND, KEEP)
+            v = converted(raw, COMPUTE, ROUND, KEEP)
             terms = _only(SUMS(v, s0, s1, s2, s3, c, cols), (row < stop) & (c < cols), EVEN)
             grown = grown + (_grown(total[t], terms),)
         total = grown

@@ -10,17 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gemskit import backends
-from gemskit._driver import tf32
 from gemskit._dtypes import compute_type
 from gemskit._layout import contiguous
 from gemskit._op import operator
 from gemskit.nn import _attention_dense as dense
 
 
-def settings(query: Tensor) -> dict[str, Any]:
-    """The row of the launch table, and how float32 products are rounded."""
-    config = backends.arch(None if query.device.type in ("cpu", "meta") else query.device).config("attention")
-    return dict(config=config, precision="tf32" if tf32() else "ieee")
+def launch_numbers(query: Tensor) -> dict[str, int]:
+    """What the table of the device says of attention."""
+    return backends.arch(None if query.device.type in ("cpu", "meta") else query.device).config("attention")
 
 
 def draw(p: float, device: torch.device) -> Tensor | None:
@@ -113,7 +111,7 @@ def _(
     seed = draw(dropout_p, out.device)
     dense.forward(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, bottom_right,
-        out=out, lse=lse, seed=seed, **settings(query),
+        out=out, lse=lse, seed=seed, config=launch_numbers(query),
     )  # fmt: skip
     if keep is not None:
         keep["lse"] = lse
@@ -131,7 +129,7 @@ def _(
     seed = draw(dropout_p, out.device)
     dense.forward(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, bottom_right,
-        out=out, lse=lse.view(_flat_rows(tuple(out.shape))), seed=seed, **settings(query),
+        out=out, lse=lse.view(_flat_rows(tuple(out.shape))), seed=seed, config=launch_numbers(query),
     )  # fmt: skip
     if keep is not None and seed is not None:
         keep["seed"] = seed
@@ -147,7 +145,7 @@ def _gradients(
     dense.backward(
         grad, query, key, value, attn_mask, out, lse, dropout_p, is_causal, scale, enable_gqa, bottom_right,
         grad_lse=grad_lse, grad_query=found.get("query"), grad_key=found.get("key"), grad_value=found.get("value"),
-        grad_mask=found.get("attn_mask"), seed=seed, **settings(query),
+        grad_mask=found.get("attn_mask"), seed=seed, config=launch_numbers(query),
     )  # fmt: skip
     return found
 

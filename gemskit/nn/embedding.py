@@ -18,7 +18,7 @@ from gemskit._launch import launch
 from gemskit._layout import offset
 from gemskit._op import Named, Op, P, R, operator
 from gemskit.errors import ArgumentError, DtypeError, NoKernel, ShapeError
-from gemskit.pointwise._drive import Elementwise
+from gemskit.pointwise._place import clear, copy, zeros
 
 
 @jit(repr=lambda _: "embedding")
@@ -101,26 +101,6 @@ def embedding_grad_ordered(
     tl.store(out + mine.to(tl.int64) * cols + col, acc.to(out.dtype.element_ty), col < cols)
 
 
-@jit
-def _zero(index):
-    return index * 0
-
-
-@jit
-def _value(value):
-    return value
-
-
-_ZEROS = Elementwise("zeros", _zero)
-_CAST = Elementwise("cast", _value)
-
-
-def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device, into: Tensor | None = None) -> Tensor:
-    out = torch.empty(tuple(shape), dtype=dtype, device=device) if into is None else into
-    _ZEROS({}, [out], torch.int64)
-    return out
-
-
 def _tile(cols: int, rows: int, itemsize: int) -> dict[str, int]:
     """A program moves 16 bytes for each of the table's ``block`` lanes, whole rows if they fit."""
     config = backends.arch().config("gather")
@@ -141,7 +121,7 @@ class _Embedding(Op[P, R]):
         index, weight, out = named["input"], named["weight"], outs[0]
         sizes, (index_rows, out_rows) = _layout.collapse(index.shape, [tuple(index.stride()), tuple(out.stride()[:-1])])
         rows, (size, cols) = math.prod(index.shape), weight.shape
-        wide = _layout.is_wide(out.shape, [out.stride()]) or _layout.is_wide(index.shape, [index.stride()])
+        wide = _layout.any_wide(out, index)
         wide = wide or _layout.is_wide((1, cols), [weight.stride()])
         meta = dict(_tile(cols, rows, weight.element_size()), WIDE=wide)
         strided = (sizes, out_rows, index_rows, out.stride(-1), *weight.stride(), rows, cols, size)
@@ -190,11 +170,11 @@ def _gradient(
     rows, acc, device = input.numel(), compute_type(dtype), grad.device
     strides = [tuple(input.stride()), tuple(grad.stride()[:-1])]
     sizes, (index_rows, grad_rows) = _layout.collapse(input.shape, strides)
-    wide = _layout.is_wide(grad.shape, [grad.stride()]) or _layout.is_wide(input.shape, [input.stride()])
+    wide = _layout.any_wide(grad, input)
     padding = -1 if padding_idx is None else padding_idx % size
     count = None
     if scale_grad_by_freq:
-        count = _zeros((size,), torch.int32, device)
+        count = zeros((size,), torch.int32, device)
         meta: dict[str, Any] = dict(BM=256, WIDE=wide, num_warps=4)
         if rows:
             launch(embedding_count, (_layout.cdiv(rows, 256),), (count, input, sizes, index_rows, rows, size), meta)
@@ -206,7 +186,7 @@ def _gradient(
         if out.numel():
             launch(embedding_grad_ordered, (size * _layout.cdiv(cols, bn),), (out, *strided), meta)
         return {"weight": out}
-    out = _zeros((size, cols), acc, device, into if acc == dtype else None)
+    out = clear(into) if into is not None and acc == dtype else zeros((size, cols), acc, device)
     meta = dict(_tile(cols, rows, grad.element_size()), ACC=TRITON[acc], WIDE=wide)
     grid = _layout.cdiv(rows, meta["BM"]) * _layout.cdiv(cols, meta["BN"])
     if grid and out.numel():
@@ -214,7 +194,7 @@ def _gradient(
     if acc == dtype:
         return {"weight": out}
     narrow = torch.empty((size, cols), dtype=dtype, device=device) if into is None else into
-    _CAST({"value": out}, [narrow], acc)
+    copy(out, narrow)
     return {"weight": narrow}
 
 

@@ -16,7 +16,7 @@ from gemskit.errors import ArgumentError, NoKernel
 from gemskit.nn import _attention_host as host
 from gemskit.nn import _flash_meaning as meaning
 from gemskit.nn._attention_host import Problem
-from gemskit.nn.attention import draw, settings
+from gemskit.nn.attention import draw, launch_numbers
 from gemskit.pointwise import exp, mul, neg, sub, zeros_like
 from gemskit.pointwise.copying import copy_
 from gemskit.reduce import sum
@@ -93,7 +93,7 @@ def _problem(named: dict[str, Any]) -> Problem:
         dropout=named["dropout_p"], left=left, right=right, bottom=True, cap=named["softcap"],
         slopes=named["alibi_slopes"], sinks=named["s_aux"], bounds_q=bounds_q, bounds_k=bounds_k, used=used, table=table,
         descale=(named["q_descale"], named["k_descale"], named["v_descale"]),
-        precision=settings(q)["precision"], name="flash_attention", deterministic=named["deterministic"],
+        name="flash_attention", deterministic=named["deterministic"],
     )  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def _(outs: tuple[Tensor, ...], keep: dict[str, Tensor] | None, **named: Any) ->
     p.seed = draw(p.dropout, out.device)
     packed = named["cu_seqlens_q"] is not None
     rows = lse.unsqueeze(0) if packed else lse
-    host.run(p, _four(out, packed), rows, settings(named["q"])["config"], parts=named["num_splits"])
+    host.run(p, _four(out, packed), rows, launch_numbers(named["q"]), parts=named["num_splits"])
     if keep is not None and p.seed is not None:
         keep["seed"] = p.seed
 
@@ -132,7 +132,7 @@ def _gradients(
     lse, grad_lse = ((t.unsqueeze(0) if packed else t) for t in (out1, grads[1]))
     to = {n: _four(t, packed) for n, t in found.items()}
     delta = host.run_backward(
-        p, _four(grads[0], packed), grad_lse, _four(out, packed), lse, settings(q)["config"],
+        p, _four(grads[0], packed), grad_lse, _four(out, packed), lse, launch_numbers(q),
         to_query=to.get("q"), to_key=to.get("k"), to_value=to.get("v"),
     )  # fmt: skip
     if "s_aux" in needs:

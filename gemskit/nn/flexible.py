@@ -24,7 +24,7 @@ from gemskit._jit import jit
 from gemskit.errors import ArgumentError, DeviceError, DtypeError, GradientError, ShapeError
 from gemskit.nn import _attention_host as host
 from gemskit.nn._attention_host import Mods, Problem
-from gemskit.nn.attention import settings
+from gemskit.nn.attention import launch_numbers
 from gemskit.pointwise import zeros_like
 
 
@@ -95,7 +95,7 @@ def _problem(query: Tensor, key: Tensor, value: Tensor, how: dict[str, Any]) -> 
     bottom, causal = how["bottom_right"], how["is_causal"]
     return Problem(
         query, key, value, query.shape[0], query.shape[2], key.shape[2], how["scale"], right=0 if causal else None,
-        bottom=causal and bottom, mods=how["mods"], precision=settings(query)["precision"], name="attention",
+        bottom=causal and bottom, mods=how["mods"], name="attention",
     )  # fmt: skip
 
 
@@ -119,7 +119,7 @@ class _Attention(torch.autograd.Function):
             lse.fill_(-math.inf)
         else:
             with _where(query):
-                host.run(p, out, lse, settings(query)["config"])
+                host.run(p, out, lse, launch_numbers(query))
         ctx.how = how
         ctx.save_for_backward(query, key, value, out, lse)
         return out, lse
@@ -140,7 +140,7 @@ class _Attention(torch.autograd.Function):
                 return (*(None if t is None else zeros_like(t) for t in wanted), None)
             to_query, to_key, to_value = wanted
             host.run_backward(
-                p, grads[0], grads[1], out, lse, settings(query)["config"],
+                p, grads[0], grads[1], out, lse, launch_numbers(query),
                 to_query=to_query, to_key=to_key, to_value=to_value,
             )  # fmt: skip
         return (*wanted, None)

@@ -114,7 +114,7 @@ def write(
             sources, caches, scales[: len(sources)], slots, table, lengths,
             tuple(t.stride() if t.dim() == 4 else (0, *t.stride()) for t in sources), tuple(map(_at, caches)),
             0 if table is None else table.stride(0), 0 if table is None else table.stride(1),
-            0 if slots is None else slots.stride(0), tokens, heads, widths, page, limit, new, shift[: len(sources)],
+            0 if slots is None else slots.stride(0), heads, widths, page, limit, new, shift[: len(sources)],
         ),
         {
             "KIND": "" if kind is None else _KINDS[kind],

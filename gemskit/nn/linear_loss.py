@@ -26,6 +26,7 @@ from gemskit.nn._loss_parts import JOIN, NUMBERS, PART_GRAD, PART_HARD, PART_SOF
 from gemskit.nn.loss import cross_entropy, numbers, reduced
 from gemskit.pointwise._drive import Elementwise
 from gemskit.pointwise._place import cast
+from gemskit.reduce._drive import element
 from gemskit.reduce._fold import Fold
 
 #: What parts begin at multiples of: the wider side of a tile of a product.
@@ -128,11 +129,6 @@ def _capped_meaning(acc: Tensor, softcap: float) -> Tensor:
 
 
 @jit
-def _element(value):
-    return value
-
-
-@jit
 def _scaled(value, grad, denominator):
     if denominator is not None:
         scale = language.div(grad, denominator)
@@ -143,7 +139,7 @@ def _scaled(value, grad, denominator):
 
 
 _SCALED = Elementwise("linear_cross_entropy_scaled", _scaled)
-_BIAS = Fold("linear_cross_entropy_bias", map=_element, combine=language.add, identity=(0,))
+_BIAS = Fold("linear_cross_entropy_bias", map=element, combine=language.add, identity=(0,))
 
 
 class _Logits:
@@ -225,7 +221,7 @@ def _differentiate(
             else:
                 mm(buffer.mT, input, total.dtype, out=total)
         if "linear_bias" in grads:
-            _BIAS({"value": buffer}, [grads["linear_bias"].narrow(0, start, size)[None]], buffer.shape, (0,), compute)
+            _BIAS({"input": buffer}, [grads["linear_bias"].narrow(0, start, size)[None]], buffer.shape, (0,), compute)
 
 
 def _by_rows(
@@ -248,7 +244,7 @@ def _by_rows(
         _differentiate(some, found, wanted, logits, whole, compute, logits.buffer.narrow(0, 0, count), more=k > 0)
     if "linear_bias" in names:
         grads["linear_bias"] = torch.empty(size[0], dtype=compute, device=device)
-        _BIAS({"value": biases}, [grads["linear_bias"][None]], biases.shape, (0,), compute)
+        _BIAS({"input": biases}, [grads["linear_bias"][None]], biases.shape, (0,), compute)
     return grads
 
 

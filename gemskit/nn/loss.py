@@ -20,8 +20,9 @@ from gemskit._op import operator
 from gemskit.errors import ArgumentError, DtypeError
 from gemskit.nn._drive import row_shape
 from gemskit.nn._rows import Rows, Statistic
-from gemskit.nn.softmax import SOFTMAX_STATISTICS, element
+from gemskit.nn.softmax import SOFTMAX_STATISTICS
 from gemskit.pointwise import _fast
+from gemskit.reduce._drive import element
 from gemskit.reduce._fold import Fold, add_pairs
 
 

@@ -14,7 +14,7 @@ from gemskit.errors import ArgumentError, NoKernel, ShapeError
 from gemskit.nn import _attention_host as host
 from gemskit.nn import _flash_meaning as meaning
 from gemskit.nn._attention_host import Problem
-from gemskit.nn.attention import settings
+from gemskit.nn.attention import launch_numbers
 from gemskit.nn.flash import _window, flash_attention
 from gemskit.nn.kv_cache import FLOAT8, write
 from gemskit.nn.rotary import apply_rotary_pos_emb
@@ -224,10 +224,10 @@ def _(
     p = Problem(
         q, keys.transpose(1, 2), value_cache.transpose(1, 2), q.shape[0], 1, block_tables.shape[1] * keys.shape[1], scale,
         bottom=True, slopes=alibi_slopes, used=seq_lens, table=block_tables, descale=(None, scales[0], scales[1]),
-        split=split, name="paged_attention", precision=settings(query)["precision"],
+        split=split, name="paged_attention",
     )  # fmt: skip
     lse = torch.empty(q.shape[:3], dtype=p.type, device=out.device)
-    host.run(p, out.unsqueeze(2), lse, settings(query)["config"])
+    host.run(p, out.unsqueeze(2), lse, launch_numbers(query))
 
 
 @operator(floats=("q",))
@@ -259,9 +259,9 @@ def _(
     p = Problem(
         q.transpose(1, 2), keys, keys[..., :head_dim_v], q.shape[0], q.shape[1], block_table.shape[1] * k_cache.shape[1],
         softmax_scale, right=0 if causal else None, bottom=True, used=cache_seqlens, table=block_table,
-        name="mla_decode", precision=settings(q)["precision"],
+        name="mla_decode",
     )  # fmt: skip
-    host.run(p, out.transpose(1, 2), lse, settings(q)["config"], parts=num_splits)
+    host.run(p, out.transpose(1, 2), lse, launch_numbers(q), parts=num_splits)
 
 
 def flash_mla(

@@ -162,8 +162,7 @@ def _plan(named: Named, ins: Sequence[Tensor], outs: Sequence[Tensor], back: boo
         BH=min(_layout.next_power_of_2(max(heads)), max(1, 2048 // bp)),
         BP=bp,
         BR=_layout.next_power_of_2(max(rest, 1)),
-        WIDE=_layout.is_wide(sizes, flat)
-        or any(_layout.is_wide(t.shape, [t.stride()]) for t in (*outs, *ins, cos, sin)),
+        WIDE=_layout.is_wide(sizes, flat) or _layout.any_wide(*outs, *ins, cos, sin),
         num_warps=4,
     )
     by_head = (tuple(t.stride(-2) for t in outs), tuple(t.stride(-2) for t in ins))

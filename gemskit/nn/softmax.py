@@ -18,6 +18,7 @@ from gemskit.errors import DtypeError
 from gemskit.nn._drive import columns, rowwise
 from gemskit.nn._rows import Rows, Statistic
 from gemskit.pointwise import _fast
+from gemskit.reduce._drive import element
 
 
 def _floating(op: str, input: Tensor, dtype: torch.dtype | None, hint: str = "; pass dtype=torch.float32") -> None:
@@ -51,12 +52,6 @@ def safe_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> T
     """:func:`softmax` in which a row that is all -inf (nothing to attend to) gives 0. Source: ``torch._safe_softmax``."""
     _floating("safe_softmax", input, dtype)
     return torch._safe_softmax(input, dim, dtype)
-
-
-@jit
-def element(input):
-    """What the maximum of a row is taken of."""
-    return input
 
 
 @jit
@@ -224,16 +219,21 @@ def _(
 
 @operator(floats=("x",))
 def scaled_softmax_forward(x: Tensor, scale: float) -> Tensor:
-    """``softmax(scale * x)`` along the last dimension, of any length and number of dimensions."""
-    _floating("scaled_softmax_forward", x, None, "")
+    """``softmax(scale * x)`` along the last dimension, of any length and number of dimensions, in the shape and dtype of ``x``.
+
+    Of floating-point tensors; halves are computed in float32.
+    """
     _floating("scaled_softmax_forward", x, None, "")
     return torch.softmax(x * scale, -1)
 
 
 @operator(floats=("grad_output", "softmax_results"))
 def scaled_softmax_backward(grad_output: Tensor, softmax_results: Tensor, scale: float) -> Tensor:
-    """The gradient of :func:`scaled_softmax_forward`: ``scale * p * (g - sum(g * p))`` along the last dimension."""
-    _floating("scaled_softmax_backward", grad_output, None, "")
+    """The gradient of :func:`scaled_softmax_forward`: ``scale * p * (g - sum(g * p))`` along the last dimension.
+
+    ``g`` is ``grad_output`` and ``p`` are the ``softmax_results``, of one shape; floating point, and halves are computed in
+    float32.
+    """
     _floating("scaled_softmax_backward", grad_output, None, "")
     dot = (grad_output * softmax_results).sum(-1, keepdim=True) if grad_output.ndim else grad_output * softmax_results
     return scale * softmax_results * (grad_output - dot)

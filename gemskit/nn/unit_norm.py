@@ -78,7 +78,11 @@ def _(
 def normalize(
     input: Tensor, p: float = 2.0, dim: int | tuple[int, ...] = 1, eps: float = 1e-12, out: Tensor | None = None
 ) -> Tensor:
-    """``input / max(|input|, eps)`` with the p-norm over ``dim``. Source: ``torch.nn.functional.normalize``."""
+    """``input / max(|input|, eps)`` with the p-norm over ``dim``, in the shape of ``input``.
+
+    With ``p`` 2 over one dimension it is one pass, with a row in registers where it fits; else a norm and a division.
+    Source: ``torch.nn.functional.normalize``.
+    """
     if p == 2 and isinstance(dim, int) and out is None:
         return _normalize(input, dim, eps)
     return pointwise.div(input, pointwise.clamp_min(vector_norm(input, p, dim, True), eps), out=out)

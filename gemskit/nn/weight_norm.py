@@ -145,7 +145,11 @@ def _(grad: Tensor, v: Tensor, g: Tensor, dim: int, length: Tensor, needs: set[s
 def weight_norm_backward(
     grad_w: Tensor, saved_v: Tensor, saved_g: Tensor, saved_norms: Tensor, dim: int
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of :func:`weight_norm` with respect to ``v`` and ``g``, from the norms that it divided by."""
+    """The gradients of :func:`weight_norm` with respect to ``v`` and ``g``, from the norms that it divided by.
+
+    ``dv = g / |v| * (dw - v * sum(dw * v) / |v|**2)`` and ``dg = sum(dw * v) / |v|``, in the shapes and dtypes of ``saved_v`` and
+    ``saved_g``.
+    """
     if not grad_w.dtype.is_floating_point or not saved_v.dtype.is_floating_point:
         raise DtypeError(
             f"weight_norm_backward: takes floating point tensors, given {describe(grad_w)}, {describe(saved_v)}"

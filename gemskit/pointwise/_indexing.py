@@ -19,12 +19,12 @@ from torch import Tensor
 
 from gemskit import _layout, backends
 from gemskit._bind import fill
-from gemskit._dtypes import Number, compute_type
+from gemskit._dtypes import Number
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import Strides, offset
 from gemskit.errors import ShapeError
-from gemskit.pointwise._drive import Elementwise, _outer
+from gemskit.pointwise._drive import _outer
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Spots:
     def wide(self) -> bool:
         """Whether an offset into the tensor leaves int32."""
         spaces = [(self.shape, self.strides), *zip(self.splits, self.steps)]
-        return sum(_layout.reaches(*space) for space in spaces) >= 2**31 - (1 << 16) or max(self.bounds) >= 2**31
+        return sum(_layout.reaches(*space) for space in spaces) >= _layout.NARROW or max(self.bounds) >= 2**31
 
 
 def at_least_1d(t: Tensor) -> Tensor:
@@ -275,33 +275,6 @@ def read(out: Tensor, source: Tensor, spots: Spots, other: Tensor | Number | Non
 
 
 # -- the whole of a tensor -------------------------------------------------------------------------------------------------
-
-
-@jit
-def _zero(index):
-    return index * 0
-
-
-@jit
-def _value(value):
-    return value
-
-
-ZEROS = Elementwise("zeros", _zero)
-CAST = Elementwise("cast", _value)
-
-
-def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Row-major zeros, written by a kernel."""
-    out = torch.empty(tuple(shape), dtype=dtype, device=device)
-    ZEROS({}, [out], torch.int64)
-    return out
-
-
-def copy(out: Tensor, value: Tensor) -> None:
-    """``out`` = ``value``, broadcast and converted."""
-    wide = torch.promote_types(out.dtype, value.dtype)
-    CAST({"value": value}, [out], compute_type(wide))
 
 
 def masked(spots: Spots, mask: Tensor) -> Spots:

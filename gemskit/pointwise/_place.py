@@ -28,13 +28,30 @@ def _value(value):
     return value
 
 
+@jit
+def _zero(index):
+    return index * 0
+
+
 _COPY = Elementwise("copy", _value, keep=("value",))
+_ZEROS = Elementwise("zeros", _zero)
 
 
 def copy(source: Tensor, out: Tensor) -> Tensor:
     """``source``, which may be expanded, in ``out``, converted to its dtype."""
     _COPY({"value": source}, [out], compute_type(out.dtype))
     return out
+
+
+def clear(out: Tensor) -> Tensor:
+    """``out``, all zero."""
+    _ZEROS({}, [out], torch.int64)
+    return out
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Row-major zeros, written by a kernel."""
+    return clear(torch.empty(tuple(shape), dtype=dtype, device=device))
 
 
 def cast(source: Tensor, dtype: torch.dtype) -> Tensor:

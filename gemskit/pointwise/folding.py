@@ -82,7 +82,7 @@ def _added(
     grid = _layout.cdiv(sizes[1], b0) * _layout.cdiv(sizes[0], b1)
     for n in lead:
         grid *= n
-    wide = _layout.is_wide(out.shape, [out.stride()]) or _layout.is_wide(windows.shape, [windows.stride()])
+    wide = _layout.any_wide(out, windows)
     meta = dict(
         ACC=TRITON[torch.int32 if out.dtype == torch.bool else compute_type(out.dtype)],
         B1=b1,

@@ -18,6 +18,7 @@ from gemskit._op import operator
 from gemskit.errors import ArgumentError, DimError, DtypeError, ShapeError
 from gemskit.pointwise import _indexing
 from gemskit.pointwise._indexing import advanced, along, at_least_1d, flat, masked, read, rows
+from gemskit.pointwise._place import clear
 
 Indices = Sequence[Tensor | None]
 #: Dimensions that :func:`index` can index at once.
@@ -90,7 +91,7 @@ def _gather_twice(grad: Tensor, dim: int, index: Tensor, like: Mapping[str, Any]
     shape, dtype = like["grad"]
     out = torch.empty(tuple(shape), dtype=dtype, device=grad.device)
     if tuple(shape) != tuple(index.shape):
-        _indexing.ZEROS({}, [out], torch.int64)
+        clear(out)
     read(_indexing.corner(out, index), grad, along(grad, dim, index))
     return {"grad": out}
 

@@ -252,7 +252,7 @@ def _repeated_gradient(grad: Tensor, ends: Tensor, dim: int, like: Mapping[str, 
     config = backends.arch().config("gather")
     bn = min(config["block"], _layout.next_power_of_2(cols))
     bm = min(max(1, config["block"] // bn), _layout.next_power_of_2(rows))
-    wide = _layout.is_wide(out.shape, [out.stride()]) or _layout.is_wide(many.shape, [many.stride()])
+    wide = _layout.any_wide(out, many)
     meta = dict(ACC=TRITON[compute_type(dtype)], BM=bm, BN=bn, WIDE=wide, num_warps=config["warps"])
     strided = (sizes, out_strides, grad_strides, out.stride(0), many.stride(0), rows, cols, many.shape[0])
     launch(_segments, (_layout.cdiv(rows, bm) * _layout.cdiv(cols, bn),), (dx, grad, _dense(ends), *strided), meta)

@@ -150,7 +150,7 @@ def _unpadded(out: Tensor, grad: Tensor, sides: Sequence[tuple[int, int]], mode:
     grid = _layout.cdiv(sizes[2], b0) * _layout.cdiv(sizes[1], b1) * sizes[0]
     for n in lead:
         grid *= n
-    wide_offsets = _layout.is_wide(wide.shape, [wide.stride()]) or _layout.is_wide(inner.shape, [inner.stride()])
+    wide_offsets = _layout.any_wide(wide, inner)
     modes = tuple(MODES.index(mode) if pad != (0, 0) else 0 for pad in pads)
     meta = dict(
         MODES=modes, ACC=TRITON[compute_type(out.dtype)], B1=b1, B0=b0, WIDE=wide_offsets, num_warps=config["warps"]

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from gemskit import _driver, _launch, _layout, backends
 from gemskit._bind import fill
-from gemskit._dtypes import compute_type
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit.errors import CaptureError
-from gemskit.pointwise._drive import Elementwise
+from gemskit.pointwise._place import copy
 
 #: Filled in per operator.
 FLAG: Any = None
@@ -174,23 +173,9 @@ def is_set(ins, i, live, sizes, strides):
     return tl.load(ins[0] + _layout.offset(i, sizes, strides[0]), live, other=0) != 0
 
 
-@jit
-def _same(input):
-    return input
-
-
-_COPY = Elementwise("copy_into", _same, keep=("input",))
-
-
-def copy_into(out: Tensor, input: Tensor) -> None:
-    """The elements of ``input`` in ``out``, which has its shape and dtype."""
-    _COPY({"input": input}, [out], compute_type(out.dtype))
-
-
 def flat(input: Tensor) -> Tensor:
     """The elements as a vector, in logical order: a view where the memory is in that order."""
     if input.is_contiguous():
         return input.view(-1)
     found = torch.empty(input.shape, dtype=input.dtype, device=input.device)
-    copy_into(found, input)
-    return found.view(-1)
+    return copy(input, found).view(-1)

@@ -36,52 +36,39 @@ def _step(h, rank: tl.constexpr, j: tl.constexpr, OWN: tl.constexpr, LANES: tl.c
 
 
 @jit
-def _merge(h, rank: tl.constexpr, stage: tl.constexpr, turn: tl.constexpr, OWN: tl.constexpr):
+def _merge(h, rank: tl.constexpr, stage: tl.constexpr, turn: tl.constexpr):
     """Sort bitonic runs of 2**stage; with ``turn`` every second one in descending order."""
     # Flipping all bits turns the order around: so every step is a plain minimum or maximum.
     if turn:
         h = h ^ (-_bit(rank, stage)).to(h.dtype)
     for i in tl.static_range(stage):
-        h = _step(h, rank, stage - 1 - i, OWN)
+        h = _step(h, rank, stage - 1 - i, 0)
     if turn:
         h = h ^ (-_bit(rank, stage)).to(h.dtype)
     return h
 
 
 @jit
-def smallest(
-    x,
-    LOG: tl.constexpr,
-    KEEP: tl.constexpr,
-    RANK: tl.constexpr,
-    V: tl.constexpr,
-    LANES: tl.constexpr,
-    OWN: tl.constexpr,
-):
-    """The 2**KEEP smallest words, in order, of each 2**LOG along the last dimension of a block of 2**RANK.
-
-    One row (LOG = RANK) is first read in another order, in which the 2**OWN words of a thread are neighbours: then most steps
-    stay within threads. Where LANES threads loaded V neighbours each, in turns, no word moves for that. Words must be different.
-    """
-    h = x
-    if V:
-        h = tl.permute(tl.reshape(h, (2**RANK // (LANES * V), LANES, V)), (1, 0, 2))
-    h = tl.reshape(h, [2] * RANK)
+def smallest(x, LOG: tl.constexpr, KEEP: tl.constexpr, RANK: tl.constexpr):
+    """The 2**KEEP smallest words, in order, of each 2**LOG along the last dimension of a block of 2**RANK."""
+    h = tl.reshape(x, [2] * RANK)
     for s in tl.static_range(1, KEEP + 1):
-        h = _merge(h, RANK, s, s < LOG, OWN)
+        h = _merge(h, RANK, s, s < LOG)
     for s in tl.static_range(KEEP + 1, LOG + 1):
         # Of two runs, one in descending order, the smaller halves: those form a bitonic run.
         h = tl.min(h, RANK - s)
-        h = _merge(h, RANK - s + KEEP, KEEP, s < LOG, 0 if V == 0 else OWN)
+        h = _merge(h, RANK - s + KEEP, KEEP, s < LOG)
     return tl.reshape(h, x.shape[:-1] + [2**KEEP])
 
 
 @jit
 def in_order(x, RANK: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, OWN: tl.constexpr):
-    """All 2**RANK words in order, as by :func:`smallest`.
+    """All 2**RANK words of one row in order.
 
-    The stages that leave threads are one loop: code that stays in the cache, and few registers. What depends on the stage there
-    is the same for all words of a thread, and known to be so by its shape.
+    They are first read in another order, in which the 2**OWN words of a thread are neighbours: then most steps stay within
+    threads. Where LANES threads loaded V neighbours each, in turns, no word moves for that. The stages that leave threads are
+    one loop: code that stays in the cache, and few registers. What depends on the stage there is the same for all words of a
+    thread, and known to be so by its shape.
     """
     h = tl.permute(tl.reshape(x, (2**RANK // (LANES * V), LANES, V)), (1, 0, 2))
     h = tl.reshape(h, [2] * RANK)
@@ -110,13 +97,13 @@ def sorted_words(x, LOG: tl.constexpr, RANK: tl.constexpr, V: tl.constexpr, LANE
     if V:
         return in_order(x, RANK, V, LANES, OWN)
     else:
-        return smallest(x, LOG, LOG, RANK, V, LANES, OWN)
+        return smallest(x, LOG, LOG, RANK)
 
 
 def neighbours(x: Tensor, step: int, words: int, warps: int) -> dict[str, int]:
-    """How a row is loaded: V elements by each of LANES threads in turns, 2**OWN in all, as :func:`smallest` takes it.
+    """How a row is loaded: V elements by each of LANES threads in turns, 2**OWN in all, as :func:`in_order` takes it.
 
-    All zero where no thread has two words: :func:`in_order` starts within threads.
+    All zero where no thread has two words, and :func:`smallest` serves.
     """
     lanes = 32 * warps
     if words <= lanes:

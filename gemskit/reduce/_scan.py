@@ -143,10 +143,10 @@ class Scan(Planned):
 
     def __init__(
         self, name: str, *, map: Any, combine: Any, identity: Sequence[float | str],
-        finish: Any = None, results: int = 1, state: Sequence[str] = ("accumulate",), keep: Sequence[str] = (),
+        finish: Any = None, state: Sequence[str] = ("accumulate",), keep: Sequence[str] = (),
         reverse: bool = False, commutes: bool = True,
     ) -> None:  # fmt: skip
-        self.name, self.map, self.combine, self.finish, self.results = name, map, combine, finish, results
+        self.name, self.map, self.combine, self.finish = name, map, combine, finish
         self.identity, self.state, self.keep = tuple(identity), tuple(state), frozenset(keep)
         self.reverse, self.commutes = reverse, commutes
         self.names = tuple(dict.fromkeys((*parameters(map), *(parameters(finish) if finish else ()))))
@@ -260,9 +260,7 @@ class Scan(Planned):
                 MERGE=step("merge", "a, b", f"F({both})"),
                 COMBINE=step("combine", "a", f"tl.reduce({lanes}, 1, F, keep_dims=True)"),
                 SCAN=step("scan", "a", f"tl.associative_scan({lanes}, 1, F, reverse={reverse})"),
-                FINISH=adapter(
-                    f"{self.name}_finish", pool, self.finish, reads | states, "({},)" if self.results == 1 else "{}"
-                )
+                FINISH=adapter(f"{self.name}_finish", pool, self.finish, reads | states, "({},)")
                 if operands and self.finish
                 else generated("finish", pool, "    return running"),
             )

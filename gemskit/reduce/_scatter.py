@@ -22,7 +22,8 @@ from gemskit._dtypes import TRITON, Number, compute_type
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit.pointwise._drive import Elementwise
-from gemskit.pointwise._indexing import ZEROS, Spots, at_least_1d, copy, locate, place, tile, tiling, typed, zeros
+from gemskit.pointwise._indexing import Spots, at_least_1d, locate, place, tile, tiling, typed
+from gemskit.pointwise._place import clear, copy, zeros
 
 #: Where the writes go in a tensor of the target's shape: asked for the target and for scratch memory.
 Where = Callable[[Tensor], Spots]
@@ -165,7 +166,7 @@ def _launch_write(
     src = None if tensor is None else _layout.broadcast_strides(tensor, spots.shape)
     aux_strides = None if also is None else also.strides
     itemsize = (out if tensor is None else tensor).element_size()
-    t = tiling(spots, (src, lin, aux_strides), itemsize, bool(lin) and math.prod(spots.shape) >= 2**31 - (1 << 16))
+    t = tiling(spots, (src, lin, aux_strides), itemsize, bool(lin) and math.prod(spots.shape) >= _layout.NARROW)
     also = also or spots
     args = (
         out, low, aux, tensor, spots.mask, spots.indices, t.sizes, *t.strides[:5], tuple(t.strides[5:]), spots.bounds,
@@ -181,9 +182,9 @@ def _launch_write(
 def start(out: Tensor, input: Tensor | None) -> None:
     """``out`` = ``input``; nothing to do where it is the very tensor (in place)."""
     if input is None:
-        ZEROS({}, [out], torch.int64)
+        clear(out)
     elif out is not input:
-        copy(out, input)
+        copy(input, out)
 
 
 def store(out: Tensor, where: Where, source: Tensor | Number) -> None:
@@ -225,7 +226,7 @@ def add(out: Tensor, input: Tensor | None, where: Where, source: Tensor | Number
     start(target, input)
     _launch_write("add", target, where(target), source, compute=compute, by=by)
     if target is not out:
-        copy(out, target)
+        copy(target, out)
 
 
 def _add_in_fixed_point(

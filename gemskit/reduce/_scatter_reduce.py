@@ -13,7 +13,8 @@ from gemskit import language
 from gemskit._dtypes import compute_type
 from gemskit._jit import jit
 from gemskit.pointwise._drive import Elementwise
-from gemskit.pointwise._indexing import ZEROS, along, at_least_1d, corner, read, zeros
+from gemskit.pointwise._indexing import along, at_least_1d, corner, read
+from gemskit.pointwise._place import clear, zeros
 from gemskit.reduce import _scatter
 from gemskit.reduce._scatter import Where, _rank
 
@@ -203,7 +204,7 @@ def gradients(
     dself: Tensor | None = None
     dsrc = like(src, out.dtype)
     if tuple(whole.shape) != tuple(index.shape):
-        ZEROS({}, [dsrc], torch.int64)
+        clear(dsrc)
     dpart = corner(dsrc, index)
     hits = None if include_self and reduce != "mean" else _hits(out.shape, device, where)
     if reduce in ("sum", "mean"):

@@ -72,14 +72,14 @@ def topk_pieces(
         for start in range(STEP * M, G * M, STEP * M):
             col = first + start + lane
             best = tl.minimum(best, word_of(x, from_row + col * x_col, start + lane, col < cols, DESCENDING, LOW))
-        group = smallest(tl.min(best, 0), LOGM, LOGK, LOGM, 0, 0, 0)
+        group = smallest(tl.min(best, 0), LOGM, LOGK, LOGM)
         group = (group & most).to(tl.int32) % M
         place = tl.reshape(group[:, None] + (tl.arange(0, G) * M)[None, :], (K * G,))
     else:
         place = tl.arange(0, M)
     col = first + place
     word = word_of(x, from_row + col * x_col, place, col < cols, DESCENDING, LOW)
-    word = smallest(word, LOGN, LOGK, LOGN, 0, 0, 0)
+    word = smallest(word, LOGN, LOGK, LOGN)
     pos = tl.arange(0, K)
     if winners is not None:
         tl.store(winners + i * K + pos, word)
@@ -118,7 +118,7 @@ def topk_join(
     if V:
         word = in_order(word, LOGN, V, LANES, OWN)
     else:
-        word = smallest(word, LOGN, LOGK, LOGN, 0, 0, 0)
+        word = smallest(word, LOGN, LOGK, LOGN)
     pos = tl.arange(0, K)
     if joined is not None:
         tl.store(joined + i * K + pos, word)

@@ -21,6 +21,7 @@ from gemskit._op import operator
 from gemskit._sized import sized
 from gemskit.errors import ArgumentError, DtypeError, ShapeError
 from gemskit.pointwise._drive import Elementwise
+from gemskit.pointwise._place import clear
 from gemskit.reduce._block_count import MOST, THREADS, counted, places
 from gemskit.reduce._block_order import WARPS
 from gemskit.reduce._compact import read
@@ -157,12 +158,6 @@ def _both(a, b, c, d):
     return language.minimum(a, c), language.maximum(b, d)
 
 
-@jit
-def _zero(index):
-    return index * 0
-
-
-_ZEROS = Elementwise("histogram_zero", _zero)
 _SPAN = Fold("histogram_span", map=_twice, combine=_both, identity=("highest", "lowest"), state=("compute", "compute"))
 #: By the type of the edges.
 _COUNT, _COUNT_SHARED = (
@@ -194,10 +189,10 @@ def _histogram(
     pieces = _layout.cdiv(n, part)
     sizes, strides = _layout.collapse(input.shape, [tuple(input.stride())])
     rows = pieces if own else 1
-    wide = _layout.is_wide(input.shape, [tuple(input.stride())]) or rows * bins >= 2**31
+    wide = _layout.any_wide(input) or rows * bins >= 2**31
     counts = torch.empty((rows, bins), dtype=torch.int64 if n >= 2**31 else torch.int32, device=input.device)
     if not own:
-        _ZEROS({}, [counts], torch.int64)
+        clear(counts)
     kind = "" if edges is None else "fp64" if compute.is_floating_point else "i64"
     low, high = edges or (None, None)
     meta: dict[str, Any] = dict(COMPUTE=TRITON[compute], OWN=own, WIDE=wide)

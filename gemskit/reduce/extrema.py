@@ -22,7 +22,10 @@ from gemskit.reduce._fold import Fold, add_pairs
 def amax(
     input: Tensor, dim: int | tuple[int, ...] | list[int] = (), keepdim: bool = False, *, out: Tensor | None = None
 ) -> Tensor:
-    """Largest element over ``dim`` (all if empty). The gradient is shared by ties. Source: ``torch.amax``."""
+    """Largest element over ``dim`` (all if empty); NaN where there is one. The gradient is shared by ties.
+
+    Source: ``torch.amax``.
+    """
     return torch.amax(input, dim, keepdim)
 
 
@@ -30,7 +33,10 @@ def amax(
 def amin(
     input: Tensor, dim: int | tuple[int, ...] | list[int] = (), keepdim: bool = False, *, out: Tensor | None = None
 ) -> Tensor:
-    """Smallest element over ``dim`` (all if empty). The gradient is shared by ties. Source: ``torch.amin``."""
+    """Smallest element over ``dim`` (all if empty); NaN where there is one. The gradient is shared by ties.
+
+    Source: ``torch.amin``.
+    """
     return torch.amin(input, dim, keepdim)
 
 
@@ -101,13 +107,19 @@ def _ranked(named: Named) -> bool:
 
 @reduction(aten="argmax")
 def argmax(input: Tensor, dim: int | None = None, keepdim: bool = False, *, out: Tensor | None = None) -> Tensor:
-    """Index of the largest element along ``dim``, or in the flattened input; int64. Source: ``torch.argmax``."""
+    """Index of the largest element along ``dim``, or in the flattened input; int64. Source: ``torch.argmax``.
+
+    The first one of several, and of NaN, which is largest. Of no bools.
+    """
     return torch.argmax(input, dim, keepdim)
 
 
 @reduction(aten="argmin")
 def argmin(input: Tensor, dim: int | None = None, keepdim: bool = False, *, out: Tensor | None = None) -> Tensor:
-    """Index of the smallest element along ``dim``, or in the flattened input; int64. Source: ``torch.argmin``."""
+    """Index of the smallest element along ``dim``, or in the flattened input; int64. Source: ``torch.argmin``.
+
+    The first one of several, and of NaN, which counts as smallest. Of no bools.
+    """
     return torch.argmin(input, dim, keepdim)
 
 

@@ -19,7 +19,8 @@ from gemskit._layout import offset
 from gemskit._op import Op, P, R, operator
 from gemskit.errors import ArgumentError
 from gemskit.pointwise._drive import Elementwise
-from gemskit.reduce._compact import copy_into, flat
+from gemskit.pointwise._place import copy
+from gemskit.reduce._compact import flat
 from gemskit.reduce._select import topk_into
 from gemskit.reduce._sort import sort_into
 from gemskit.reduce.extrema import _at_index, _extreme_all
@@ -173,7 +174,7 @@ def _quantiles(
     number = None if isinstance(q, Tensor) else float(q)
     meta = dict(
         COMPUTE=TRITON[input.dtype], HOW=how, IGNORE=ignore, B=_TILE,
-        WIDE=_layout.is_wide(values.shape, [values.stride()]) or _layout.is_wide(out.shape, [out.stride()]), num_warps=4,
+        WIDE=_layout.any_wide(values, out), num_warps=4,
     )  # fmt: skip
     arguments = (
         out, values, None if number is not None else q, number, sizes, out_rows, rows_at, along, values.stride(at or 0),
@@ -195,7 +196,7 @@ def _back(ignore: bool) -> Callable[..., dict[str, Tensor]]:
         number = None if isinstance(q, Tensor) else float(q)
         meta = dict(
             COMPUTE=TRITON[dtype], HOW=interpolation, IGNORE=ignore, B=_TILE, num_warps=4,
-            WIDE=_layout.is_wide(values.shape, [values.stride()]) or _layout.is_wide(grad.shape, [grad.stride()]),
+            WIDE=_layout.any_wide(values, grad),
         )  # fmt: skip
         arguments = (
             dx, grad, values, indices, None if number is not None else q, number, sizes, grad_rows, rows_at, along,
@@ -311,7 +312,7 @@ def _(outs: tuple[Tensor, ...], keep: Any, input: Tensor, k: int, dim: int, keep
     found = [torch.empty(shape, dtype=d, device=input.device) for d in (input.dtype, torch.int64)]
     topk_into(found[0], found[1], input if input.ndim else input.view(1), k, dim, False)
     for out, all_of in zip(outs, found):
-        copy_into(out, all_of.narrow(dim, k - 1, 1) if keepdim and input.ndim else all_of.select(dim, k - 1))
+        copy(all_of.narrow(dim, k - 1, 1) if keepdim and input.ndim else all_of.select(dim, k - 1), out)
 
 
 @jit

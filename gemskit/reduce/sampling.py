@@ -17,6 +17,7 @@ from gemskit._layout import cdiv, is_wide, next_power_of_2
 from gemskit._op import operator
 from gemskit.errors import ArgumentError, DtypeError, ShapeError
 from gemskit.pointwise._drive import Elementwise
+from gemskit.pointwise._place import copy
 from gemskit.pointwise.copying import copy_
 from gemskit.pointwise.random import _seed
 from gemskit.reduce._select import topk_into
@@ -55,17 +56,11 @@ def _key64(seed, index):
     return (high.to(tl.int64) << 32) | low.to(tl.int64)
 
 
-@jit
-def _number(value):
-    return value
-
-
 _RACE = Elementwise("multinomial_race", _race, keep=("seed",))
 _KEYS = {
     torch.int32: Elementwise("randperm_keys", _key32, keep=("seed",)),
     torch.int64: Elementwise("randperm_keys", _key64, keep=("seed",)),
 }
-_CAST = Elementwise("randperm_cast", _number)
 
 
 @jit
@@ -172,7 +167,7 @@ def _(outs: tuple[Tensor, ...], keep: Any, seed: Tensor, n: int, dtype: torch.dt
         return sort_into(None, out, keys, 0, False)
     order = torch.empty(n, dtype=torch.int64, device=seed.device)
     sort_into(None, order, keys, 0, False)
-    _CAST({"value": order}, [out], torch.int64)
+    copy(order, out)
 
 
 def randperm(

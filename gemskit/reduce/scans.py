@@ -16,6 +16,7 @@ from gemskit._jit import jit
 from gemskit._op import operator
 from gemskit.errors import DtypeError
 from gemskit.pointwise._drive import Elementwise
+from gemskit.pointwise._place import copy
 from gemskit.reduce._drive import dims_of, element, scan
 from gemskit.reduce._fold import Fold
 from gemskit.reduce._scan import Scan
@@ -204,7 +205,10 @@ cummin.gradient_by(_at_index)
 
 @scan(aten="logcumsumexp")
 def logcumsumexp(input: Tensor, dim: int, *, out: Tensor | None = None) -> Tensor:
-    """``log(cumsum(exp(input)))`` along ``dim``, shifted by the running maximum. Source: ``torch.logcumsumexp``."""
+    """``log(cumsum(exp(input)))`` along ``dim`` of floating-point elements, shifted by the running maximum.
+
+    Source: ``torch.logcumsumexp``.
+    """
     if not input.dtype.is_floating_point:
         raise DtypeError(f"logcumsumexp: input must be floating point, given {input.dtype}")
     return torch.logcumsumexp(input, dim)
@@ -250,11 +254,6 @@ def normed_cumsum(input: Tensor, dim: int = -1) -> Tensor:
 
 
 @jit
-def _same(running):
-    return running
-
-
-@jit
 def _normed(running, total):
     return language.div(running, total)
 
@@ -270,7 +269,7 @@ def _less(state0, dot, total):
 
 
 _RUNNING = Scan("normed_cumsum", map=element, combine=language.add, identity=(0,))
-_LAST, _NORMED = Elementwise("normed_cumsum_total", _same), Elementwise("normed_cumsum_share", _normed)
+_NORMED = Elementwise("normed_cumsum_share", _normed)
 _TOTAL = Fold("normed_cumsum_sum", map=element, combine=language.add, identity=(0,))
 _DOT = Fold("normed_cumsum_dot", map=_dotted, combine=language.add, identity=(0,))
 _LESS = Scan("normed_cumsum_grad", map=element, combine=language.add, identity=(0,), finish=_less, reverse=True)
@@ -287,8 +286,7 @@ def _(outs: Sequence[Tensor], keep: object, input: Tensor, dim: int) -> None:
     _RUNNING({"input": input}, [running], tuple(input.shape), dim, compute)
     last = running.narrow(dim, n - 1, 1)
     # A copy, as the last element is overwritten too.
-    total = torch.empty(last.shape, dtype=compute, device=last.device)
-    _LAST({"running": last}, [total], compute)
+    total = copy(last, torch.empty(last.shape, dtype=compute, device=last.device))
     _NORMED({"running": running, "total": total}, [outs[0]], compute)
 
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from gemskit._dtypes import Number, compute_type
 from gemskit._op import operator
 from gemskit.errors import ArgumentError, DtypeError, GradientError
-from gemskit.pointwise import _indexing
 from gemskit.pointwise._indexing import advanced, along, at_least_1d, corner, flat, masked, read, rows
+from gemskit.pointwise._place import clear, copy, zeros
 from gemskit.pointwise.indexing import _PLACES, Indices, expanded, trimmed
 from gemskit.reduce import _scatter, _scatter_reduce
+from gemskit.reduce._drive import element
 from gemskit.reduce._fold import Fold
 
 Grads = dict[str, Tensor | None]
@@ -30,7 +31,7 @@ def _picked(source: Tensor, where: Any, like: tuple[Sequence[int], torch.dtype],
     """The gradient of what was written: ``source`` read at the spots, zeros beyond the index."""
     out = torch.empty(tuple(like[0]), dtype=like[1], device=source.device)
     if tuple(out.shape) != tuple(index.shape):
-        _indexing.ZEROS({}, [out], torch.int64)
+        clear(out)
     read(corner(out, index), source, where(source))
     return out
 
@@ -276,7 +277,7 @@ def _(grad: Tensor, dim: int, index: Tensor, needs: set[str], like: Mapping[str,
         # Each row once, however often it was filled.
         grad = at_least_1d(grad)
         shape = [n if d == dim % grad.ndim else 1 for d, n in enumerate(grad.shape)]
-        hits = _indexing.zeros(shape, torch.int32, grad.device)
+        hits = zeros(shape, torch.int32, grad.device)
         _scatter.count(hits.view(-1), lambda t: _scatter.wrapped(rows(t, 0, index)))
         named = {"grad": grad, "hits": hits}
         found["value"] = _HIT.to_shape(named, tuple(grad.shape), like["value"], compute_type(grad.dtype))
@@ -287,11 +288,11 @@ def _total(grad: Tensor, like: tuple[Sequence[int], torch.dtype]) -> Tensor:
     """``grad`` summed down to the shape that was broadcast."""
     if tuple(like[0]) == tuple(grad.shape):
         return grad
-    return _TOTAL.to_shape({"value": grad}, tuple(grad.shape), like, compute_type(grad.dtype))
+    return _TOTAL.to_shape({"input": grad}, tuple(grad.shape), like, compute_type(grad.dtype))
 
 
 _HIT = Fold.of_formula("index_fill_grad", _scatter.hit, 1, 0, keep=("hits",))
-_TOTAL = Fold.of_formula("index_put_grad", _indexing._value, 1, 0, keep=())
+_TOTAL = Fold.of_formula("index_put_grad", element, 1, 0, keep=())
 index_fill_ = index_fill.inplace
 
 
@@ -391,7 +392,7 @@ def _counted(mask: Tensor, shape: Sequence[int]) -> Tensor:
     size = tuple(shape)
     if tuple(mask.shape) != size or not mask.is_contiguous():
         dense = torch.empty(size, dtype=torch.bool, device=mask.device)
-        _indexing.copy(dense, mask.expand(size))
+        copy(mask.expand(size), dense)
         mask = dense
     dtype = torch.int32 if mask.numel() < 2**31 else torch.int64
     (found,) = cumsum.forward((mask.view(-1), 0, dtype))

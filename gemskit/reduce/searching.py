@@ -129,7 +129,7 @@ def search(
     kind, number = _number(values)
     _, types = _types(seq, values)
     wide = _layout.is_wide(shape, [tuple(out.stride()), mine])
-    wide = wide or any(_layout.is_wide(s.shape, [tuple(s.stride())]) for s in (seq, sorter) if s is not None)
+    wide = wide or _layout.any_wide(*(s for s in (seq, sorter) if s is not None))
     meta = dict(types, RIGHT=right, EQUAL=equal, INVERT=invert, WIDE=wide)
     pivots = backends.arch().config("search")
     one_row = sorter is None and not any(map(any, strides[2:]))

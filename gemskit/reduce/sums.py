@@ -17,6 +17,7 @@ from gemskit._jit import jit
 from gemskit._op import Named, P, R, operator
 from gemskit.errors import DtypeError, ShapeError
 from gemskit.pointwise._drive import Elementwise
+from gemskit.pointwise._place import copy, zeros
 from gemskit.reduce._drive import Dims, Reduction, count_of, element, floating, reduction, spread
 from gemskit.reduce._fold import Fold, add_pairs
 
@@ -272,18 +273,7 @@ def trace(input: Tensor) -> Tensor:
     return torch.trace(input)
 
 
-@jit
-def _zero(grad):
-    return tl.zeros_like(grad)
-
-
-@jit
-def _same(grad):
-    return grad
-
-
 _TRACE = Fold("trace", map=element, combine=language.add, identity=(0,))
-_ZERO, _SAME = Elementwise("trace_grad_zero", _zero), Elementwise("trace_grad", _same)
 
 
 @trace.kernel
@@ -295,7 +285,6 @@ def _(outs: Sequence[Tensor], keep: object, input: Tensor) -> None:
 @trace.gradient_by
 def _(grad: Tensor, like: Mapping[str, Any]) -> dict[str, Tensor]:
     shape, dtype = like["input"]
-    dx, compute = torch.empty(shape, dtype=dtype, device=grad.device), compute_type(dtype)
-    _ZERO({"grad": grad}, [dx], compute)
-    _SAME({"grad": grad}, [dx.diagonal()], compute)
+    dx = zeros(shape, dtype, grad.device)
+    copy(grad, dx.diagonal())
     return {"input": dx}

@@ -142,6 +142,13 @@ def test_few_rows_take_one_launch(hopper: Fake) -> None:
     hopper.clear()
     gemskit.mm(bf16(4096, 4096), bf16(1, 4096).t())
     assert kernels(hopper) == ["mm_few"]
+    # From 17 rows on they are the columns of Hopper's tiles, but where two weights are read.
+    hopper.clear()
+    gemskit.mm(bf16(32, 4096), bf16(4096, 4096).t())
+    assert kernels(hopper) == ["mm_wgmma"]
+    hopper.clear()
+    gemskit.gated_linear(bf16(32, 4096), bf16(4096, 4096), bf16(4096, 4096))
+    assert kernels(hopper) == ["gated_linear_few"]
     # Weights along N are read by blocks.
     hopper.clear()
     gemskit.mm(bf16(16, 5120), bf16(5120, 8192))

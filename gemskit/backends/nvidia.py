@@ -29,7 +29,7 @@ HOPPER = {
     "histogram": {"shared": 660},
     "launch": {"follows": 1},
     "radix": {"blocks": 1, "rows": 1024},
-    "reduction_along": {"long": 128 << 20},
+    "reduction_along": {"long": 64 << 20},
     # 64 KiB for each of 128 multiprocessors: var of 8192² over columns 48.1 -> 44.4 us; of rows of 65,536, whatever their number,
     # 43.3 -> 42.2 (docs/decisions/005-the-memory-roof.md).
     "reduction_across": {"flight": 8 << 20},

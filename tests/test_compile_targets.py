@@ -432,9 +432,9 @@ def test_float8_products_in_gluon_compile(steps: int, fast: bool) -> None:
     assert not problems, "\n".join(problems)
 
 
-@pytest.mark.parametrize("tile", [(64, 32), (64, 64), (192, 128)], ids=str)
+@pytest.mark.parametrize("tile", [(64, 32), (64, 64), (192, 128), (128, 256)], ids=str)
 def test_tiles_for_hopper_compile(tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one and three groups of warps: one tile a program and several, whole and split, gated."""
+    """Of one to three groups of warps: one tile a program and several, whole and split, that begin in others, gated."""
     row, launches = next(row for row in ROWS if row.name == "sm_90"), Launches()
     make = Unfilled(BF16)
 
@@ -444,17 +444,16 @@ def test_tiles_for_hopper_compile(tile: tuple[int, int], monkeypatch: pytest.Mon
 
     monkeypatch.setattr(_drive, "choose", chosen)
     with _launch.capturing(launches), backends.use_arch(row):
-        for m, n in ((8 * tile[0], 8 * tile[1]), (64 * tile[0], 64 * tile[1])):
+        for m, n in ((8 * tile[0], 8 * tile[1]), (64 * tile[0], 64 * tile[1]), (64 * tile[0] + 8, 64 * tile[1] + 8)):
             _forget_plans()
-            other = make(n) if tile[0] == 192 else make(m, n)
+            other = make(n) if tile in ((192, 128), (128, 256)) else make(m, n)
             gemskit.mm(make(m, 1024), make(n, 1024).mT, epilogue=epilogues.residual(other))
         if tile[1] >= 64:
             gemskit.gated_linear(make(4096, 1024), make(4096, 1024), make(4096, 1024))
     _forget_plans()
     found = [launch for launch in launches.values() if "STAGES" in launch.meta]
-    assert {launch.meta["ONE"] for launch in found} == {False, True} and {
-        launch.meta["WORKERS"] for launch in found
-    } == {_rule.WORKERS[tile[0]]}
+    assert {launch.meta["ONE"] for launch in found} == {launch.meta["OVER"] for launch in found} == {False, True}
+    assert {launch.meta["WORKERS"] for launch in found} == {_rule.WORKERS.get(tile[0], 2)}
     problems = [f"{launch}: {problem}" for launch in launches.values() for problem in launch.problems(row)]
     assert not problems, "\n".join(problems)
 

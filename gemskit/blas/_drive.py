@@ -158,7 +158,7 @@ class Product:
         plain = anywhere or self._plain(space, a, bound, fast_sums)
         # A matrix of float32 to be added: 1,064 bytes of a thread would spill (H200, 128256x4096x1024: 3.4 ms for 1.5).
         small = any(named[n].dtype.itemsize > 2 and along == 3 for n, along in zip(operands, space.along))
-        # 17 to 32 rows are the columns of a tile for Hopper's tensor cores (32x4096x14336: 33.9 us, by the kernel of few rows 39.5).
+        # 17 to 32 rows are the columns of a tile on Hopper's tensor cores (32x4096x14336: 33.9 us, by few rows' kernel 39.5).
         first = few if self.gated or min(space.M, space.N) <= 16 else None
         fast = first or self._wgmma(space, a, bound, small, fast_sums) or plain
         lines: tuple[tuple[int, int] | None, ...] = (None, None)

@@ -1,8 +1,8 @@
 """Products of at most 32 rows: the second factor is read once, by many small programs, and nothing else counts.
 
 H200, bf16, ratio to cuBLAS for weights of 4096x4096, 28672x4096, 4096x14336, 5120x25600: one row 1.24, 1.09, 1.18, 1.17;
-16 rows 1.10, 1.04, 1.03, 1.03. Hopper's kernel has 17 to 32 rows, where the copy engine loads its factors and there is one weight.
-Float8 is converted in registers; its tiles took 48 us for 16x14336x4096, halves 41.
+16 rows 1.10, 1.04, 1.03, 1.03. Hopper's kernel has 17 to 32 rows, where the copy engine loads its factors and there is
+one weight. Float8 is converted in registers; its tiles took 48 us for 16x14336x4096, halves 41.
 """
 
 from __future__ import annotations

@@ -81,13 +81,17 @@ def _where(tile, tiles_m, tiles_n, GROUP: gl.constexpr, ONE: gl.constexpr):
 
 
 @jit
-def _inside(tile, size, SIDE: tl.constexpr, ALIGN: tl.constexpr):
-    """Where a tile of SIDE rows or columns begins: the last one of ``size`` ends inside, and begins in the one before.
+def _begin(tile, size, SIDE: tl.constexpr, ALIGN: tl.constexpr, OVER: tl.constexpr):
+    """Where a tile of SIDE rows or columns begins: if OVER, the last one of ``size`` ends inside, and begins in the one before.
 
     The copy engine takes longer to write zeros for rows beyond the end than to load rows. The beginning is a multiple of
     ALIGN where ``size`` and SIDE are; the compiler does not see that by itself.
     """
-    return tl.minimum(tile * SIDE, tl.maximum(size - SIDE, 0)) // ALIGN * ALIGN
+    if OVER:
+        at = tl.minimum(tile * SIDE, tl.maximum(size - SIDE, 0)) // ALIGN * ALIGN
+    else:
+        at = tile * SIDE
+    return at
 
 
 @gluon.jit
@@ -119,7 +123,7 @@ def _in_group(tile, before, first, end, tiles_n, BM: gl.constexpr, GROUP: gl.con
 def _load(
     a, b, up, a_tiles, b_tiles, ready, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps, units, whole,
     split, part_steps, offs, groups, M, N, A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    BK: gl.constexpr, STAGES: gl.constexpr, WORKERS: gl.constexpr, GROUP: gl.constexpr, ONE: gl.constexpr,
+    BK: gl.constexpr, STAGES: gl.constexpr, WORKERS: gl.constexpr, GROUP: gl.constexpr, ONE: gl.constexpr, OVER: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads: waits until a stage is empty, fills it with a tile of ``a`` for each worker and one of ``b``.
 
@@ -144,9 +148,9 @@ def _load(
             working = gl.minimum(gl.cdiv(end - row, ROWS), WORKERS)
         else:
             batch, m, n = _where(tile, tiles_m, tiles_n, GROUP, ONE)
-            row = _inside(m, M, BM, 1)
+            row = _begin(m, M, BM, 1, OVER)
             working: gl.constexpr = WORKERS
-        col = _inside(n, N, BN if up is None else BN // 2, 1)
+        col = _begin(n, N, BN if up is None else BN // 2, 1, OVER)
         a_row, b_row = offset(batch, batch_sizes, a_batch), offset(batch, batch_sizes, b_batch)
         for k in range(first, last):
             stage = i % STAGES
@@ -180,7 +184,7 @@ def _multiply(
     out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split, part_steps, offs,
     groups, A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     WORKERS: gl.constexpr, GROUP: gl.constexpr, ONE: gl.constexpr, WIDE: gl.constexpr, ALONG: gl.constexpr,
-    ALIGN: gl.constexpr, TURNED: gl.constexpr, GATED: gl.constexpr, PROMOTED: gl.constexpr,
+    ALIGN: gl.constexpr, TURNED: gl.constexpr, GATED: gl.constexpr, PROMOTED: gl.constexpr, OVER: gl.constexpr,
 ):  # fmt: skip
     """Four warps that multiply: a ``worker``, who has some rows of every tile.
 
@@ -248,8 +252,8 @@ def _multiply(
                     batch, own_m, m = group, row, row
                 else:
                     batch, m, n = _where(tile, tiles_m, tiles_n, GROUP, ONE)
-                    own_m, m, end = m * BM, _inside(m, M, BM, ALIGN if TURNED else 1), M
-                own_n, n = n * COLS, _inside(n, N, COLS, 1 if TURNED else ALIGN)
+                    own_m, m, end = m * BM, _begin(m, M, BM, ALIGN if TURNED else 1, OVER), M
+                own_n, n = n * COLS, _begin(n, N, COLS, 1 if TURNED else ALIGN, OVER)
                 if WIDE:
                     batch, m, n = batch.to(gl.int64), m.to(gl.int64), n.to(gl.int64)  # type: ignore[attr-defined]
                 m += worker * ROWS
@@ -282,8 +286,8 @@ def _multiply(
                 r = m + gl.arange(0, ROWS, gl.SliceLayout(1, lines))
                 c = n + gl.arange(0, COLS, gl.SliceLayout(0, lines))
                 _store(
-                    value, r, c, own_m, own_n, batch, out, batch_sizes, out_batch, out_m, out_n, end, N, ALIGN, TURNED
-                )
+                    value, r, c, own_m, own_n, batch, out, batch_sizes, out_batch, out_m, out_n, end, N, ALIGN, TURNED, OVER
+                )  # fmt: skip
 
 
 @gluon.constexpr_function
@@ -324,7 +328,7 @@ def _finish(
 @jit
 def _store(
     value, m, n, own_m, own_n, batch, out, batch_sizes, out_batch, out_m, out_n, M, N, ALIGN: tl.constexpr,
-    TURNED: tl.constexpr,
+    TURNED: tl.constexpr, OVER: tl.constexpr,
 ):  # fmt: skip
     """Store what of a tile is inside, and no other tile's. Lines (columns if TURNED) begin and end at multiples of ALIGN.
 
@@ -336,7 +340,11 @@ def _store(
     else:
         out_m, N = out_m // ALIGN * ALIGN, N // ALIGN * ALIGN
     at = offset(batch, batch_sizes, out_batch) // ALIGN * ALIGN + m * out_m + n * out_n
-    tl.store(out + at, value, (m >= own_m) & (m < M) & (n >= own_n) & (n < N))
+    live = (m < M) & (n < N)
+    # Only there, as it costs registers: 76 bytes of a thread spilled, of an epilogue in tiles of 128 x 256 (Triton 3.6).
+    if OVER:
+        live &= (m >= own_m) & (n >= own_n)
+    tl.store(out + at, value, live)
 
 
 @gluon.jit
@@ -345,7 +353,7 @@ def product(
     s0, s1, s2, s3, M, N, K, whole, split, pieces, part_steps, offs, groups,
     A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     STAGES: gl.constexpr, WORKERS: gl.constexpr, GROUP: gl.constexpr, ONE: gl.constexpr, WIDE: gl.constexpr,
-    ALONG: gl.constexpr, ALIGN: gl.constexpr, TURNED: gl.constexpr, PROMOTED: gl.constexpr,
+    ALONG: gl.constexpr, ALIGN: gl.constexpr, TURNED: gl.constexpr, PROMOTED: gl.constexpr, OVER: gl.constexpr,
 ):  # fmt: skip
     """``a`` is [M, K] (A_ROWS) or [K, M], ``b`` [K, N] (B_ROWS) or [N, K], batches one below the other; float8 along K.
 
@@ -376,42 +384,42 @@ def product(
             (MULTIPLY, (first, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
                         out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
                         part_steps, offs, groups, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN,
-                        TURNED, GATED, PROMOTED)),
+                        TURNED, GATED, PROMOTED, OVER)),
             (_load, (a, b, up, a_tiles, b_loads, ready, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps,
                      units, whole, split, part_steps, offs, groups, M, N, A_ROWS, B_ROWS, BM, BN, BK, STAGES, WORKERS, GROUP,
-                     ONE)),
+                     ONE, OVER)),
         ], [1], [32])  # fmt: skip
     elif WORKERS == 2:
         gl.warp_specialize([
             (MULTIPLY, (first, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
                         out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
                         part_steps, offs, groups, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN,
-                        TURNED, GATED, PROMOTED)),
+                        TURNED, GATED, PROMOTED, OVER)),
             (MULTIPLY, (second, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
                         out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
                         part_steps, offs, groups, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN,
-                        TURNED, GATED, PROMOTED)),
+                        TURNED, GATED, PROMOTED, OVER)),
             (_load, (a, b, up, a_tiles, b_loads, ready, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps,
                      units, whole, split, part_steps, offs, groups, M, N, A_ROWS, B_ROWS, BM, BN, BK, STAGES, WORKERS, GROUP,
-                     ONE)),
+                     ONE, OVER)),
         ], [4, 1], [232, 32])  # fmt: skip
     else:
         gl.warp_specialize([
             (MULTIPLY, (second, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
                         out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
                         part_steps, offs, groups, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN,
-                        TURNED, GATED, PROMOTED)),
+                        TURNED, GATED, PROMOTED, OVER)),
             (MULTIPLY, (first, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
                         out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
                         part_steps, offs, groups, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN,
-                        TURNED, GATED, PROMOTED)),
+                        TURNED, GATED, PROMOTED, OVER)),
             (MULTIPLY, (third, out, parts, extras, a_tiles, b_tiles, ready, empty, full, batch_sizes, out_batch, extra_batch,
                         out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N, tiles_m, tiles_n, steps, units, whole, split,
                         part_steps, offs, groups, A_ROWS, B_ROWS, BM, BN, STAGES, WORKERS, GROUP, ONE, WIDE, ALONG, ALIGN,
-                        TURNED, GATED, PROMOTED)),
+                        TURNED, GATED, PROMOTED, OVER)),
             (_load, (a, b, up, a_tiles, b_loads, ready, empty, full, batch_sizes, a_batch, b_batch, tiles_m, tiles_n, steps,
                      units, whole, split, part_steps, offs, groups, M, N, A_ROWS, B_ROWS, BM, BN, BK, STAGES, WORKERS, GROUP,
-                     ONE)),
+                     ONE, OVER)),
         ], [4, 4, 1], [152, 152, 32])  # fmt: skip
 
 
@@ -420,7 +428,8 @@ def join(
     out, parts, extras, batch_sizes, out_batch, extra_batch, out_m, out_n, extra_m, extra_n, s0, s1, s2, s3, M, N,
     whole, split, pieces,
     BM: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
-    ALONG: tl.constexpr, ALIGN: tl.constexpr, TURNED: tl.constexpr, GATED: tl.constexpr, FOLLOWS: tl.constexpr,
+    ALONG: tl.constexpr, ALIGN: tl.constexpr, TURNED: tl.constexpr, GATED: tl.constexpr, OVER: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     """Add up the parts of the tiles that were split, in their order, and store them: ROWS rows of a tile a program."""
     previous(FOLLOWS)
@@ -444,12 +453,12 @@ def join(
     if WIDE:
         batch, m, n = batch.to(tl.int64), m.to(tl.int64), n.to(tl.int64)
     own_m, own_n = m * BM, n * COLS
-    m, n = _inside(m, M, BM, ALIGN if TURNED else 1) + row, _inside(n, N, COLS, 1 if TURNED else ALIGN) + col
+    m, n = _begin(m, M, BM, ALIGN if TURNED else 1, OVER) + row, _begin(n, N, COLS, 1 if TURNED else ALIGN, OVER) + col
     value = FINISH(
         acc, other, m, n, batch, extras, batch_sizes, extra_batch, extra_m, extra_n, s0, s1, s2, s3, M, N, ALONG
     )
     value = value.to(out.dtype.element_ty)
-    _store(value, m, n, own_m, own_n, batch, out, batch_sizes, out_batch, out_m, out_n, M, N, ALIGN, TURNED)
+    _store(value, m, n, own_m, own_n, batch, out, batch_sizes, out_batch, out_m, out_n, M, N, ALIGN, TURNED, OVER)
 
 
 # ---- the host's part -----------------------------------------------------------------------------------------------
@@ -519,10 +528,12 @@ class Kernels:
         line, end, step = (space.cols[0], space.M, 1) if turned else (space.rows[0], space.N, space.cols[0])
         # Groups of rows begin anywhere.
         align = math.gcd(8, line, end, *out_batch) if step == 1 and not (groups and turned) else 1
-        tile = dict(
-            BM=choice.BM, BN=choice.BN, GROUP=choice.GROUP, WIDE=space.wide, ALONG=space.along, ALIGN=align, TURNED=turned
-        )  # fmt: skip
         cols = choice.BN // (1 + gated)
+        over = any(n > side and n % side for n, side in ((0 if groups else space.M, choice.BM), (space.N, cols)))
+        tile = dict(
+            BM=choice.BM, BN=choice.BN, GROUP=choice.GROUP, WIDE=space.wide, ALONG=space.along, ALIGN=align, TURNED=turned,
+            OVER=over,
+        )  # fmt: skip
         split, pieces = choice.split, choice.pieces
         one = choice.whole <= choice.processors and not (split or groups or space.wide) and space.batches == 1
         meta = dict(

@@ -29,7 +29,7 @@ LAUNCH, JOIN, BANDWIDTH, PARTS = 5.0, 3.6, 4.2e6, 2.2e6
 #: How much of the shorter of both, multiplying and moving, the longer one does not hide.
 #: Fitted to all choices of 146 products of 4 to 4096 rows: those that follow take 1.007 times as long as the best.
 EXPOSED = 0.44
-#: us of a step for each row or column of a tile that the factors do not have: the copy engine writes zeros more slowly than it loads.
+#: us of a step for each row or column of a tile that is beyond the end: the copy engine writes zeros more slowly than it loads.
 EMPTY = 0.003
 #: The fewest tiles of a group's rows that programs take before the next columns, where it has as many; up to 15 stay one column.
 PANEL = 8
@@ -69,7 +69,8 @@ def choices(
     """All that are considered. Tiles of a gated product are half gate, half up, so there are twice N columns.
 
     ``small`` leaves out those whose accumulator takes half of all registers: an operand of float32 beside it would spill.
-    ``matrix`` leaves out those of three groups of warps, where any matrix beside it would (Triton 3.9: 344 bytes a thread).
+    ``matrix`` leaves out those where any matrix beside it would: of three groups of warps (Triton 3.9: 344 bytes a thread),
+    and large transposed ones (376).
     Factors of ``float8`` are multiplied by so many times 128 of K a step, those of halves (0) by 64.
     """
     if gated:
@@ -80,8 +81,13 @@ def choices(
         m, n = (N, M) if transposed else (M, N)
         for BM, BN, stages, step in TILES:
             workers = WORKERS.get(BM, 2)
+            large = BM * BN // workers >= LARGE
             # A gated product has no tiles of fewer columns; two sums of float8 have no registers beside those of three groups.
-            if (small and BM * BN // workers >= LARGE) or (gated and BN < 64) or ((float8 or matrix) and workers > 2):
+            if (
+                (gated and BN < 64)
+                or ((float8 or matrix) and workers > 2)
+                or (large and (small or (matrix and transposed)))
+            ):
                 continue
             # Factors of float8 are half as long, and two steps of halves are one of theirs.
             deep = float8 or 1 + (workers == 1 and BN <= NARROW and not gated)

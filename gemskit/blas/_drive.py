@@ -159,8 +159,8 @@ class Product:
         # A matrix of float32 to be added: 1,064 bytes of a thread would spill (H200, 128256x4096x1024: 3.4 ms for 1.5).
         small = any(named[n].dtype.itemsize > 2 and along == 3 for n, along in zip(operands, space.along))
         # 17 to 32 rows are the columns of a tile on Hopper's tensor cores (32x4096x14336: 33.9 us, by few rows' kernel 39.5).
-        first = few if self.gated or min(space.M, space.N) <= 16 else None
-        fast = first or self._wgmma(space, a, bound, small, fast_sums) or plain
+        fewest = few if self.gated or min(space.M, space.N) <= 16 else None
+        fast = fewest or self._wgmma(space, a, bound, small, fast_sums) or plain
         lines: tuple[tuple[int, int] | None, ...] = (None, None)
         if fast is plain and not few and a.ndim == b.ndim == 2 and self._worth_copies(space, a.dtype):
             first, second = (t if (s := aligned_strides(t)) is None else empty_strided(t, s, "meta") for t in (a, b))

@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 from . import _gluon, _interpret_ptx
 from ._interpret_builder import BUILDER, decide, integer, np_dtype, quiet
 from ._interpret_builder import _tensor as tensor_of
+from ._tensor_map import ALIGNMENT
 from .errors import InterpreterError
 
 Array = Any
@@ -251,6 +252,8 @@ def _copy(
 ) -> None:
     if not _number(pred):
         return
+    if _number(coord[-1]) * result.data.itemsize % ALIGNMENT:
+        raise InterpreterError("a block that begins between multiples of 16 bytes of a line is an illegal instruction")
     block = descriptor.load(list(coord)).handle.data
     _spoil(result)
 

@@ -109,10 +109,10 @@ def test_every_choice_computes_the_product(
     assert hopper == [choice]
 
 
-@pytest.mark.parametrize("at", range(len(list(_rule.choices(300, 520, 200, 1, PROCESSORS)))))
+@pytest.mark.parametrize("at", range(len(list(_rule.choices(296, 520, 200, 1, PROCESSORS)))))
 def test_blocks_end_inside(at: int, hopper: list[_rule.Choice], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows beyond the end take longer to load than others; what two tiles then have in common is written by one of them."""
-    choice = list(_rule.choices(300, 520, 200, 1, PROCESSORS))[at]
+    choice = list(_rule.choices(296, 520, 200, 1, PROCESSORS))[at]
     monkeypatch.setattr(_drive, "choose", fixed(choice))
     inside, number = [], _interpret_gluon._number
 
@@ -127,8 +127,8 @@ def test_blocks_end_inside(at: int, hopper: list[_rule.Choice], monkeypatch: pyt
             return self.descriptor.load(coord)
 
     monkeypatch.setattr(_interpret_gluon, "Matrix", Noted)
-    a, b = halves(300, 200), halves(520, 200).t()
-    c = halves(300, 520) if at % 3 else halves(520, 300).t()
+    a, b = halves(296, 200), halves(520, 200).t()
+    c = halves(296, 520) if at % 3 else halves(520, 296).t()
     want = c.double() + a.double() @ b.double()
     gemskit.addmm(c, a, b, out=c)
     close(c, want)

@@ -81,14 +81,14 @@ def _where(tile, tiles_m, tiles_n, GROUP: gl.constexpr, ONE: gl.constexpr):
 
 
 @jit
-def _begin(tile, size, SIDE: tl.constexpr, ALIGN: tl.constexpr, OVER: tl.constexpr):
-    """Where a tile of SIDE rows or columns begins: if OVER, the last one of ``size`` ends inside, and begins in the one before.
+def _begin(tile, size, SIDE: tl.constexpr, OVER: tl.constexpr):
+    """Where a tile of SIDE rows or columns begins: if OVER, the last one of ``size`` ends there, and begins in the one before.
 
-    The copy engine takes longer to write zeros for rows beyond the end than to load rows. The beginning is a multiple of
-    ALIGN where ``size`` and SIDE are; the compiler does not see that by itself.
+    The copy engine takes longer to write zeros for rows beyond the end than to load rows. Along lines of memory it begins at
+    multiples of 16 bytes, or the instruction is an illegal one, so up to seven are still beyond the end.
     """
     if OVER:
-        at = tl.minimum(tile * SIDE, tl.maximum(size - SIDE, 0)) // ALIGN * ALIGN
+        at = tl.minimum(tile * SIDE, tl.maximum(size - SIDE + 7, 0)) // 8 * 8
     else:
         at = tile * SIDE
     return at
@@ -148,9 +148,9 @@ def _load(
             working = gl.minimum(gl.cdiv(end - row, ROWS), WORKERS)
         else:
             batch, m, n = _where(tile, tiles_m, tiles_n, GROUP, ONE)
-            row = _begin(m, M, BM, 1, OVER)
+            row = _begin(m, M, BM, OVER)
             working: gl.constexpr = WORKERS
-        col = _begin(n, N, BN if up is None else BN // 2, 1, OVER)
+        col = _begin(n, N, BN if up is None else BN // 2, OVER)
         a_row, b_row = offset(batch, batch_sizes, a_batch), offset(batch, batch_sizes, b_batch)
         for k in range(first, last):
             stage = i % STAGES
@@ -252,8 +252,8 @@ def _multiply(
                     batch, own_m, m = group, row, row
                 else:
                     batch, m, n = _where(tile, tiles_m, tiles_n, GROUP, ONE)
-                    own_m, m, end = m * BM, _begin(m, M, BM, ALIGN if TURNED else 1, OVER), M
-                own_n, n = n * COLS, _begin(n, N, COLS, 1 if TURNED else ALIGN, OVER)
+                    own_m, m, end = m * BM, _begin(m, M, BM, OVER), M
+                own_n, n = n * COLS, _begin(n, N, COLS, OVER)
                 if WIDE:
                     batch, m, n = batch.to(gl.int64), m.to(gl.int64), n.to(gl.int64)  # type: ignore[attr-defined]
                 m += worker * ROWS
@@ -453,7 +453,7 @@ def join(
     if WIDE:
         batch, m, n = batch.to(tl.int64), m.to(tl.int64), n.to(tl.int64)
     own_m, own_n = m * BM, n * COLS
-    m, n = _begin(m, M, BM, ALIGN if TURNED else 1, OVER) + row, _begin(n, N, COLS, 1 if TURNED else ALIGN, OVER) + col
+    m, n = _begin(m, M, BM, OVER) + row, _begin(n, N, COLS, OVER) + col
     value = FINISH(
         acc, other, m, n, batch, extras, batch_sizes, extra_batch, extra_m, extra_n, s0, s1, s2, s3, M, N, ALONG
     )
@@ -517,6 +517,9 @@ class Kernels:
         # Blocks beyond the end of K are zero along lines; across lines the next batch begins there.
         crosses = space.batches > 1 and space.K % choice.BK != 0 and not (a.k_last and b.k_last)
         if a.k_last is None or b.k_last is None or crosses or (gated and not b.k_last):
+            return None
+        # Groups of rows begin anywhere, blocks not along lines.
+        if groups and not a.k_last:
             return None
         # Tensor cores take the lines of halves alone in either direction.
         if dtype.itemsize == 1 and not (a.k_last and b.k_last):

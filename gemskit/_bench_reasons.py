@@ -11,11 +11,14 @@ REASONS: tuple[tuple[str, str, str], ...] = (
         "* backward",
         "queries' gradients are added in float32 memory that is zeroed before and converted after",
     ),
+    ("*attention", "* s512 *", "3 us of 61: the beginning and end of a tile weigh more where it has few keys"),
+    ("nonzero", "*", "the host reads the count, and the device waits: 0.96 where nothing else ran on the host"),
     (
         "fused_linear_cross_entropy",
         "*",
         "four products for three, as logits are not stored: a fifth of the memory",
     ),
+    ("mm", "1000x*", "lines of 2,000 bytes lie across lines of memory: twice as many reads of L2, which are what it takes"),
     (
         "mm",
         "*x*",

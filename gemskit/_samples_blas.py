@@ -15,6 +15,7 @@ def _(make: Make) -> Iterator[Sample]:
     for m, k, n in SIZES:
         yield Sample((make(m, k), make(k, n)), note=f"{m}x{k}x{n}")
     yield Sample((make(20, 9).mT, make(20, 12)), note="first transposed")
+    yield Sample((make(72, 40), make(40, 200)), note="sides that no tile divides")
 
 
 @samples("addmm")

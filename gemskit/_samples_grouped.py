@@ -19,7 +19,9 @@ def ends(make: Make, *values: int) -> Tensor:
 def _(make: Make) -> Iterator[Sample]:
     yield Sample((make(37, 20), make(3, 20, 18), ends(make, 5, 5, 37)), note="rows, one group empty")
     yield Sample((make(37, 20), make(3, 20, 18), ends(make, 0, 17, 30)), note="rows, some of no group")
+    yield Sample((make(144, 40), make(2, 40, 24), ends(make, 65, 141)), note="rows, 64 of a group and more")
     yield Sample((make(3, 18, 20), make(20, 37), ends(make, 5, 30, 37)), note="columns")
+    yield Sample((make(2, 24, 40), make(40, 144), ends(make, 65, 141)), note="columns, 64 of a group and more")
     yield Sample((make(18, 37), make(37, 20), ends(make, 5, 5, 37)), note="steps, one group empty")
     yield Sample((make(3, 7, 20), make(3, 20, 18)), note="batches")
     yield Sample((make(0, 20), make(2, 20, 18), ends(make, 0, 0)), note="no rows")

@@ -18,7 +18,11 @@ REASONS: tuple[tuple[str, str, str], ...] = (
         "*",
         "four products for three, as logits are not stored: a fifth of the memory",
     ),
-    ("mm", "1000x*", "lines of 2,000 bytes lie across lines of memory: twice as many reads of L2, which are what it takes"),
+    (
+        "mm",
+        "1000x*",
+        "lines of 2,000 bytes lie across lines of memory: twice as many reads of L2, which are what it takes",
+    ),
     (
         "mm",
         "*x*",

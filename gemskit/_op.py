@@ -436,6 +436,9 @@ class Op(Generic[P, R]):
         with _launch.guard(_device_of(values)):
             if self.float8:
                 _checks.float8(self, values)
+            own = backends.override(self.name, _device_of(values))
+            if own is not None:
+                return Plan(specs, _free(own.load()))
             return Plan(specs, self.plan(dict(zip(self.params, values)), outs or tuple([_meta(*s) for s in specs])))
 
     def _results(self, values: tuple[Any, ...]) -> tuple[_Spec, ...]:
@@ -477,10 +480,14 @@ class Op(Generic[P, R]):
 
     def plan(self, named: Named, outs: tuple[Tensor, ...]) -> Callable[..., None]:
         """The launch for arguments and outputs of this layout: ``run(outs, keep, arguments)``. It keeps none of them."""
-        free = self._free
-        if free is None:
+        if self._free is None:
             raise NoKernel(f"{self.name}: no kernel for {describe(dict(named))}")
-        return lambda outs, keep, arguments: free(outs, keep, **arguments)
+        return _free(self._free)
+
+
+def _free(kernel: Callable[..., None]) -> Callable[..., None]:
+    """A kernel that plans nothing, as a launch."""
+    return lambda outs, keep, arguments: kernel(outs, keep, **arguments)
 
 
 def _differs(dtype: torch.dtype) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+import gemskit
 from gemskit import backends
 from gemskit.backends import _resolve, _table
 from gemskit.backends.__main__ import markdown
@@ -219,6 +220,27 @@ def test_a_vendor_is_well_formed(vendor: backends.Vendor) -> None:
     assert all(path.startswith("/dev/") for path in vendor.device_files)
     for override in vendor.overrides.values():
         assert ":" in override.kernel and override.why and override.bench
+
+
+def negative(outs: tuple[torch.Tensor, ...], keep: Any, input: torch.Tensor) -> None:
+    """Of nothing that torch computes."""
+    gemskit.neg(input, out=outs[0])
+
+
+def test_a_kernel_of_one_vendor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs in the place of the shared one, for this operator and this vendor, with the operator's gradient."""
+    own = dataclasses.replace(
+        backends.vendors["nvidia"], overrides={"silu": backends.Override("test_backends:negative", "why", "bench")}
+    )
+    monkeypatch.setattr(backends, "vendors", {**backends.vendors, "nvidia": own})
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    for row, want in (("sm_90", -x), ("gfx942", torch.nn.functional.silu(x))):
+        with gemskit.interpret(), backends.use_arch(dataclasses.replace(backends.find_arch(row))):
+            found = gemskit.silu(x)
+            torch.testing.assert_close(found, want)
+            torch.testing.assert_close(gemskit.relu(x), x)
+            (grad,) = torch.autograd.grad(found.sum(), x)
+        torch.testing.assert_close(grad, torch.autograd.grad(torch.nn.functional.silu(x).sum(), x)[0])
 
 
 @pytest.mark.parametrize(("vendor", "row"), ROWS, ids=NAMES)

@@ -132,6 +132,16 @@ def arch(device: torch.device | None = None) -> Arch:
     return row
 
 
+def override(op: str, device: torch.device) -> Override | None:
+    """What runs on ``device`` in the place of the kernel of ``op``, if its vendor needs one of its own."""
+    row = _forced.get()
+    if row is not None:
+        table = next(v for v in vendors.values() if any(own.name == row.name for own in v.archs))
+    else:
+        table = vendor if device.type == vendor.device_type else reference.VENDOR
+    return table.overrides.get(op)
+
+
 def status_table() -> list[tuple[str, str, str, str, str, str]]:
     """Rows of the status table: vendor, architecture, torch device, shared memory in KiB, status, evidence."""
     return [

@@ -7,7 +7,8 @@ Launch numbers are looked up as ``arch.config("gemm")``. Three layers are merged
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import importlib
+from collections.abc import Callable, Mapping
 from typing import Literal, TypeAlias
 
 from gemskit.errors import DeclarationError
@@ -170,7 +171,8 @@ class Override:
     """A kernel that one vendor needs for itself, because no number in a table gives the speed or the result.
 
     Args:
-        kernel: where it is, as ``"package.module:name"``; imported when the operator is first planned.
+        kernel: where it is, as ``"package.module:name"``; imported when the operator is first planned. It is called as the free
+            kernel of an operator is, ``fn(outs, keep, **arguments)``, and launches into ``outs``.
         why: the reason, with its number.
         bench: the command or report that shows the number.
     """
@@ -178,6 +180,12 @@ class Override:
     kernel: str
     why: str
     bench: str
+
+    def load(self) -> Callable[..., None]:
+        """The function."""
+        module, _, name = self.kernel.partition(":")
+        found: Callable[..., None] = getattr(importlib.import_module(module), name)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -136,7 +136,9 @@ def override(op: str, device: torch.device) -> Override | None:
     """What runs on ``device`` in the place of the kernel of ``op``, if its vendor needs one of its own."""
     row = _forced.get()
     if row is not None:
-        table = next(v for v in vendors.values() if any(own.name == row.name for own in v.archs))
+        # A row that somebody made up is no vendor's.
+        owners = (v for v in vendors.values() if any(own.name == row.name for own in v.archs))
+        table = next(owners, reference.VENDOR)
     else:
         table = vendor if device.type == vendor.device_type else reference.VENDOR
     return table.overrides.get(op)

@@ -214,6 +214,17 @@ def test_arguments_bind_as_the_signature_says(name: str, fake: Fake) -> None:
     assert outcomes == {"error", "served"}
 
 
+def test_calls_whose_results_have_a_size_of_their_own(fake: Fake) -> None:
+    """A small one is replayed whole; of a large one the flags are, as the size of what follows differs."""
+    few, many = ones(100), ones(300, 1000)
+    for call in (lambda x: gemskit.nonzero(x), lambda x: gemskit.masked_select(x, x.bool())):
+        warm(lambda call=call: call(few), fake)
+        for _ in range(3):
+            fake.clear()
+            call(many)
+        assert len(fake.replayed) == len(fake.slow) == 1
+
+
 def test_names_need_not_be_interned(fake: Fake) -> None:
     x = ones(4, 8)
     warm(lambda: add(x, x, alpha=2.5), fake)

@@ -25,13 +25,24 @@ def kernels() -> Iterator[None]:
         yield
 
 
-def test_positions_come_in_order_over_many_pieces() -> None:
+@pytest.mark.parametrize("small", [0, selection.SMALL])
+def test_positions_come_in_order_over_many_pieces(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "SMALL", small)
     mask = torch.rand(100_003) < 0.3
     assert torch.equal(gemskit.nonzero(mask), torch.nonzero(mask))
     wide = mask[:99_999].view(9, 11111).t()
     for got, want in zip(gemskit.nonzero(wide, as_tuple=True), torch.nonzero(wide, as_tuple=True)):
         assert torch.equal(got, want)
     assert torch.equal(gemskit.masked_select(wide, wide), wide[wide])
+    # The last flag of a word is its sign.
+    for n in (31, 32, 33, 64):
+        every = torch.ones(n, dtype=torch.bool)
+        assert torch.equal(gemskit.nonzero(every)[:, 0], torch.arange(n))
+        assert gemskit.nonzero(~every).shape == (0, 1)
+    values = torch.randn(4, 33, requires_grad=True)
+    chosen = torch.rand(4, 33) < 0.5
+    gemskit.masked_select(values, chosen).sum().backward()
+    assert torch.equal(values.grad, chosen.float())
 
 
 def test_masks_are_bool_and_broadcast() -> None:

@@ -16,10 +16,15 @@ from gemskit._layout import offset
 from gemskit._sized import sized
 from gemskit.errors import DtypeError, NoKernel, ShapeError
 from gemskit.pointwise._drive import Elementwise
-from gemskit.reduce._compact import Compaction, flat, is_set, total
+from gemskit.reduce._compact import SMALL, Chosen, Compaction, Flag, Replayed, flat, total
 from gemskit.reduce._drive import element
 from gemskit.reduce._fold import Fold
 from gemskit.reduce._sort import sort_into
+
+
+@jit
+def _is_set(ins, i, live, sizes, strides):
+    return tl.load(ins[0] + offset(i, sizes, strides[0]), live, other=0) != 0
 
 
 @jit
@@ -37,7 +42,8 @@ def _coordinates(outs, ins, at, i, live, chosen, n, sizes, strides, extra):
 
 @jit
 def _values(outs, ins, at, i, live, chosen, n, sizes, strides, extra):
-    tl.store(outs[0] + at, tl.load(ins[1] + offset(i, sizes, strides[1]), chosen), chosen)
+    # All are read, several at once: a load of those chosen would be of one element each.
+    tl.store(outs[0] + at, tl.load(ins[0] + offset(i, sizes, strides[0]), live), chosen)
 
 
 @jit
@@ -48,9 +54,10 @@ def _back(outs, ins, at, i, live, chosen, n, sizes, strides, extra):
     tl.store(outs[0] + i, tl.where(chosen, value, 0).to(outs[0].dtype.element_ty), live)
 
 
-_POSITIONS = Compaction("nonzero", is_set, _coordinates)
-_SELECTED = Compaction("masked_select", is_set, _values)
-_SPREAD = Compaction("masked_select_grad", is_set, _back)
+_SET = Flag("nonzero_flag", _is_set)
+_POSITIONS = Compaction("nonzero", _coordinates)
+_SELECTED = Compaction("masked_select", _values)
+_SPREAD = Compaction("masked_select_grad", _back)
 _SUM = Fold("masked_select_sum", map=element, combine=language.add, identity=(0,))
 
 
@@ -65,19 +72,36 @@ def nonzero(
     return torch.nonzero(input, as_tuple=as_tuple)  # type: ignore[call-overload, no-any-return]
 
 
+def _flagged_positions(input: Tensor) -> tuple[Tensor, Tensor]:
+    chosen = _SET(tuple(input.shape), input)
+    return _positions(input, chosen, input.numel()), chosen.counts
+
+
+def _positions(input: Tensor, chosen: Chosen, n: int) -> Tensor:
+    shape = tuple(input.shape)
+    # Each dimension's positions lie together, as torch's do.
+    found = torch.empty((input.ndim, n), dtype=torch.int64, device=input.device)
+    if found.numel():
+        _POSITIONS([found], chosen, [], shape, (shape, found.stride(1), found.stride(0)))
+    return found
+
+
+_small_positions = Replayed(_flagged_positions)
+
+
 @nonzero.kernel
 def _(keep: Any, input: Tensor, as_tuple: bool) -> tuple[Any, ...]:
     if as_tuple and not input.ndim:
         input = input.view(1)
-    shape, ndim = tuple(input.shape), input.ndim
-    counts = _POSITIONS.count([input], shape)
-    n = total(counts, input.numel())
-    # Each dimension's positions lie together, as torch's do.
-    found = torch.empty((ndim, n), dtype=torch.int64, device=input.device).t()
-    if found.numel():
-        _POSITIONS.write([found], counts, [input], shape, (shape, *found.stride()))
+    n = input.numel()
+    if n * input.ndim * 8 <= SMALL:
+        found, counts = _small_positions(input)
+        found = found.narrow(1, 0, total(counts, n))
+    else:
+        chosen = _SET(tuple(input.shape), input)
+        found = _positions(input, chosen, total(chosen.counts, n))
     # One result, which is a tuple.
-    return (found.unbind(1),) if as_tuple else (found,)
+    return (found.unbind(0),) if as_tuple else (found.t(),)
 
 
 @sized(aten="masked_select")
@@ -89,26 +113,46 @@ def masked_select(input: Tensor, mask: Tensor, *, out: Tensor | None = None) -> 
     return torch.masked_select(input, mask)
 
 
+def _flagged_selected(input: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    shape = torch.broadcast_shapes(input.shape, mask.shape)
+    chosen = _SET(tuple(shape), mask)
+    return _selected(input, shape, chosen, shape.numel()), *chosen
+
+
+def _selected(input: Tensor, shape: torch.Size, chosen: Chosen, n: int) -> Tensor:
+    found = torch.empty(n, dtype=input.dtype, device=input.device)
+    if n:
+        _SELECTED([found], chosen, [input], shape)
+    return found
+
+
+_small_selected = Replayed(_flagged_selected)
+
+
 @masked_select.kernel
 def _(keep: Any, input: Tensor, mask: Tensor) -> tuple[Tensor]:
     if mask.dtype != torch.bool:
         raise DtypeError(f"masked_select: mask must be a bool tensor, given {mask.dtype}")
     shape = _broadcast("masked_select", input, mask)
-    counts = _SELECTED.count([mask], shape)
-    found = torch.empty(total(counts, shape.numel()), dtype=input.dtype, device=input.device)
-    if found.numel():
-        _SELECTED.write([found], counts, [mask, input], shape)
+    n = shape.numel()
+    if n * input.itemsize <= SMALL:
+        found, *flags = _small_selected(input, mask)
+        chosen = Chosen(*flags)
+        found = found.narrow(0, 0, total(chosen.counts, n))
+    else:
+        chosen = _SET(tuple(shape), mask)
+        found = _selected(input, shape, chosen, total(chosen.counts, n))
     if keep is not None:
-        keep["counts"] = counts
+        keep.update(chosen._asdict())
     return (found,)
 
 
 @masked_select.gradient_by
-def _(grad: Tensor, mask: Tensor, counts: Tensor, like: Mapping[str, Any]) -> dict[str, Tensor]:
+def _(grad: Tensor, mask: Tensor, counts: Tensor, words: Tensor, like: Mapping[str, Any]) -> dict[str, Tensor]:
     want, dtype = like["input"]
     shape = torch.broadcast_shapes(tuple(want), mask.shape)
     whole = torch.empty(shape, dtype=dtype, device=grad.device)
-    _SPREAD.write([whole], counts, [mask], shape, (grad, grad.stride(0)))
+    _SPREAD([whole], Chosen(counts, words), [], shape, (grad, grad.stride(0)))
     if shape == want:
         return {"input": whole}
     return {"input": _SUM.to_shape({"input": whole}, shape, (want, dtype), accumulate_type(dtype))}
@@ -150,7 +194,8 @@ def _length(stop, start):
     return stop - start
 
 
-_RUNS = Compaction("unique", _differs, _runs)
+_DIFFERS = Flag("unique_flag", _differs)
+_RUNS = Compaction("unique", _runs)
 #: Elements from which on to ask for their range is worth its time, that of about one pass of a sort.
 _MANY = 1 << 18
 _LENGTHS = Elementwise("unique_counts", _length)
@@ -161,13 +206,13 @@ def _distinct(
 ) -> tuple[Any, ...]:
     """The first of each run of equal elements; where the elements of ``shape``, which ``order`` sorts, went; run lengths."""
     ins = [input] if order is None else [input, order]
-    counts = _RUNS.count(ins, input.shape)
-    n, device = total(counts, input.numel()), input.device
+    chosen = _DIFFERS(tuple(input.shape), input)
+    n, device = total(chosen.counts, input.numel()), input.device
     values = torch.empty(n, dtype=input.dtype, device=device)
     inverse = torch.empty(shape, dtype=torch.int64, device=device) if return_inverse else None
     starts = torch.empty(n + 1, dtype=torch.int64, device=device) if return_counts else None
     if n:
-        _RUNS.write([values, inverse, starts], counts, ins, input.shape)  # type: ignore[list-item]
+        _RUNS([values, inverse, starts], chosen, ins, input.shape)  # type: ignore[list-item]
     found = [values]
     if inverse is not None:
         found.append(inverse)

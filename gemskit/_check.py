@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import os
 import time
@@ -22,14 +23,21 @@ from gemskit._op import REGISTRY
 from gemskit._report import environment, replace
 from gemskit._workers import share
 
+#: Checks that a process makes before it is given others. All of an operator took 424 s of attention and of 63 processes the
+#: 494 that a run took, where the rest would have been done in 280.
+PART = 10
 
-def check_op(name: str, device: str, interpreted: bool) -> list[dict[str, Any]]:
-    """All checks of one operator, as report rows."""
+#: An operator and the first of some of its checks.
+Part = tuple[str, int]
+
+
+def check_part(part: Part, device: str, interpreted: bool) -> list[dict[str, Any]]:
+    """Some checks of one operator, as report rows."""
     import gemskit  # noqa: F401
 
-    rows = []
+    (name, first), rows = part, []
     with interpret() if interpreted else contextlib.nullcontext():
-        for case in _conformance.cases(REGISTRY[name]):
+        for case in itertools.islice(_conformance.cases(REGISTRY[name]), first, first + PART):
             start = time.perf_counter()
             known = _conformance.EXPECTED.get(case.name)
             try:
@@ -64,16 +72,22 @@ def main(argv: list[str]) -> int:
     count = 1 if interpreted else torch.accelerator.device_count()
     start = time.perf_counter()
     found: dict[str, list[dict[str, Any]]] = {}
-    work = functools.partial(check_op, device=device, interpreted=interpreted)
-    # The largest operators last would leave one process alone with them.
-    tasks = sorted(names, key=lambda n: REGISTRY[n].family == "pointwise")
+    work = functools.partial(check_part, device=device, interpreted=interpreted)
+    parts = {n: [(n, k) for k in range(0, len(list(_conformance.cases(REGISTRY[n]))), PART)] for n in names}
+    done: dict[Part, list[dict[str, Any]]] = {}
+    # The largest operators are those of nn, which are declared last; the pointwise ones are small.
+    tasks = sorted((p for n in reversed(names) for p in parts[n]), key=lambda p: REGISTRY[p[0]].family == "pointwise")
     with contextlib.suppress(KeyboardInterrupt):
-        for name, rows, error in share(work, tasks, [n % count for n in range(options.jobs)]):
+        for part, rows, error in share(work, tasks, [n % count for n in range(options.jobs)]):
+            name = part[0]
             if rows is None or error:
                 died = dict(op=name, kind="all", dtype="", layout="", status="failed", detail=error, seconds=0.0)
                 rows = [*(rows or ()), died]
-            found[name] = rows
-            print(_line(name, rows), flush=True)
+            done[part] = rows
+            if not all(p in done for p in parts[name]):
+                continue
+            found[name] = [r for p in parts[name] for r in done[p]]
+            print(_line(name, found[name]), flush=True)
             if options.report:
                 # After every operator, so that a run that is cut short leaves what it has found.
                 write(

@@ -24,14 +24,13 @@ from gemskit._bench_cases import BenchCase
 from gemskit._bench_reasons import reason
 from gemskit._bench_run import Roof, family, identity, package, public, time_case
 from gemskit._op import REGISTRY
-from gemskit._report import environment, replace
+from gemskit._report import environment, goes_on, replace
 from gemskit._warmup import warmup
 from gemskit._workers import share
-from gemskit.errors import ArgumentError, DeviceError
+from gemskit.errors import DeviceError
 from gemskit.testing import Make
 
 #: What must agree between a report and the run that goes on with it.
-ALIKE = ("machine", "gemskit", "commit", "torch", "triton", "python")
 
 
 def main(argv: list[str]) -> int:
@@ -169,9 +168,7 @@ def _one(task: tuple[int, bool]) -> dict[str, Any]:
 
 def _resumed(before: dict[str, Any], now: dict[str, Any], cases: dict[int, BenchCase]) -> dict[int, dict[str, Any]]:
     """The rows of a report that need not be timed again."""
-    if other := [k for k in ALIKE if before[k] != now[k]]:
-        said = ", ".join(f"{k} {before[k]} and now {now[k]}" for k in other)
-        raise ArgumentError(f"bench: a report of one environment is gone on with in the same, but there was {said}")
+    goes_on("bench", before, now)
     found: dict[int, dict[str, Any]] = {}
     for n, case in cases.items():
         which = identity(case).items()

@@ -1,4 +1,7 @@
-"""``python -m gemskit check``: the conformance checks of every operator on this machine's accelerator."""
+"""``python -m gemskit check``: the conformance checks of every operator on this machine's accelerator.
+
+Its report is rewritten as checks are made, so that a run that is cut short can be gone on with (--resume).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import os
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +23,40 @@ import torch
 from gemskit import _conformance, backends
 from gemskit._interpret import interpret
 from gemskit._op import REGISTRY
-from gemskit._report import environment, replace
+from gemskit._report import environment, goes_on, replace
 from gemskit._workers import share
 
-#: Checks that a process makes before it is given others. All of an operator took 424 s of attention and of 63 processes the
-#: 494 that a run took, where the rest would have been done in 280.
+#: Checks that a process makes before it is given others: all those of attention take 424 s where 63 processes take 500.
 PART = 10
 
 #: An operator and the first of some of its checks.
 Part = tuple[str, int]
 
 
+def _parts(name: str) -> Iterator[Part]:
+    for first in range(0, sum(1 for _ in _conformance.cases(REGISTRY[name])), PART):
+        yield name, first
+
+
+def _cases(part: Part) -> Iterator[_conformance.Case]:
+    return itertools.islice(_conformance.cases(REGISTRY[part[0]]), part[1], part[1] + PART)
+
+
+#: What says in a report which check a row is of.
+WHICH = ("op", "kind", "dtype", "layout")
+
+
+def _which(case: _conformance.Case) -> tuple[str, ...]:
+    return case.op, case.kind, str(case.dtype).removeprefix("torch."), case.layout
+
+
 def check_part(part: Part, device: str, interpreted: bool) -> list[dict[str, Any]]:
     """Some checks of one operator, as report rows."""
     import gemskit  # noqa: F401
 
-    (name, first), rows = part, []
+    rows = []
     with interpret() if interpreted else contextlib.nullcontext():
-        for case in itertools.islice(_conformance.cases(REGISTRY[name]), first, first + PART):
+        for case in _cases(part):
             start = time.perf_counter()
             known = _conformance.EXPECTED.get(case.name)
             try:
@@ -47,10 +66,8 @@ def check_part(part: Part, device: str, interpreted: bool) -> list[dict[str, Any
                 status, detail = ("failed" if known is None else "expected"), str(e) if known is None else known
             except Exception as e:  # a crash of one check must not hide the others
                 status, detail = "failed", "".join(traceback.format_exception_only(e)).strip()
-            rows.append(
-                dict(op=name, kind=case.kind, dtype=str(case.dtype).removeprefix("torch."), layout=case.layout, status=status,
-                     detail=detail, seconds=round(time.perf_counter() - start, 3))
-            )  # fmt: skip
+            row: dict[str, Any] = dict(zip(WHICH, _which(case)))
+            rows.append({**row, "status": status, "detail": detail, "seconds": round(time.perf_counter() - start, 3)})
     return rows
 
 
@@ -60,8 +77,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("ops", nargs="*", help="operators to check (default: all)")
     parser.add_argument("--report", type=Path, help="write a JSON report here, and a Markdown table beside it")
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes (default: up to 8)")
+    parser.add_argument("--resume", action="store_true", help="keep what the report has, and check the others")
     parser.add_argument("--interpret", action="store_true", help="run the kernels on CPU tensors")
     options = parser.parse_args(argv)
+    if options.resume and not options.report:
+        parser.error("--resume goes on with the report that --report names")
     names = options.ops or [n for n, op in REGISTRY.items() if not op.random]
     unknown = [n for n in names if n not in REGISTRY]
     if unknown:
@@ -71,12 +91,24 @@ def main(argv: list[str]) -> int:
     machine = "interpreter" if interpreted else torch.get_device_module(device).get_device_name(0)
     count = 1 if interpreted else torch.accelerator.device_count()
     start = time.perf_counter()
-    found: dict[str, list[dict[str, Any]]] = {}
-    work = functools.partial(check_part, device=device, interpreted=interpreted)
-    parts = {n: [(n, k) for k in range(0, len(list(_conformance.cases(REGISTRY[n]))), PART)] for n in names}
     done: dict[Part, list[dict[str, Any]]] = {}
-    # The largest operators are those of nn, which are declared last; the pointwise ones are small.
-    tasks = sorted((p for n in reversed(names) for p in parts[n]), key=lambda p: REGISTRY[p[0]].family == "pointwise")
+    parts = {n: list(_parts(n)) for n in names}
+    if options.resume and options.report.exists():
+        before = json.loads(options.report.read_text())
+        goes_on("check", before, environment(machine))
+        kept = {tuple(r[k] for k in WHICH): r for r in before["checks"] if r["status"] in ("passed", "expected")}
+        for part in itertools.chain(*parts.values()):
+            checks = [_which(case) for case in _cases(part)]
+            if all(c in kept for c in checks):
+                done[part] = [kept[c] for c in checks]
+    # The largest operators are those of nn, which are declared last; the pointwise ones are small. First parts come first: those
+    # of one operator share kernels, and made at the same time each would compile them (43 % more time in all).
+    tasks = sorted(
+        (p for n in reversed(names) for p in parts[n] if p not in done),
+        key=lambda p: (REGISTRY[p[0]].family == "pointwise", p[1]),
+    )
+    work = functools.partial(check_part, device=device, interpreted=interpreted)
+    written = start
     with contextlib.suppress(KeyboardInterrupt):
         for part, rows, error in share(work, tasks, [n % count for n in range(options.jobs)]):
             name = part[0]
@@ -84,23 +116,26 @@ def main(argv: list[str]) -> int:
                 died = dict(op=name, kind="all", dtype="", layout="", status="failed", detail=error, seconds=0.0)
                 rows = [*(rows or ()), died]
             done[part] = rows
-            if not all(p in done for p in parts[name]):
-                continue
-            found[name] = [r for p in parts[name] for r in done[p]]
-            print(_line(name, found[name]), flush=True)
-            if options.report:
-                # After every operator, so that a run that is cut short leaves what it has found.
-                write(
-                    options.report, [r for n in names for r in found.get(n, ())], time.perf_counter() - start, machine
-                )
-    every = [r for n in names for r in found.get(n, ())]
+            if all(p in done for p in parts[name]):
+                print(_line(name, [r for p in parts[name] for r in done[p]]), flush=True)
+            if options.report and time.perf_counter() - written > 1:
+                written = time.perf_counter()
+                write(options.report, _rows(parts, done), written - start, machine)
+    every = _rows(parts, done)
+    if options.report:
+        write(options.report, every, time.perf_counter() - start, machine)
     failed = [r for r in every if r["status"] in ("failed", "unexpected pass")]
     for r in failed:
         print(f"{r['op']} {r['kind']} {r['dtype']} {r['layout']}: {r['status']}: {r['detail'][:400]}")
-    if len(found) < len(names):
-        print(f"cut short: {len(names) - len(found)} operators were not checked")
-    print(f"{len(found)} operators, {len(every)} checks in {time.perf_counter() - start:.0f} s: {_counted(every)}")
-    return 1 if failed or len(found) < len(names) else 0
+    whole = sum(all(p in done for p in parts[n]) for n in names)
+    if whole < len(names):
+        print(f"cut short: {len(names) - whole} operators were not checked, or in part")
+    print(f"{whole} operators, {len(every)} checks in {time.perf_counter() - start:.0f} s: {_counted(every)}")
+    return 1 if failed or whole < len(names) else 0
+
+
+def _rows(parts: Mapping[str, Sequence[Part]], done: Mapping[Part, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [r for some in parts.values() for p in some for r in done.get(p, ())]
 
 
 def _counted(rows: Sequence[dict[str, Any]]) -> str:

@@ -7,10 +7,14 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
+
+from gemskit.errors import ArgumentError
 
 
 def environment(machine: str) -> dict[str, str]:
@@ -28,6 +32,17 @@ def environment(machine: str) -> dict[str, str]:
         # Where a report was put is nobody's business.
         "command": "python -m gemskit " + " ".join(Path(a).name if "/" in a else a for a in sys.argv[1:]),
     }
+
+
+#: What does not change in a report that is gone on with.
+ALIKE = ("machine", "gemskit", "commit", "torch", "triton", "python")
+
+
+def goes_on(command: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to add to the report ``before`` what is found in another environment."""
+    if other := [k for k in ALIKE if before[k] != now[k]]:
+        said = ", ".join(f"{k} {before[k]} and now {now[k]}" for k in other)
+        raise ArgumentError(f"{command}: a report of one environment is gone on with in the same, but there was {said}")
 
 
 def replace(path: Path, text: str) -> None:

@@ -12,7 +12,6 @@ REASONS: tuple[tuple[str, str, str], ...] = (
         "queries' gradients are added in float32 memory that is zeroed before and converted after",
     ),
     ("*attention", "* s512 *", "3 us of 61: the beginning and end of a tile weigh more where it has few keys"),
-    ("nonzero", "*", "the host reads the count, and the device waits: 0.96 where nothing else ran on the host"),
     (
         "fused_linear_cross_entropy",
         "*",

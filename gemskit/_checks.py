@@ -256,7 +256,7 @@ def write_out(op: Op[..., Any], out: Any, found: Any) -> Any:
         _cast(op, "out", o.dtype, f.dtype)
         _resized(op, o, f.shape)
         o.copy_(f)
-    return out
+    return out if isinstance(out, Tensor) else op._tuple(tuple(out))
 
 
 def into_out(op: Op[..., Any], out: Any, values: tuple[Any, ...]) -> Any:
@@ -289,7 +289,7 @@ def into_out(op: Op[..., Any], out: Any, values: tuple[Any, ...]) -> Any:
             o.copy_(f)
     else:
         op.forward(values, outs)
-    return out
+    return out if isinstance(out, Tensor) else op._tuple(outs)
 
 
 def _memory(t: Tensor) -> int:

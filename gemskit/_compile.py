@@ -544,7 +544,7 @@ def call(op: Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         return found if bound.results == 1 else op._tuple(found)
     outs = (out,) if isinstance(out, Tensor) else tuple(out)
     _write(op, outs, (found,) if bound.results == 1 else found, "out")
-    return out
+    return out if isinstance(out, Tensor) else op._tuple(outs)
 
 
 def call_inplace(op: Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

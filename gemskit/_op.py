@@ -73,9 +73,11 @@ class Op(Generic[P, R]):
 
     def __init__(
         self, meaning: Callable[P, R], *, aten: str | None = None, writes: Sequence[str] = (), random: bool = False,
-        floats: Sequence[str] = (),
+        floats: Sequence[str] = (), named: Callable[[Any], Any] | None = None,
     ) -> None:  # fmt: skip
         self.meaning, self.aten, self.random = meaning, aten, random
+        #: The named tuple of torch's that several outputs come back in.
+        self.named = named
         self.name = self.__name__ = meaning.__name__
         self.__doc__, self.__module__, self.__wrapped__ = meaning.__doc__, meaning.__module__, meaning
         if not meaning.__doc__:
@@ -280,7 +282,7 @@ class Op(Generic[P, R]):
 
     def _tuple(self, outs: tuple[Tensor, ...]) -> Any:
         """Outputs as the operator returns them."""
-        return outs[0] if len(outs) == 1 else outs
+        return outs[0] if len(outs) == 1 else self.named(outs) if self.named else outs
 
     def _meaning(self, values: tuple[Any, ...], given: tuple[Any, ...] | None = None) -> Any:
         """The meaning of ``values``; errors describe ``given``, where ``values`` are stand-ins for it."""
@@ -438,7 +440,7 @@ class Op(Generic[P, R]):
                 _checks.float8(self, values)
             own = backends.override(self.name, _device_of(values))
             if own is not None:
-                return Plan(specs, _free(own.load()))
+                return Plan(specs, _unplanned(own.load()))
             return Plan(specs, self.plan(dict(zip(self.params, values)), outs or tuple([_meta(*s) for s in specs])))
 
     def _results(self, values: tuple[Any, ...]) -> tuple[_Spec, ...]:
@@ -482,10 +484,10 @@ class Op(Generic[P, R]):
         """The launch for arguments and outputs of this layout: ``run(outs, keep, arguments)``. It keeps none of them."""
         if self._free is None:
             raise NoKernel(f"{self.name}: no kernel for {describe(dict(named))}")
-        return _free(self._free)
+        return _unplanned(self._free)
 
 
-def _free(kernel: Callable[..., None]) -> Callable[..., None]:
+def _unplanned(kernel: Callable[..., None]) -> Callable[..., None]:
     """A kernel that plans nothing, as a launch."""
     return lambda outs, keep, arguments: kernel(outs, keep, **arguments)
 
@@ -570,11 +572,12 @@ class _Differentiable(torch.autograd.Function):
 
 
 def operator(
-    *, aten: str | None = None, writes: Sequence[str] = (), random: bool = False, floats: Sequence[str] = ()
-) -> Callable[[Callable[P, R]], Op[P, R]]:
+    *, aten: str | None = None, writes: Sequence[str] = (), random: bool = False, floats: Sequence[str] = (),
+    named: Callable[[Any], Any] | None = None,
+) -> Callable[[Callable[P, R]], Op[P, R]]:  # fmt: skip
     """Declare an operator with a free kernel; attach it with ``@op.kernel`` and its gradient with ``@op.gradient_by``."""
 
     def declare(meaning: Callable[P, R]) -> Op[P, R]:
-        return Op(meaning, aten=aten, writes=writes, random=random, floats=floats)
+        return Op(meaning, aten=aten, writes=writes, random=random, floats=floats, named=named)
 
     return declare

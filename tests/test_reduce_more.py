@@ -12,6 +12,7 @@ import triton
 
 from gemskit import _launch, nn, reduce
 from gemskit._interpret import interpret
+from gemskit._op import REGISTRY
 from gemskit.errors import ArgumentError, DimError, DtypeError, GemskitError, NoKernel
 from gemskit.reduce._scan import Scan
 
@@ -348,3 +349,14 @@ def test_bools_are_not_ranked() -> None:
     out = torch.empty(3, dtype=torch.int64)
     assert reduce.argmax(x, 1, out=out) is out and torch.equal(out, x.argmax(1))
     assert math.isnan(reduce.nanmean(torch.full((3,), nan)).item())
+
+
+@pytest.mark.parametrize("name", [n for n, op in REGISTRY.items() if op.named is not None and op.has_out])
+def test_results_are_named_with_out_too(name: str) -> None:
+    op, x = REGISTRY[name], torch.randn(4, 6)
+    more = (2,) if name in ("topk", "kthvalue") else ()
+    fresh = op(x, *more, dim=1)
+    outs = tuple(torch.empty_like(t) for t in fresh)
+    found = op(x, *more, dim=1, out=outs)
+    assert type(fresh) is type(found) is op.named and all(f is o for f, o in zip(found, outs))
+    assert all(torch.equal(f, g) for f, g in zip(fresh, found))

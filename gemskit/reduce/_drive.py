@@ -66,10 +66,8 @@ class Reduction(Op[P, R]):
     family = "reduction"
     passes_scalars = True
 
-    def __init__(self, meaning: Callable[P, R], *, results: Any = None, **options: Any) -> None:
+    def __init__(self, meaning: Callable[P, R], **options: Any) -> None:
         super().__init__(meaning, **options)
-        #: The named tuple that several outputs come back in, as torch's.
-        self.results = results
         self._folds: list[tuple[Callable[[Named], bool], Fold]] = []
 
     def combine(
@@ -105,7 +103,7 @@ class Reduction(Op[P, R]):
             shape = tuple([1 if d in dims else n for d, n in enumerate(size)])
         else:
             shape = tuple([n for d, n in enumerate(size) if d not in dims])
-        return (shape,) * (2 if self.results else 1)
+        return (shape,) * (2 if self.named else 1)
 
     def plan(self, named: Named, outs: tuple[Tensor, ...]) -> Callable[..., None]:
         fold = next((f for when, f in self._folds if when(named)), None)
@@ -123,15 +121,12 @@ class Reduction(Op[P, R]):
         run = fold.plan(named, kept, shape, dims, compute_type(cast), cast)
         return lambda outs, keep, arguments: run(outs, arguments)
 
-    def _tuple(self, outs: tuple[Tensor, ...]) -> Any:
-        return outs[0] if len(outs) == 1 else self.results(outs) if self.results else outs
-
 
 def reduction(
-    *, aten: str | None = None, results: Any = None, floats: Sequence[str] = ()
+    *, aten: str | None = None, named: Any = None, floats: Sequence[str] = ()
 ) -> Callable[[Callable[P, R]], Reduction[P, R]]:
     """Declare a reduction. Attach the monoid by ``@op.combine(identity=..)``, the gradient by ``@op.gradient_by``."""
-    return functools.partial(Reduction, aten=aten, results=results, floats=floats)
+    return functools.partial(Reduction, aten=aten, named=named, floats=floats)
 
 
 class Scanning(Op[P, R]):
@@ -141,9 +136,8 @@ class Scanning(Op[P, R]):
     passes_scalars = True
     elementwise = True
 
-    def __init__(self, meaning: Callable[P, R], *, results: Any = None, **options: Any) -> None:
+    def __init__(self, meaning: Callable[P, R], **options: Any) -> None:
         super().__init__(meaning, **options)
-        self.results = results
         self._scan: Scan | None = None
 
     def combine(
@@ -165,7 +159,7 @@ class Scanning(Op[P, R]):
     def shapes(self, values: Sequence[Any]) -> Sequence[tuple[int, ...]] | None:
         size = tuple(values[0].shape)
         plain = size and 0 not in size and values[0].stride() == contiguous(size)
-        return (size,) * (2 if self.results else 1) if plain else None
+        return (size,) * (2 if self.named else 1) if plain else None
 
     def plan(self, named: Named, outs: tuple[Tensor, ...]) -> Callable[..., None]:
         input: Tensor = named[self.tensors[0]]
@@ -175,10 +169,7 @@ class Scanning(Op[P, R]):
         run = self._scan.plan(named, outs, tuple(input.shape), named["dim"], compute_type(cast), cast)
         return lambda outs, keep, arguments: run(outs, arguments)
 
-    def _tuple(self, outs: tuple[Tensor, ...]) -> Any:
-        return outs[0] if len(outs) == 1 else self.results(outs) if self.results else outs
 
-
-def scan(*, aten: str | None = None, results: Any = None) -> Callable[[Callable[P, R]], Scanning[P, R]]:
+def scan(*, aten: str | None = None, named: Any = None) -> Callable[[Callable[P, R]], Scanning[P, R]]:
     """Declare a scan. Attach the monoid by ``@op.combine(identity=..)``, the gradient by ``@op.gradient_by``."""
-    return functools.partial(Scanning, aten=aten, results=results)
+    return functools.partial(Scanning, aten=aten, named=named)

@@ -123,7 +123,7 @@ def argmin(input: Tensor, dim: int | None = None, keepdim: bool = False, *, out:
     return torch.argmin(input, dim, keepdim)
 
 
-@reduction(aten="max.dim", results=torch.return_types.max)
+@reduction(aten="max.dim", named=torch.return_types.max)
 def max_dim(
     input: Tensor, dim: int, keepdim: bool = False, *, out: tuple[Tensor, Tensor] | None = None
 ) -> torch.return_types.max:
@@ -131,7 +131,7 @@ def max_dim(
     return torch.max(input, dim, keepdim)
 
 
-@reduction(aten="min.dim", results=torch.return_types.min)
+@reduction(aten="min.dim", named=torch.return_types.min)
 def min_dim(
     input: Tensor, dim: int, keepdim: bool = False, *, out: tuple[Tensor, Tensor] | None = None
 ) -> torch.return_types.min:
@@ -148,7 +148,7 @@ max_dim.combine(**_LARGEST)(language.better_max)
 min_dim.combine(**_SMALLEST)(language.better_min)
 
 
-@reduction(aten="aminmax", results=torch.return_types.aminmax)
+@reduction(aten="aminmax", named=torch.return_types.aminmax)
 def aminmax(
     input: Tensor, *, dim: int | None = None, keepdim: bool = False, out: tuple[Tensor, Tensor] | None = None
 ) -> torch.return_types.aminmax:

@@ -16,7 +16,7 @@ from gemskit._dtypes import TRITON, Number, compute_type
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
-from gemskit._op import Op, P, R, operator
+from gemskit._op import operator
 from gemskit.errors import ArgumentError
 from gemskit.pointwise._drive import Elementwise
 from gemskit.pointwise._place import copy
@@ -253,24 +253,6 @@ nanquantile.set_gradient(_back(True), _NAMES, of=("input",))
 # -- k-th value and medians ------------------------------------------------------------------------------------------------
 
 
-class _Ranked(Op[P, R]):
-    """An operator that returns a named tuple of torch's."""
-
-    results: Callable[[Any], Any] = tuple
-
-    def _tuple(self, outs: tuple[Tensor, ...]) -> Any:
-        return self.results(outs)
-
-
-def _ranked(results: Any, aten: str) -> Callable[[Callable[P, R]], _Ranked[P, R]]:
-    def declare(meaning: Callable[P, R]) -> _Ranked[P, R]:
-        op = _Ranked(meaning, aten=aten)
-        op.results = results
-        return op
-
-    return declare
-
-
 def _picked(input: Tensor, at: Tensor | int, dim: int, keepdim: bool) -> tuple[Tensor, Tensor]:
     """The elements and indices at ``at`` (with size 1 along ``dim``) in the order that a stable sort gives."""
     if not input.ndim:
@@ -285,7 +267,7 @@ def _picked(input: Tensor, at: Tensor | int, dim: int, keepdim: bool) -> tuple[T
     return values.contiguous(), indices.contiguous()
 
 
-@_ranked(torch.return_types.kthvalue, "kthvalue")
+@operator(aten="kthvalue", named=torch.return_types.kthvalue)
 def kthvalue(
     input: Tensor, k: int, dim: int = -1, keepdim: bool = False, *, out: tuple[Tensor, Tensor] | None = None
 ) -> torch.return_types.kthvalue:
@@ -381,7 +363,7 @@ def nanmedian_all(input: Tensor, *, out: Tensor | None = None) -> Tensor:
     return torch.nanmedian(input)
 
 
-@_ranked(torch.return_types.median, "median.dim")
+@operator(aten="median.dim", named=torch.return_types.median)
 def median_dim(
     input: Tensor, dim: int, keepdim: bool = False, *, out: tuple[Tensor, Tensor] | None = None
 ) -> torch.return_types.median:
@@ -391,7 +373,7 @@ def median_dim(
     return torch.return_types.median(_middles(input, dim, keepdim, False))
 
 
-@_ranked(torch.return_types.nanmedian, "nanmedian.dim")
+@operator(aten="nanmedian.dim", named=torch.return_types.nanmedian)
 def nanmedian_dim(
     input: Tensor, dim: int, keepdim: bool = False, *, out: tuple[Tensor, Tensor] | None = None
 ) -> torch.return_types.nanmedian:

@@ -126,7 +126,7 @@ def _(grad: Tensor, input: Tensor, out: Tensor, dim: int) -> dict[str, Tensor]:
 # -- extrema --------------------------------------------------------------------------------------------------------------
 
 
-@scan(aten="cummax", results=torch.return_types.cummax)
+@scan(aten="cummax", named=torch.return_types.cummax)
 def cummax(input: Tensor, dim: int, *, out: tuple[Tensor, Tensor] | None = None) -> torch.return_types.cummax:
     """Largest element up to and including each along ``dim``, and its index: the last of equal ones, NaN is largest.
 
@@ -135,7 +135,7 @@ def cummax(input: Tensor, dim: int, *, out: tuple[Tensor, Tensor] | None = None)
     return torch.cummax(input, dim)
 
 
-@scan(aten="cummin", results=torch.return_types.cummin)
+@scan(aten="cummin", named=torch.return_types.cummin)
 def cummin(input: Tensor, dim: int, *, out: tuple[Tensor, Tensor] | None = None) -> torch.return_types.cummin:
     """Smallest element up to and including each along ``dim``, and its index: the last of equal ones, NaN is smallest.
 

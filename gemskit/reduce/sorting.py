@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,34 +13,13 @@ from gemskit import _layout
 from gemskit._jit import jit
 from gemskit._launch import launch
 from gemskit._layout import offset
-from gemskit._op import Op, P, R, operator
+from gemskit._op import operator
 from gemskit.reduce._keys import Rows
 from gemskit.reduce._select import topk_into
 from gemskit.reduce._sort import sort_into
 
 
-class Sorting(Op[P, R]):
-    """An operator whose results come as one of torch's named tuples."""
-
-    results: Callable[[Any], Any]
-
-    def _tuple(self, outs: tuple[Tensor, ...]) -> Any:
-        return self.results(outs)
-
-    def _call_into(self, *given: Any) -> Any:
-        return self.results(super()._call_into(*given))
-
-
-def _sorting(results: Any, aten: str) -> Callable[[Callable[P, R]], Sorting[P, R]]:
-    def declare(meaning: Callable[P, R]) -> Sorting[P, R]:
-        op = Sorting(meaning, aten=aten)
-        op.results = results
-        return op
-
-    return declare
-
-
-@_sorting(torch.return_types.sort, "sort.stable")
+@operator(aten="sort.stable", named=torch.return_types.sort)
 def sort(
     input: Tensor, dim: int = -1, descending: bool = False, stable: bool = False, *,
     out: tuple[Tensor, Tensor] | None = None,
@@ -71,7 +50,7 @@ def _(outs: tuple[Tensor, ...], keep: Any, input: Tensor, dim: int, descending: 
     sort_into(None, outs[0], input, dim, descending)
 
 
-@_sorting(torch.return_types.topk, "topk")
+@operator(aten="topk", named=torch.return_types.topk)
 def topk(
     input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True, *,
     out: tuple[Tensor, Tensor] | None = None,

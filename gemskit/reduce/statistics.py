@@ -34,7 +34,7 @@ def _std(
     return torch.std(input, dim, correction=correction, keepdim=keepdim)
 
 
-@reduction(aten="var_mean.correction", results=tuple)
+@reduction(aten="var_mean.correction", named=tuple)
 def _var_mean(
     input: Tensor, dim: Dims = None, keepdim: bool = False, *, correction: float = 1
 ) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ def _var_mean(
     return torch.var_mean(input, dim, correction=correction, keepdim=keepdim)
 
 
-@reduction(aten="std_mean.correction", results=tuple)
+@reduction(aten="std_mean.correction", named=tuple)
 def _std_mean(
     input: Tensor, dim: Dims = None, keepdim: bool = False, *, correction: float = 1
 ) -> tuple[Tensor, Tensor]:

@@ -30,8 +30,6 @@ from gemskit._workers import share
 from gemskit.errors import DeviceError
 from gemskit.testing import Make
 
-#: What must agree between a report and the run that goes on with it.
-
 
 def main(argv: list[str]) -> int:
     """The command."""

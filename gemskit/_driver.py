@@ -97,8 +97,8 @@ _precision: Any = torch._C._get_fp32_precision_getter
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """The ``input_precision`` of ``tl.dot`` for factors of ``dtype``: ``"tf32"`` where CUDA's float32 may be rounded to it."""
-    return "tf32" if dtype == torch.float32 and backends.arch().target[0] == "cuda" and tf32() else "ieee"
+    """The ``input_precision`` of ``tl.dot`` for factors of ``dtype``: ``"tf32"`` where those of float32 may be rounded to it."""
+    return "tf32" if dtype == torch.float32 and tf32() and backends.arch().config("dot")["tf32"] else "ieee"
 
 
 def launch(

@@ -113,6 +113,8 @@ DEFAULT: Launch = {
         "ring_warps": 16,
         "programs": 256,
     },
+    # tf32 1: matrix units take float32 rounded to TensorFloat-32, where torch's settings let them.
+    "dot": {"tf32": 0},
     "gemm": {
         "m": 128,
         "n": 128,

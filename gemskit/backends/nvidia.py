@@ -60,6 +60,7 @@ VENDOR = Vendor(
     # a + b.T of 8192² bf16: tiles of 64 x 64 reach 95 % of the copy rate, of 32 x 32 85 %. Softmax of rows of 65,536: four
     # tiles of 8,192 at a time in 16 warps 0.080 ms, one of 16,384 in 32 0.084.
     launch={
+        "dot": {"tf32": 1},
         "pointwise": {"side": 64},
         "gemm": {"stages": 3},
         "gemm_few": {"k": 128, "stages": 4, "float8": 1},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from gemskit import _driver, _launch, _layout, backends
 from gemskit._bind import fill
 from gemskit._jit import jit
 from gemskit._launch import launch
-from gemskit._replay import Table
+from gemskit._replay import Replayed
 from gemskit.errors import CaptureError
 from gemskit.pointwise._place import copy
 
@@ -100,21 +100,6 @@ class Chosen(NamedTuple):
 
     counts: Tensor
     words: Tensor
-
-
-class Replayed:
-    """``fn(*values)``, which only allocates and launches: a call like one before is replayed, in a tenth of its time."""
-
-    def __init__(self, fn: Callable[..., tuple[Tensor, ...]]) -> None:
-        self._fn, self._calls = fn, Table(self._slow)
-
-    def __call__(self, *values: Any) -> Any:
-        return self._calls.call(*values)
-
-    def _slow(self, *values: Any) -> tuple[Tensor, ...]:
-        if self._calls.wants(values):
-            self._calls.learn(values, self._fn)
-        return self._fn(*values)
 
 
 class Flag:

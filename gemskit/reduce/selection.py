@@ -13,10 +13,11 @@ from gemskit import language
 from gemskit._dtypes import accumulate_type
 from gemskit._jit import jit
 from gemskit._layout import offset
+from gemskit._replay import Replayed
 from gemskit._sized import sized
 from gemskit.errors import DtypeError, NoKernel, ShapeError
 from gemskit.pointwise._drive import Elementwise
-from gemskit.reduce._compact import SMALL, Chosen, Compaction, Flag, Replayed, flat, total
+from gemskit.reduce._compact import SMALL, Chosen, Compaction, Flag, flat, total
 from gemskit.reduce._drive import element
 from gemskit.reduce._fold import Fold
 from gemskit.reduce._sort import sort_into
